@@ -23,7 +23,8 @@ _MARK = "TS_HANDLERS_PROCESS_TREE"
 
 _HAS_PROC = Path("/proc/self/stat").exists()
 
-_WATCHDOG = 'read -r line || { kill -TERM -- "-$1"; sleep 5; kill -KILL -- "-$1"; }'
+# dash, the /bin/sh of Debian, takes a negative number only after `-s NAME --`.
+_WATCHDOG = 'read -r line || { kill -s TERM -- "-$1"; sleep 5; kill -s KILL -- "-$1"; }'
 
 
 class ProcessTree:

@@ -10,6 +10,7 @@ standard library only.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -165,6 +166,7 @@ class TorchServe:
             if self._socket_directory is not None:
                 shutil.rmtree(self._socket_directory, ignore_errors=True)
             self._tree = self._directory = self._socket_directory = None
+            atexit.unregister(self.stop)
 
     @property
     def elapsed(self) -> float:
@@ -366,6 +368,7 @@ class TorchServe:
         command += ["--models", *self.models] if self.models else []
         self._launched = time.monotonic()
         self._tree = ProcessTree(command, env, directory, directory / "torchserve.log")
+        atexit.register(self.stop)
 
     def _addresses(self) -> dict[str, str]:
         kept = set(self._properties) if self._keep_addresses else set()
@@ -379,13 +382,12 @@ class TorchServe:
 
     def _wait_healthy(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
-        while self._request("inference", "GET", "/ping").status != 200:
+        # The log decides first: on a busy port it would be another server that answers /ping.
+        while "Model server started." not in self.log() or self._request("inference", "GET", "/ping").status != 200:
             self._check_alive()
             if time.monotonic() > deadline:
                 raise self._error(f"no answer from {self.url()}/ping after {timeout:g} s")
             time.sleep(0.05)
-        # Another server on the same port would have answered too.
-        self._check_alive()
 
     def _check_alive(self) -> None:
         code = self._tree.returncode() if self._tree is not None else None
