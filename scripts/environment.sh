@@ -1,0 +1,54 @@
+# Makes the virtual environment of scripts/test.sh and scripts/demo.sh; sourced by them, not run.
+#
+#   PYTHON        interpreter to start from (default: the first of python3, python3.12, 3.11, 3.10 that fits)
+#   ENVIRONMENT   folder of the environment (default: .venv)
+#   TORCH_SPEC    what to install as torch, options included (default: torch==2.13.0)
+#
+# Nothing is reinstalled while pyproject.toml, the interpreter and TORCH_SPEC stay the same.
+# shellcheck shell=bash
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+ENVIRONMENT="${ENVIRONMENT:-.venv}"
+VENV_PYTHON="$ENVIRONMENT/bin/python"
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.10}; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    echo "No Python 3.10, 3.11 or 3.12 found; set PYTHON to one." >&2
+    return 1
+}
+
+# Prints the arguments of `pip install` for torch. A machine without a GPU needs the CPU build; where pip has been
+# told where to look (configuration file or PIP_* variables), that is left alone.
+torch_arguments() {
+    echo "${TORCH_SPEC:-torch==2.13.0}"
+    if [ -z "${TORCH_SPEC:-}" ] && ! command -v nvidia-smi >/dev/null \
+        && ! "$VENV_PYTHON" -m pip config list | grep -qE '(index-url|find-links|no-index)='; then
+        echo ""
+    fi
+}
+
+make_environment() {
+    local python stamp
+    python="$(find_python)"
+    stamp="$({ "$python" -VV; echo "$python ${TORCH_SPEC:-}"; cat pyproject.toml setup.py; } | sha256sum | cut -d' ' -f1)"
+    if [ -x "$VENV_PYTHON" ] && [ "$(cat "$ENVIRONMENT/stamp" 2>/dev/null)" = "$stamp" ]; then
+        return
+    fi
+    echo "Making the environment $ENVIRONMENT with $("$python" -V)"
+    if ! "$python" -m venv --clear "$ENVIRONMENT"; then
+        echo "Could not make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2
+        return 1
+    fi
+    # shellcheck disable=SC2046  # The words are separate arguments.
+    "$VENV_PYTHON" -m pip install --quiet $(torch_arguments)
+    "$VENV_PYTHON" -m pip install --quiet --editable '.[serve,dev]'
+    echo "$stamp" >"$ENVIRONMENT/stamp"
+}
+
+make_environment

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Makes an environment and runs the linter, the type checker and the tests. Needs Python 3.10-3.12 and nothing else.
+#
+#   scripts/test.sh                   everything
+#   scripts/test.sh -m "not serving"  arguments go to pytest
+set -euo pipefail
+source "$(dirname "$0")/environment.sh"
+
+"$VENV_PYTHON" -m ruff format --check .
+"$VENV_PYTHON" -m ruff check .
+"$VENV_PYTHON" -m mypy --strict -p ts_handlers
+exec "$VENV_PYTHON" -m pytest "$@"
