@@ -1,4 +1,4 @@
-"""Start TorchServe twice on config.properties: on an empty artifact store, then on the store the first start filled.
+"""Start TorchServe twice on config.properties: on an empty artifact store, then on what the first start stored.
 
 Shows real predictions of both and a table of the phases of each worker's start. Run by scripts/demo.sh.
 """
@@ -67,7 +67,7 @@ def predict(server: TorchServe) -> None:
 
 
 def serve(title: str, store: Path, keep_addresses: bool) -> dict[str, dict[str, Any]]:
-    """One start of the server; returns each model's description of its own start, with the seconds to READY."""
+    """One start of the server; returns each model's description of its start, and the seconds to READY."""
     print(f"\n{title}", flush=True)
     descriptions: dict[str, dict[str, Any]] = {}
     with TorchServe(

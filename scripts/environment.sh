@@ -27,10 +27,13 @@ find_python() {
 # told where to look (configuration file or PIP_* variables), that is left alone.
 torch_arguments() {
     echo "${TORCH_SPEC:-torch==2.13.0}"
-    if [ -z "${TORCH_SPEC:-}" ] && ! command -v nvidia-smi >/dev/null \
-        && ! "$VENV_PYTHON" -m pip config list | grep -qE '(index-url|find-links|no-index)='; then
-        echo ""
+    if [ -n "${TORCH_SPEC:-}" ] || command -v nvidia-smi >/dev/null; then
+        return
     fi
+    case "$("$VENV_PYTHON" -m pip config list)" in
+        *index-url=* | *find-links=* | *no-index=*) ;;
+        *) ;;
+    esac
 }
 
 make_environment() {
@@ -39,6 +42,10 @@ make_environment() {
     stamp="$({ "$python" -VV; echo "$python ${TORCH_SPEC:-}"; cat pyproject.toml setup.py; } | sha256sum | cut -d' ' -f1)"
     if [ -x "$VENV_PYTHON" ] && [ "$(cat "$ENVIRONMENT/stamp" 2>/dev/null)" = "$stamp" ]; then
         return
+    fi
+    if [ -e "$ENVIRONMENT" ] && [ ! -e "$ENVIRONMENT/pyvenv.cfg" ]; then
+        echo "$ENVIRONMENT exists and is no virtual environment; set ENVIRONMENT to another folder" >&2
+        return 1
     fi
     echo "Making the environment $ENVIRONMENT with $("$python" -V)"
     if ! "$python" -m venv --clear "$ENVIRONMENT"; then
