@@ -1,4 +1,4 @@
-"""Start TorchServe twice on config.properties: on an empty artifact store, then on what the first start stored.
+"""Start TorchServe twice on config.properties: on an empty artifact store, then on the one just filled.
 
 Shows real predictions of both and a table of the phases of each worker's start. Run by scripts/demo.sh.
 """
