@@ -1,0 +1,5 @@
+"""Packaging entry; everything declarative stands in pyproject.toml."""
+
+from setuptools import setup
+
+setup()

@@ -1,0 +1,488 @@
+"""Backend `aot_inductor`: an exported program compiled ahead of time, run by torch's C++ loader.
+
+The entry holds shared libraries (and, for a GPU, device code) but not the weights: those are taken from the archive by
+name when the artifact is loaded, so an entry is a few megabytes and outlives a fine-tune. Loading imports neither
+`torch._inductor` nor `torch._dynamo` nor the model's own Python files.
+
+Building walks a ladder, because not every model exports with every range:
+
+1. ``dynamic``: all declared dimensions dynamic, sizes 0 and 1 not specialised (``backed_size_oblivious``);
+2. ``dynamic+ones``: dimensions dynamic from 2, and one more variant for each combination of dimensions of size 1;
+3. ``static``: one variant for each declared warm-up size.
+
+Every step is checked against the eager model at the ends of its ranges before it is accepted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ts_handlers import fingerprint
+from ts_handlers.backends.base import (
+    Built,
+    Description,
+    Loaded,
+    Phase,
+    Request,
+    call_module,
+    takes_names,
+)
+from ts_handlers.errors import BuildError, CanaryError, InputError, LoadError, ModelError
+from ts_handlers.model_source import ExportedSource, Tensors
+from ts_handlers.settings import Dimension, InputSpec
+from ts_handlers.signature import Signature, Sizes
+from ts_handlers.structure import flatten, unflatten
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "model."  # of the parameter names inside _Flat
+EXTRAS = "constants.pt"
+MAX_STATIC_VARIANTS = 16
+
+
+class AotInductorBackend:
+    """See the module's docstring."""
+
+    name = "aot_inductor"
+    persistent = True
+
+    def bakes_weights(self, request: Request) -> bool:
+        """Only for exported programs, whose file is the only source of the weights."""
+        return not request.source.weights_by_name
+
+    def options(self, request: Request) -> dict[str, str]:
+        """The `torch.compile` mode and options, which are options of Inductor."""
+        compile_settings = request.settings.compile
+        facts = {f"inductor.{name}": json.dumps(value) for name, value in compile_settings.options.items()}
+        if compile_settings.mode is not None:
+            facts["mode"] = compile_settings.mode
+        if request.signature is not None and request.signature.dimensions:
+            facts["optimised_for"] = ",".join(f"{k}={v}" for k, v in sorted(request.example_sizes.items()))
+        return facts
+
+    def toolchain(self, request: Request) -> str:
+        """torch, C library and CUDA; not the compiler, which a machine that only loads does not need."""
+        return fingerprint.toolchain(request.device.type)
+
+    def build(self, request: Request, directory: Path, phase: Phase) -> Built:
+        """Export, compile, check against eager, and leave the shared libraries in `directory`."""
+        if isinstance(request.source, ExportedSource):
+            return _build_exported(request, request.source, directory, phase)
+        signature = request.require_signature()
+        module = request.eager()
+        reasons = []
+        for step, variants in _ladder(signature, request):
+            for path in directory.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            try:
+                description = _build_step(request, module, signature, variants, directory, phase)
+            except (ModelError, MemoryError):
+                raise
+            except Exception as error:
+                reason = f"{step}: {type(error).__name__}: {_first_line(error)}"
+                logger.info("%s does not export this way: %s", request.source.name, reason)
+                reasons.append(reason)
+                continue
+            description["step"] = step
+            description["steps_failed"] = reasons
+            return Built(description)
+        raise BuildError("no way of exporting this model works: " + "; ".join(reasons))
+
+    def load(self, request: Request, directory: Path, description: Description) -> Loaded:
+        """Load the shared libraries in place and give them the weights by name."""
+        ensure_loadable()
+        signature = _signature_of(description)
+        constants = _constants(request, directory, description)
+        runners = []
+        for variant in description["variants"]:
+            runners.append((variant["fixed"], _load_runner(request, directory, variant, constants)))
+        output = description["output"]
+        by_sizes = len(runners) > 1
+
+        def run(tensors: list[torch.Tensor]) -> Any:
+            runner = runners[0][1]
+            if by_sizes:
+                runner = _route(runners, signature, tensors)
+            return unflatten(runner.run(tensors), output)
+
+        facts = {
+            "step": description.get("step"),
+            "variants": [variant["name"] for variant in description["variants"]],
+            "ranges": {name: [d.min, d.max] for name, d in signature.dimensions.items()},
+            "weights_from": description["weights_from"],
+        }
+        static = [fixed for fixed, _ in runners] if description.get("step") == "static" else None
+        return Loaded(run=run, signature=signature, sizes=static, facts=facts)
+
+
+class _Flat(torch.nn.Module):
+    """The model with flat lists of tensors in and out."""
+
+    def __init__(self, model: torch.nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self._names = names
+        self._by_name = takes_names(model, names)
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(flatten(call_module(self.model, self._names, list(tensors), self._by_name))[0])
+
+
+Variant = tuple[str, Sizes, dict[str, tuple[int, int]], bool]  # name, fixed sizes, dynamic ranges, size-oblivious
+
+
+def _ladder(signature: Signature, request: Request) -> Iterator[tuple[str, list[Variant]]]:
+    """The steps, each with its variants."""
+    ranges = {name: (d.min, d.max) for name, d in signature.dimensions.items() if d.min != d.max}
+    fixed = {name: d.min for name, d in signature.dimensions.items() if d.min == d.max}
+    if not ranges:
+        yield "static", [("static", fixed, {}, False)]
+        return
+    yield "dynamic", [("dynamic", fixed, ranges, True)]
+    ones = [name for name, (low, _) in ranges.items() if low == 1]
+    variants: list[Variant] = []
+    for count in range(len(ones) + 1):
+        for chosen in itertools.combinations(ones, count):
+            rest = {n: (max(low, 2), high) for n, (low, high) in ranges.items() if n not in chosen}
+            name = "dynamic" + "".join(f"-{n}1" for n in chosen)
+            variants.append((name, {**fixed, **dict.fromkeys(chosen, 1)}, rest, False))
+    yield "dynamic+ones", variants
+    declared = [dict(sizes) for sizes in request.settings.warmup if set(sizes) == set(signature.dimensions)]
+    if declared:
+        if len(declared) > MAX_STATIC_VARIANTS:
+            declared = declared[:MAX_STATIC_VARIANTS]
+        yield "static", [(_sizes_name(sizes), sizes, {}, False) for sizes in declared]
+
+
+def _sizes_name(sizes: Sizes) -> str:
+    return "static-" + "-".join(f"{name}{size}" for name, size in sizes.items())
+
+
+def _build_step(
+    request: Request,
+    module: torch.nn.Module,
+    signature: Signature,
+    variants: list[Variant],
+    directory: Path,
+    phase: Phase,
+) -> Description:
+    example = request.example_sizes
+    description: Description = {"variants": [], "constants": {}, "weights_from": "archive"}
+    extras: Tensors = {}
+    weights = request.source.weights()
+    structure = _output_structure(request, module, signature, [{**example, **fixed} for _, fixed, _, _ in variants])
+    for name, fixed, ranges, oblivious in variants:
+        flat = _Flat(module, signature.names).eval()
+        sizes = {**example, **fixed}
+        inputs = tuple(tensor.to(request.device) for tensor in signature.generate(sizes, seed=1))
+        with phase("export"):
+            program = _export(flat, inputs, signature, ranges, oblivious)
+        with phase("compile"):
+            files = _compile(program, request, directory / name, baked=False)
+        constants = {**program.state_dict, **program.constants}
+        description["variants"].append({"name": name, "fixed": fixed, "ranges": ranges, **files})
+        runner = _open_runner(request.device, directory / name / files["library"], files)
+        fqns = set(runner.get_constant_names_to_original_fqns().values())
+        _refuse_folded_weights(program, fqns)
+        for fqn in sorted(fqns):
+            tensor = constants[fqn].detach()
+            stored = fqn.removeprefix(PREFIX)
+            description["constants"][fqn] = {
+                "name": stored,
+                "dtype": str(tensor.dtype)[6:],
+                "shape": list(tensor.shape),
+                "stride": list(tensor.stride()),
+                "extra": stored not in weights,
+            }
+            if stored not in weights:
+                extras[stored] = tensor.cpu()
+            elif not torch.equal(weights[stored].to(tensor.dtype), tensor.cpu()):
+                description["weights_from"] = "module"
+    if description["weights_from"] == "module":
+        logger.warning(
+            "%s changes its weights while it is built, so a warm start has to build the eager model",
+            request.source.name,
+        )
+    torch.save(extras, directory / EXTRAS)
+    description["output"] = structure
+    description["inputs"] = _inputs_description(signature)
+    with phase("verify"):
+        accepted = _verify(request, signature, directory, description, variants)
+    description["dimensions"] = accepted
+    return description
+
+
+def _inputs_description(signature: Signature) -> list[dict[str, Any]]:
+    return [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape), "values": s.values} for s in signature.inputs]
+
+
+def _output_structure(
+    request: Request, module: torch.nn.Module, signature: Signature, sizes_list: list[Sizes]
+) -> dict[str, Any]:
+    """How the eager model's output is nested; raises `BuildError` when that depends on the input."""
+    smallest = {name: dimension.min for name, dimension in signature.dimensions.items()}
+    by_name = takes_names(module, signature.names)
+    structures = []
+    for sizes in [*sizes_list, {**sizes_list[0], **smallest}]:
+        tensors = [tensor.to(request.device) for tensor in signature.generate(sizes, seed=1)]
+        with torch.no_grad():
+            structures.append(flatten(call_module(module, signature.names, tensors, by_name))[1])
+    if any(structure != structures[0] for structure in structures):
+        raise BuildError("the structure of the model's output changes with its input, which an artifact cannot do")
+    return structures[0]
+
+
+def _export(
+    flat: _Flat,
+    inputs: tuple[torch.Tensor, ...],
+    signature: Signature,
+    ranges: dict[str, tuple[int, int]],
+    oblivious: bool,
+) -> Any:
+    import torch.fx.experimental._config
+
+    symbolic_config: Any = torch.fx.experimental._config
+
+    dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in ranges.items()}
+    shapes = tuple(
+        {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str) and size in dims}
+        for spec in signature.inputs
+    )
+    with symbolic_config.patch(backed_size_oblivious=oblivious), torch.no_grad():
+        program = torch.export.export(flat, inputs, dynamic_shapes=(shapes,), strict=False)
+    mutated = list(program.graph_signature.buffers_to_mutate.values())
+    mutated += list(getattr(program.graph_signature, "parameters_to_mutate", {}).values())
+    if mutated:
+        raise BuildError(f"the model changes its own state while it runs ({', '.join(mutated)})")
+    if program.graph_signature.user_inputs_to_mutate:
+        raise BuildError("the model changes its inputs in place")
+    return program
+
+
+def _compile(program: Any, request: Request, directory: Path, *, baked: bool) -> dict[str, str]:
+    """Compile a program and unpack the files that the loader needs into `directory`."""
+    import torch._inductor
+    import torch._inductor.config as inductor_config
+
+    from ts_handlers.backends.inductor_cache import private_cache
+
+    configs: dict[str, Any] = {"aot_inductor.package_constants_in_so": baked}
+    if hasattr(inductor_config.aot_inductor, "check_lowerbound"):
+        configs["aot_inductor.check_lowerbound"] = False  # ranges are checked before an artifact is called
+    # Otherwise scalars, short vectors (up to 8 elements: a small classifier's bias) and weights that are uniform today
+    # are written into the code and survive an update of the weights; see docs/decisions/0001-weights-outside.md.
+    configs["always_keep_tensor_constants"] = not baked
+    configs["joint_graph_constant_folding"] = baked
+    if request.settings.compile.mode is not None:
+        configs.update(torch._inductor.list_mode_options(request.settings.compile.mode))
+    configs.update(request.settings.compile.options)
+    configs.pop("triton.cudagraphs", None)  # not a feature of ahead-of-time artifacts
+    directory.mkdir(parents=True)
+    package = directory / "package.pt2"
+    with private_cache(), torch.no_grad():
+        torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=configs)
+    library = ""
+    with zipfile.ZipFile(package) as archive:
+        for info in archive.infolist():
+            base = os.path.basename(info.filename)
+            if "/data/aotinductor/" not in info.filename or base.endswith((".cpp", ".h", "_metadata.json")):
+                continue
+            (directory / base).write_bytes(archive.read(info))
+            if base.endswith(".so"):
+                library = base
+    package.unlink()
+    if not library:
+        raise BuildError("the compiled package holds no shared library")
+    os.chmod(directory / library, 0o700)
+    return {"library": library}
+
+
+def _refuse_folded_weights(program: Any, fqns: set[str]) -> None:
+    """Refuse code into which a weight was folded: it would survive an update of the weights."""
+    signature = program.graph_signature
+    sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    used = {
+        sources[node.name]
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in sources and node.users
+    }
+    state = program.state_dict
+    storages = {state[fqn].untyped_storage().data_ptr() for fqn in fqns if fqn in state}
+    folded = {fqn for fqn in used - fqns if fqn in state and state[fqn].untyped_storage().data_ptr() not in storages}
+    if folded:
+        raise BuildError(f"the compiler folded weights into the code: {', '.join(sorted(folded)[:5])}")
+
+
+def _verify(
+    request: Request, signature: Signature, directory: Path, description: Description, variants: list[Variant]
+) -> dict[str, list[int]]:
+    """Compare with eager at the ends of the ranges (or at every static size); returns the ranges."""
+    from ts_handlers.backends.eager import eager_run
+    from ts_handlers.warmup import compare_outputs
+
+    eager = eager_run(request, signature.names)
+    ranges = {name: [d.min, d.max] for name, d in signature.dimensions.items()}
+    description["dimensions"] = ranges
+    loaded = BACKEND.load(request, directory, description)
+    static = all(not variant_ranges for _, _, variant_ranges, _ in variants)
+    cases = [fixed for _, fixed, _, _ in variants] if static else signature.corner_sizes()
+    for sizes in cases:
+        tensors = [tensor.to(request.device) for tensor in signature.generate(sizes, seed=2)]
+        expected = eager(tensors)
+        try:
+            compare_outputs(loaded.run(tensors), expected, request.settings.canary.tolerance)
+        except (CanaryError, RuntimeError, InputError) as error:
+            raise BuildError(f"at {sizes} the artifact differs from eager: {_first_line(error)}") from error
+    return ranges
+
+
+def _build_exported(request: Request, source: ExportedSource, directory: Path, phase: Phase) -> Built:
+    """Compile an exported program as it is, with its weights inside."""
+    from ts_handlers.backends.exported import describe_program
+
+    with phase("export"):
+        program = source.program
+        inputs, dimensions, structure = describe_program(program, request.signature)
+    signature = Signature(inputs, dimensions)
+    with phase("compile"):
+        files = _compile(program, request, directory / "exported", baked=True)
+    variant = {
+        "name": "exported",
+        "fixed": {},
+        "ranges": {n: (d.min, d.max) for n, d in dimensions.items()},
+        **files,
+    }
+    description: Description = {
+        "variants": [variant],
+        "constants": {},
+        "weights_from": "artifact",
+        "output": structure,
+        "inputs": _inputs_description(signature),
+        "dimensions": {name: [d.min, d.max] for name, d in dimensions.items()},
+        "step": "exported",
+    }
+    return Built(description)
+
+
+def _signature_of(description: Description) -> Signature:
+    inputs = [
+        InputSpec(
+            name=spec["name"],
+            dtype=spec["dtype"],
+            shape=tuple(spec["shape"]),
+            values=None if spec.get("values") is None else tuple(spec["values"]),
+        )
+        for spec in description["inputs"]
+    ]
+    return Signature(inputs, {name: Dimension(*bounds) for name, bounds in description["dimensions"].items()})
+
+
+def _constants(request: Request, directory: Path, description: Description) -> Tensors:
+    """Every constant by the name that the artifact uses, with the dtype, shape, stride and device it was built for."""
+    if not description["constants"]:
+        return {}
+    if description["weights_from"] == "module":
+        weights = {name: tensor.detach() for name, tensor in request.eager().state_dict().items()}
+    else:
+        weights = request.source.weights()
+    extras: Tensors = torch.load(directory / EXTRAS, weights_only=True, map_location="cpu")
+    constants = {}
+    for fqn, spec in description["constants"].items():
+        pool = extras if spec["extra"] else weights
+        if spec["name"] not in pool:
+            raise LoadError(f"the archive's weights lack {spec['name']!r}, which the artifact needs")
+        tensor = pool[spec["name"]].detach()
+        if list(tensor.shape) != spec["shape"]:
+            raise LoadError(
+                f"weight {spec['name']!r} has shape {list(tensor.shape)}, the artifact was built for {spec['shape']}"
+            )
+        tensor = tensor.to(request.device, getattr(torch, spec["dtype"]))
+        if list(tensor.stride()) != spec["stride"]:
+            fitting = torch.empty_strided(spec["shape"], spec["stride"], dtype=tensor.dtype, device=tensor.device)
+            tensor = fitting.copy_(tensor)
+        constants[fqn] = tensor
+    if request.device.type == "cuda":
+        torch.cuda.synchronize(request.device)
+    return constants
+
+
+def _open_runner(device: torch.device, library: Path, variant: Description) -> Any:
+    """torch's container runner on a shared library where it lies: nothing is unpacked into the temporary folder."""
+    runners = torch._C._aoti
+    if device.type == "cpu":
+        return runners.AOTIModelContainerRunnerCpu(str(library), 1)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return runners.AOTIModelContainerRunnerCuda(str(library), 1, f"cuda:{index}", str(library.parent))
+    raise LoadError(f"no AOTInductor runner for device {device.type!r}; use the backend 'inductor' or 'eager'")
+
+
+def _load_runner(request: Request, directory: Path, variant: Description, constants: Tensors) -> Any:
+    runner = _open_runner(request.device, directory / variant["name"] / variant["library"], variant)
+    names = runner.get_constant_names_to_original_fqns()
+    if constants:
+        missing = sorted(set(names.values()) - set(constants))
+        if missing:  # running without them would kill the process
+            raise LoadError(f"the artifact needs constants that its manifest does not list: {', '.join(missing[:5])}")
+        # (map, use_inactive, validate_full_updates, user_managed): the tensors are used where they are, not copied.
+        runner.update_constant_buffer({name: constants[fqn] for name, fqn in names.items()}, False, True, True)
+    return _Runner(runner, constants)
+
+
+class _Runner:
+    """A runner together with the tensors that it borrows."""
+
+    __slots__ = ("_constants", "run")
+
+    def __init__(self, runner: Any, constants: Tensors) -> None:
+        self.run = runner.run
+        self._constants = constants
+
+
+def _route(runners: list[tuple[Sizes, _Runner]], signature: Signature, tensors: list[torch.Tensor]) -> _Runner:
+    """The variant for these sizes: the one that fixes most of them."""
+    sizes = signature.check(tensors)
+    fitting = [pair for pair in runners if all(sizes[name] == size for name, size in pair[0].items())]
+    if not fitting:
+        known = "; ".join(str(fixed) for fixed, _ in runners)
+        raise InputError(f"no artifact was built for sizes {sizes}; built are {known}: add the sizes to warmup")
+    return max(fitting, key=lambda pair: len(pair[0]))[1]
+
+
+@functools.cache
+def ensure_loadable() -> None:
+    """Put the C++ standard library into the global symbol scope before the first artifact is loaded.
+
+    libtorch_cpu of some builds (seen with torch 2.11.0+cu130, built with GCC 13.3) exports its own weak copies of
+    std::regex; a shared library that AOTInductor compiled with another compiler then mixes both and every load ends
+    in a segmentation fault. With libstdc++ promoted to the global scope the fault is gone; measured in
+    docs/decisions/0003-libstdcxx-global.md: it also works after torch has been imported, which is the case in a
+    TorchServe worker.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return re.sub(r"\s+", " ", lines[0])[:300] if lines else ""
+
+
+BACKEND = AotInductorBackend()

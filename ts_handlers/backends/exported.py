@@ -1,0 +1,99 @@
+"""Reading the input signature and output structure out of a `torch.export.ExportedProgram`."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from ts_handlers.errors import BuildError
+from ts_handlers.settings import Dimension, InputSpec
+from ts_handlers.signature import Signature
+from ts_handlers.structure import flatten
+
+LARGEST = 2**31 - 1  # for a dimension that the program leaves unbounded
+
+
+def describe_program(
+    program: Any, declared: Signature | None
+) -> tuple[tuple[InputSpec, ...], dict[str, Dimension], dict[str, Any]]:
+    """Inputs, dynamic dimensions and output structure of a program.
+
+    Parameters
+    ----------
+    program:
+        The loaded program.
+    declared:
+        The signature from the settings; its value ranges are kept, everything else is the program's own.
+
+    Raises
+    ------
+    BuildError
+        The program takes nested inputs, changes its state, or has a dimension that is an expression.
+    """
+    graph_signature = program.graph_signature
+    if graph_signature.buffers_to_mutate or graph_signature.user_inputs_to_mutate:
+        raise BuildError("the exported program changes its state or its inputs while it runs")
+    names = _input_names(program)
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    user_inputs = [nodes[name] for name in graph_signature.user_inputs]
+    if len(names) != len(user_inputs):
+        raise BuildError(
+            "the exported program takes nested inputs; export a wrapper whose forward() takes tensors only"
+        )
+    values = {spec.name: spec.values for spec in declared.inputs} if declared else {}
+    symbols: dict[Any, str] = {}
+    dimensions: dict[str, Dimension] = {}
+    inputs = []
+    for name, node in zip(names, user_inputs, strict=True):
+        tensor = node.meta["val"]
+        if not isinstance(tensor, torch.Tensor):
+            raise BuildError(f"input {name!r} of the exported program is a {type(tensor).__name__}, not a tensor")
+        shape = tuple(
+            size if isinstance(size, int) else _symbol(program, size, symbols, dimensions) for size in tensor.shape
+        )
+        dtype: Any = str(tensor.dtype)[6:]
+        inputs.append(InputSpec(name=name, dtype=dtype, shape=shape, values=values.get(name)))
+    return tuple(inputs), dimensions, _structure(program)
+
+
+def _input_names(program: Any) -> list[str]:
+    spec = program.call_spec.in_spec
+    positional, keywords = spec.children_specs if hasattr(spec, "children_specs") else spec.children()
+    forward = inspect.signature(program.module().forward)
+    count = positional.num_leaves
+    names = [name for name, parameter in forward.parameters.items() if parameter.kind.name != "VAR_POSITIONAL"]
+    keyword_names = list(keywords.context or [])
+    taken = [name for name in names if name not in keyword_names][:count]
+    return [*taken, *keyword_names]
+
+
+def _symbol(program: Any, size: Any, symbols: dict[Any, str], dimensions: dict[str, Dimension]) -> str:
+    expression = size.node.expr
+    if not expression.is_Symbol:
+        raise BuildError(f"a dimension of the exported program is the expression {expression}; export plain ones")
+    if expression not in symbols:
+        bounds = program.range_constraints.get(expression)
+        low = max(1, int(bounds.lower)) if bounds is not None else 1
+        high = LARGEST if bounds is None or not str(bounds.upper).isdigit() else min(LARGEST, int(bounds.upper))
+        name = f"dim{len(symbols)}"
+        symbols[expression] = name
+        dimensions[name] = Dimension(low, high)
+    return symbols[expression]
+
+
+def _structure(program: Any) -> dict[str, Any]:
+    spec = program.call_spec.out_spec
+    leaves = [torch.zeros(()) for _ in range(spec.num_leaves)]
+    constants = {
+        index: argument.value
+        for index, argument in enumerate(
+            output.arg for output in program.graph_signature.output_specs if output.kind.name == "USER_OUTPUT"
+        )
+        if type(argument).__name__ == "ConstantArgument"
+    }
+    values: list[Any] = [constants.get(index, leaf) for index, leaf in enumerate(leaves)]
+    _, structure = flatten(pytree.tree_unflatten(values, spec))
+    return structure

@@ -1,0 +1,208 @@
+"""Backend `inductor`: `torch.compile` with every cache of the compiler in a sealed entry.
+
+For models that cannot be exported (graph breaks, data-dependent control flow). The entry holds Inductor's directory:
+FX graph and AOTAutograd entries, compiled C++ and Triton code, autotuning results. A warm start seeds a private
+directory from it and compiles again, which then consists of tracing and loading. Weights are inputs of the graphs, so
+an entry survives an update of the weights.
+
+torch's precompiled Dynamo state (`caching_precompile`) is not used: it drops identity and closure guards and answered
+wrongly from a hit; see docs/decisions/0002-no-precompiled-dynamo-state.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ts_handlers import fingerprint
+from ts_handlers.backends.base import Built, Description, Loaded, Phase, Request, call_module, takes_names
+from ts_handlers.backends.inductor_cache import make_working_directory, use_cache
+from ts_handlers.errors import LoadError
+from ts_handlers.signature import Signature, Sizes
+
+logger = logging.getLogger(__name__)
+
+CACHE = "cache"
+
+# The precompiled header lies outside the cache directory and costs 5-6 s when it is lost; the probe for instruction
+# sets compiles a program, and ours are in the key. Both switches are part of Inductor's own keys, so they are the same
+# when building and when loading.
+KNOBS = {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0", "TORCHINDUCTOR_VEC_ISA_OK": "1"}
+
+
+class InductorBackend:
+    """See the module's docstring."""
+
+    name = "inductor"
+    persistent = True
+
+    def bakes_weights(self, request: Request) -> bool:
+        """Weights are inputs of the compiled graphs."""
+        return False
+
+    def options(self, request: Request) -> dict[str, str]:
+        """The arguments of `torch.compile`."""
+        compile_settings = request.settings.compile
+        facts = {f"inductor.{name}": json.dumps(value) for name, value in compile_settings.options.items()}
+        facts["dynamic"] = str(compile_settings.dynamic)
+        facts["fullgraph"] = str(compile_settings.fullgraph)
+        if compile_settings.mode is not None:
+            facts["mode"] = compile_settings.mode
+        facts["warmup"] = json.dumps(_warmup_sizes(request), separators=(",", ":"), sort_keys=True)
+        return facts
+
+    def toolchain(self, request: Request) -> str:
+        """torch and everything that its own cache keys hold: Python and the C++ compiler too."""
+        facts = [fingerprint.toolchain(request.device.type), f"python={fingerprint.python_identity()}"]
+        facts.append(f"cxx={fingerprint.compiler_identity()}")
+        return " ".join(facts)
+
+    def build(self, request: Request, directory: Path, phase: Phase) -> Built:
+        """Compile by running the warm-up, and copy the compiler's directory into the entry."""
+        working = make_working_directory()
+        with phase("compile"):
+            loaded = _compile(request, working, warm=False)
+        shutil.copytree(working, directory / CACHE, ignore=_ignore_scratch)
+        return Built({"graphs": _counter("stats", "unique_graphs")}, loaded)
+
+    def load(self, request: Request, directory: Path, description: Description) -> Loaded:
+        """Seed a private directory from the entry and compile from it."""
+        working = make_working_directory()
+        source = directory / CACHE
+        if not source.is_dir():
+            raise LoadError("the entry holds no Inductor directory")
+        shutil.copytree(source, working, dirs_exist_ok=True, copy_function=_copy)
+        return _compile(request, working, warm=True)
+
+
+def _copy(source: str, target: str) -> str:
+    """Copy bytes and make the copy ours to write, whatever the store's modes are."""
+    shutil.copyfile(source, target)
+    if target.endswith(".so"):
+        os.chmod(target, 0o700)
+    return target
+
+
+def _ignore_scratch(directory: str, names: list[str]) -> set[str]:
+    """Lock files, precompiled headers and temporary files stay out of the entry."""
+    scratch = {name for name in names if name.endswith((".lock", ".gch", ".pch", ".tmp")) or name == "locks"}
+    return scratch | {name for name in names if os.path.islink(os.path.join(directory, name))}
+
+
+def _compile(request: Request, working: Path, *, warm: bool) -> Loaded:
+    signature = request.require_signature()
+    os.environ.update(KNOBS)
+    use_cache(working)
+    if warm:  # the pool of compile processes is of no use; not part of any key
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    import torch._dynamo
+    import torch._functorch.config as functorch_config
+    import torch._inductor.config as inductor_config
+
+    inductor_config.cpp_cache_precompile_headers = False
+    inductor_config.fx_graph_cache = True
+    inductor_config.fx_graph_remote_cache = False
+    inductor_config.bundle_triton_into_fx_graph_cache = True
+    functorch_config.enable_autograd_cache = True
+    functorch_config.enable_remote_autograd_cache = False
+    if warm:
+        inductor_config.compile_threads = 1
+    module = request.eager()
+    by_name = takes_names(module, signature.names)
+    arguments = request.settings.compile
+    dynamic = arguments.dynamic
+    if dynamic is None and any(d.min != d.max for d in signature.dimensions.values()):
+        dynamic = True  # entries would otherwise depend on the order in which shapes were seen
+    compiled = torch.compile(
+        module,
+        backend="inductor",
+        mode=arguments.mode,
+        options=dict(arguments.options) or None,  # type: ignore[arg-type]
+        dynamic=dynamic,
+        fullgraph=arguments.fullgraph,
+    )
+    sealed = False
+
+    def run(tensors: list[torch.Tensor]) -> Any:
+        # One mode for warm-up and requests: tensors made in inference mode have other dispatch keys, which is a guard
+        # miss and a compilation.
+        with torch.inference_mode(False), torch.no_grad(), _stance(sealed):
+            plain = [tensor.clone() if tensor.is_inference() else tensor for tensor in tensors]
+            return call_module(compiled, signature.names, plain, by_name)
+
+    def seal() -> None:
+        nonlocal sealed
+        sealed = True
+
+    before = _cache_counters()
+    for sizes in _warmup_sizes(request):
+        run([tensor.to(request.device) for tensor in signature.generate(sizes, seed=1)])
+    after = _cache_counters()
+    facts = {name: after[name] - before[name] for name in after}
+    facts["graphs"] = _counter("stats", "unique_graphs")
+    if warm and facts["fxgraph_cache_miss"]:
+        logger.warning("%s: the entry lacked %d graphs", request.source.name, facts["fxgraph_cache_miss"])
+    return Loaded(run=run, signature=signature, facts=facts, seal=seal)
+
+
+def _stance(sealed: bool) -> contextlib.AbstractContextManager[Any]:
+    """After warm-up a shape that would compile runs eagerly instead: right, and no request waits for a compiler."""
+    return torch.compiler.set_stance("eager_on_recompile") if sealed else contextlib.nullcontext()
+
+
+def _warmup_sizes(request: Request) -> list[Sizes]:
+    """Sizes to run: declared ones, and one for each combination of size 1 and a larger size.
+
+    Sizes 1 are specialised by Dynamo, so they have graphs of their own.
+    """
+    signature: Signature = request.require_signature()
+    declared = [{**request.example_sizes, **sizes} for sizes in request.settings.warmup]
+    choices = []
+    for name, dimension in signature.dimensions.items():
+        sizes = [request.example_sizes[name]]
+        if dimension.min == 1 and dimension.max > 1:
+            sizes.append(1)
+        choices.append(sizes)
+    combinations = [dict(zip(signature.dimensions, sizes, strict=True)) for sizes in itertools.product(*choices)]
+    result: list[Sizes] = []
+    for sizes_by_name in _in_order(combinations, declared):
+        if sizes_by_name not in result:
+            result.append(sizes_by_name)
+    return result
+
+
+def _in_order(combinations: list[Sizes], declared: list[Sizes]) -> Iterator[Sizes]:
+    """The general case first: with `dynamic` its graph serves most of the others."""
+    yield from combinations
+    yield from declared
+
+
+def _cache_counters() -> dict[str, int]:
+    return {
+        "fxgraph_cache_hit": _counter("inductor", "fxgraph_cache_hit"),
+        "fxgraph_cache_miss": _counter("inductor", "fxgraph_cache_miss"),
+    }
+
+
+def _counter(group: str, name: str) -> int:
+    """A counter of torch._dynamo, 0 when it has not been imported."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    return int(utils.counters[group][name]) if utils is not None else 0
+
+
+def compiled_graphs() -> int:
+    """Number of graphs that Dynamo has compiled in this process."""
+    return _counter("stats", "unique_graphs")
+
+
+BACKEND = InductorBackend()

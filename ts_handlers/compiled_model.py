@@ -1,0 +1,124 @@
+"""What a handler's `self.model` is: a callable that checks, dispatches and answers like the eager model."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any
+
+import torch
+
+from ts_handlers.backends.base import Loaded, Request, Run
+from ts_handlers.backends.eager import eager_run
+from ts_handlers.errors import InputError
+from ts_handlers.metrics import Metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a start ended; the contents of `describe`.
+
+    `result` is ``hit``, ``built`` (by this process), ``waited`` (built by another process of this host while this one
+    waited) or ``eager``. `missed` names the key parts that kept the nearest entry from being a hit.
+    """
+
+    backend: str
+    key: str | None
+    result: str
+    missed: tuple[str, ...] = ()
+    fallbacks: tuple[dict[str, str], ...] = ()
+    canary: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+
+class CompiledModel:
+    """A model that is ready to serve.
+
+    Call it as the eager module is called, with the declared inputs by position or by name. Attributes of the eager
+    module are reachable too, at the cost of building it at the first use.
+
+    Raises
+    ------
+    InputError
+        The call does not fit the declared signature and `outside` is ``refuse``.
+    """
+
+    def __init__(self, request: Request, loaded: Loaded, outcome: Outcome, metrics: Metrics) -> None:
+        self._request = request
+        self._loaded = loaded
+        self._signature = loaded.signature
+        self._run: Run = loaded.run
+        self._device = request.device
+        self._checked = bool(loaded.signature.inputs)
+        self._outside_eager = request.settings.outside == "eager"
+        self._eager: Run | None = None
+        self._lock = threading.Lock()
+        self.outcome = outcome
+        self.metrics = metrics
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._checked:
+            return self._call_eager(args, kwargs)
+        signature = self._signature
+        try:
+            tensors = signature.bind(args, kwargs, self._device)
+            try:
+                signature.check(tensors)
+                return self._run(tensors)
+            except InputError:
+                if not self._outside_eager:
+                    raise
+        except InputError:
+            self.metrics.count("refused")
+            raise
+        self.metrics.count("outside_eager")
+        with self._lock:
+            if self._eager is None:
+                self._eager = eager_run(self._request, signature.names)
+        return self._eager(tensors)
+
+    def _call_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with torch.inference_mode():
+            return self._request.eager()(*_to(args, self._device), **_to(kwargs, self._device))
+
+    def to(self, *args: Any, **kwargs: Any) -> CompiledModel:
+        """Does nothing: the device and dtype were settled when the artifact was loaded."""
+        return self
+
+    def eval(self) -> CompiledModel:
+        """Does nothing: artifacts are built in eval mode."""
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the model runs."""
+        return self._device
+
+    def describe(self) -> dict[str, Any]:
+        """Backend, key, hit or miss with the missed part, phases, counters and fallback reasons, JSON-compatible."""
+        from ts_handlers.backends.inductor import compiled_graphs
+
+        facts = dataclasses.asdict(self.outcome)
+        facts["phases_ms"] = {name: round(value, 1) for name, value in self.metrics.phases_ms.items()}
+        facts["build_ms"] = {name: round(value, 1) for name, value in self.metrics.build_ms.items()}
+        facts["counters"] = dict(self.metrics.counters)
+        facts["artifact"] = dict(self._loaded.facts)
+        facts["device"] = str(self._device)
+        facts["graphs_in_process"] = compiled_graphs()
+        return facts
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._request.eager(), name)
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """Tensors inside tuples, lists and dicts on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_to(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: _to(item, device) for key, item in value.items()}
+    return value

@@ -1,0 +1,42 @@
+"""The exceptions of the package: one tree, rooted in `WarmStartError`.
+
+Every message says what was expected, what was found and what to do.
+"""
+
+from __future__ import annotations
+
+
+class WarmStartError(Exception):
+    """Root of every exception that this package raises on purpose."""
+
+
+class SettingsError(WarmStartError, ValueError):
+    """A setting of model-config.yaml is unknown, of a wrong type, or impossible together with another."""
+
+
+class ModelError(WarmStartError, RuntimeError):
+    """The archive's model cannot be built or its weights cannot be read; no backend can help."""
+
+
+class InputError(WarmStartError, ValueError):
+    """A request that the model cannot answer; served as HTTP 400 with this message."""
+
+
+class BuildError(WarmStartError, RuntimeError):
+    """A backend cannot compile this model; the next backend of the ladder is tried."""
+
+
+class LoadError(WarmStartError, RuntimeError):
+    """A stored artifact cannot be loaded here; it is rebuilt, or the next backend is tried."""
+
+
+class CanaryError(WarmStartError, RuntimeError):
+    """An artifact did not reproduce the eager model's output; it is not served."""
+
+
+class StoreError(WarmStartError, OSError):
+    """The store cannot be used as configured (missing, foreign, unreadable or full)."""
+
+
+class MissError(WarmStartError, RuntimeError):
+    """`on_miss: fail` and the store holds no entry for the key."""

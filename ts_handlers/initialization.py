@@ -1,0 +1,72 @@
+"""Build a model without drawing the random initial weights that the checkpoint replaces anyway.
+
+Measured for a BERT-base of transformers: about a second of the eager start goes into random numbers that
+`load_state_dict` overwrites. Skipping them is only right when nobody can tell, so `skip_random_initialization` keeps
+a record and `was_sound` decides afterwards; if it was not, the caller builds the model again in the ordinary way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+# What torch.nn.init and transformers' own initialisation end in.
+_METHODS = ("normal_", "uniform_")
+
+
+class SkippedInitialization:
+    """Record of what was skipped while `skip_random_initialization` was active."""
+
+    def __init__(self) -> None:
+        self._skipped: list[torch.Tensor] = []
+        self._state = torch.get_rng_state()
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Remember a tensor left as allocated; the reference keeps its memory from being reused."""
+        self._skipped.append(tensor)
+
+    def was_sound(self, module: torch.nn.Module) -> bool:
+        """Whether `module`, whose state_dict has been loaded completely, equals one built in the ordinary way.
+
+        Sound means: every skipped tensor is (part of) a loaded parameter or persistent buffer, and nothing else drew
+        from the random generator, whose sequence the skipping has changed.
+        """
+        if not torch.equal(self._state, torch.get_rng_state()):
+            return False
+        loaded = {tensor.untyped_storage().data_ptr() for tensor in module.state_dict().values()}
+        return all(tensor.untyped_storage().data_ptr() in loaded for tensor in self._skipped)
+
+
+@contextlib.contextmanager
+def skip_random_initialization() -> Iterator[SkippedInitialization]:
+    """Make the in-place random fills of this thread do nothing.
+
+    Other threads keep the real methods. Not reentrant across threads: callers hold their own lock.
+    """
+    record = SkippedInitialization()
+    owner = threading.get_ident()
+    originals: dict[str, Callable[..., Any]] = {name: getattr(torch.Tensor, name) for name in _METHODS}
+
+    def skipping(original: Callable[..., Any]) -> Callable[..., Any]:
+        def fill(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if threading.get_ident() != owner or self.device.type != "cpu" or kwargs.get("generator") is not None:
+                return original(self, *args, **kwargs)  # type: ignore[no-any-return]
+            record.add(self)
+            return self
+
+        return fill
+
+    for name, original in originals.items():
+        setattr(torch.Tensor, name, skipping(original))
+    try:
+        yield record
+    finally:
+        for name, original in originals.items():
+            if name in torch.Tensor.__dict__:
+                delattr(torch.Tensor, name)
+            if getattr(torch.Tensor, name) is not original:
+                setattr(torch.Tensor, name, original)

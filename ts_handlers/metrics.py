@@ -1,0 +1,95 @@
+"""Every metric of the package, declared once, and the phases of a start.
+
+Counters are per process. `Phases` times the steps of a start; both go to TorchServe's metrics, to the log as one
+structured line, and to `describe`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+PHASES = (
+    "process",  # age of the process when the handler was asked to initialise: interpreter, torch, handler imports
+    "key",
+    "lookup",
+    "wait",  # for another process's build
+    "build",
+    "publish",
+    "load",
+    "canary",
+    "warmup",
+)
+
+COUNTERS = (
+    "hit",
+    "miss",
+    "build",
+    "corrupt",
+    "fallback",
+    "publish_failed",
+    "canary_recorded",
+    "outside_eager",
+    "refused",
+    "compile_after_ready",
+)
+
+
+@dataclasses.dataclass
+class Metrics:
+    """Phases in milliseconds and counters of one model in one process."""
+
+    phases_ms: dict[str, float] = dataclasses.field(default_factory=dict)
+    build_ms: dict[str, float] = dataclasses.field(default_factory=dict)
+    counters: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the duration of the block to a phase."""
+        with _timed(self.phases_ms, name):
+            yield
+
+    @contextlib.contextmanager
+    def build_phase(self, name: str) -> Iterator[None]:
+        """Add the duration of the block to a phase of the build."""
+        with _timed(self.build_ms, name):
+            yield
+
+    def count(self, name: str, amount: int = 1) -> None:
+        """Increase a declared counter."""
+        self.counters[name] += amount
+
+    def emit(self, torchserve_metrics: Any) -> None:
+        """Hand the phases and counters of a start to TorchServe's metrics cache, if there is one."""
+        if torchserve_metrics is None:
+            return
+        for name, value in self.phases_ms.items():
+            torchserve_metrics.add_time(f"ts_handlers_{name}_ms", round(value, 2), None, "ms")
+        for name, count in self.counters.items():
+            if count:
+                torchserve_metrics.add_counter(f"ts_handlers_{name}_total", count)
+
+
+@contextlib.contextmanager
+def _timed(durations: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        durations[name] = durations.get(name, 0.0) + (time.perf_counter() - started) * 1000
+
+
+def process_age_ms() -> float | None:
+    """Milliseconds since this process started, or None where /proc is not available."""
+    try:
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+            fields = file.read().rpartition(")")[2].split()
+        with open("/proc/uptime", encoding="ascii") as file:
+            uptime = float(file.read().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+    return (uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")) * 1000

@@ -1,0 +1,506 @@
+"""Where a model comes from: its identity, its weights by name and, only when needed, the eager module.
+
+A warm start asks a source for `digest`, `weights` and `weights_digest` and never for `eager`: the archive's Python
+files and the libraries behind them are then not imported at all.
+"""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import functools
+import importlib.util
+import inspect
+import os
+import sys
+import threading
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from ts_handlers import fingerprint
+from ts_handlers.errors import ModelError
+from ts_handlers.initialization import skip_random_initialization
+
+Tensors = dict[str, torch.Tensor]
+T = TypeVar("T")
+
+# Archive files that shape requests and answers, not the model.
+IGNORED_FILES = (
+    "MAR-INF/*",
+    "model-config.yaml",
+    "index_to_name.json",
+    "requirements.txt",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "*.md",
+    "LICENSE*",
+    "*.pyc",
+    "__pycache__/*",
+    "*/__pycache__/*",
+)
+
+
+class ModelSource(Protocol):
+    """What the rest of the package needs to know of a model.
+
+    `name` is the model's name in the store's paths. `weights_by_name` says that `weights` holds the parameters under
+    the names of the eager module's state_dict, so that an artifact can take them without building the module.
+    """
+
+    name: str
+    weights_by_name: bool
+
+    def digest(self) -> str:
+        """Digest of the model's source and tensor specification, not of the weights' values."""
+
+    def weights(self) -> Tensors:
+        """Weights by name, on the CPU; empty when they are part of the artifact."""
+
+    def weights_digest(self) -> str:
+        """Digest of the weights' values."""
+
+    def eager(self) -> torch.nn.Module:
+        """The eager module on the CPU in eval mode, built at the first call. Raises `ModelError`."""
+
+    def release(self) -> None:
+        """Forget the eager module."""
+
+
+class _EagerOnce:
+    """Builds the eager module at most once."""
+
+    def __init__(self) -> None:
+        self._eager: torch.nn.Module | None = None
+        self._lock = threading.Lock()
+
+    def eager(self) -> torch.nn.Module:
+        """The eager module on the CPU in eval mode; raises `ModelError` when it cannot be built."""
+        with self._lock:
+            if self._eager is None:
+                self._eager = self._build().eval()
+            return self._eager
+
+    def release(self) -> None:
+        """Forget the eager module."""
+        self._eager = None
+
+    def _build(self) -> torch.nn.Module:
+        raise NotImplementedError
+
+
+class ArchiveSource(_EagerOnce):
+    """An archive with a model file (one `nn.Module` class without constructor arguments) and a state dict.
+
+    Parameters
+    ----------
+    name:
+        The model's name.
+    directory:
+        The unpacked archive.
+    model_file, weights_file:
+        Names inside `directory`; `weights_file` (``.pt``, ``.pth`` or ``.safetensors``) may be None for a model
+        without weights.
+    build:
+        Builds the eager module with its weights loaded, when the handler brings its own way; None builds the class
+        found in `model_file`.
+    extra_source:
+        Further source files that shape the model, such as a handler file that brings `build`.
+    ignored_files:
+        Glob patterns of further files that do not shape the model.
+    mmap:
+        Map the weights file (its pages are then shared between workers) instead of reading it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        directory: str | Path,
+        model_file: str,
+        weights_file: str | None,
+        *,
+        build: Callable[[], torch.nn.Module] | None = None,
+        extra_source: Sequence[str] = (),
+        ignored_files: Sequence[str] = (),
+        mmap: bool = True,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.weights_by_name = True
+        self._directory = Path(directory)
+        self._model_path = self._directory / model_file
+        self._weights_path = None if weights_file is None else self._directory / weights_file
+        self._build_hook = build
+        self._extra_source = tuple(extra_source)
+        self._ignored = (*IGNORED_FILES, *ignored_files)
+        self._mmap = mmap
+        self._weights: Tensors | None = None
+        self._weights_digest: _Background[str] | None = None
+        if self._weights_path is not None and not self._weights_path.is_file():
+            raise ModelError(
+                f"the archive has no weights file {weights_file!r}; expected it beside {model_file!r}: "
+                "name it with --serialized-file when the archive is built"
+            )
+        if not self._model_path.is_file():
+            raise ModelError(
+                f"the archive has no model file {model_file!r}; name it with --model-file when the archive is built"
+            )
+        if self._weights_path is not None:
+            self._weights_digest = _Background(functools.partial(fingerprint.digest_file, self._weights_path))
+
+    def digest(self) -> str:
+        """Digest over the archive's model-shaping files, the imported libraries' versions and the tensor names."""
+        facts = []
+        modules: set[str] = set()
+        for path in self._source_files():
+            relative = path.relative_to(self._directory).as_posix()
+            facts.append(f"{relative}={fingerprint.digest_file(path)}")
+            if path.suffix == ".py":
+                modules |= _imported_modules(path)
+        facts.append(fingerprint.libraries(modules, search=self._directory))
+        facts.append(fingerprint.tensor_specification(self.weights()))
+        return fingerprint.digest_text("\n".join(facts))
+
+    def _source_files(self) -> list[Path]:
+        files = []
+        for path in sorted(self._directory.rglob("*")):
+            if not path.is_file() or path == self._weights_path:
+                continue
+            relative = path.relative_to(self._directory).as_posix()
+            if any(fnmatch.fnmatch(relative, pattern) for pattern in self._ignored):
+                continue
+            files.append(path)
+        return files
+
+    def weights(self) -> Tensors:
+        """The state dict's tensors by name, on the CPU."""
+        if self._weights is None:
+            self._weights = {} if self._weights_path is None else read_weights(self._weights_path, mmap=self._mmap)
+        return self._weights
+
+    def weights_digest(self) -> str:
+        """SHA-256 of the weights file, computed on a thread since the source was made."""
+        return "none" if self._weights_digest is None else self._weights_digest.result()
+
+    def _build(self) -> torch.nn.Module:
+        if self._build_hook is not None:
+            return self._build_hook()
+        model_class = load_model_class(self._model_path)
+        with _build_lock, skip_random_initialization() as skipped:
+            module = _construct(model_class, self._model_path)
+            self._load_state(module)
+            sound = self._weights_path is not None and skipped.was_sound(module)
+        if not sound:
+            module = _construct(model_class, self._model_path)
+            self._load_state(module)
+        return module
+
+    def _load_state(self, module: torch.nn.Module) -> None:
+        if self._weights_path is None:
+            return
+        try:
+            module.load_state_dict(self.weights())
+        except RuntimeError as error:
+            raise ModelError(
+                f"the weights in {self._weights_path.name} do not fit the class in {self._model_path.name}: {error}; "
+                "archive a state_dict saved from this class"
+            ) from error
+
+
+_build_lock = threading.Lock()
+
+
+def _construct(model_class: type[torch.nn.Module], path: Path) -> torch.nn.Module:
+    try:
+        return model_class()
+    except Exception as error:
+        raise ModelError(
+            f"{path.name}: {model_class.__name__}() raised {type(error).__name__}: {error}; "
+            "the class must be constructible without arguments"
+        ) from error
+
+
+class ModuleSource(_EagerOnce):
+    """A module that already exists in this process.
+
+    Its identity is taken from the source files of every submodule's class, from each submodule's attributes that are
+    not tensors, and from the tensor specification, since a constructor's arguments are not known any more.
+    """
+
+    def __init__(self, name: str, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.weights_by_name = True
+        self._module = module
+
+    def digest(self) -> str:
+        """Digest over classes, attributes, libraries and tensor names."""
+        return fingerprint.digest_text("\n".join(_module_facts(self._module)))
+
+    def weights(self) -> Tensors:
+        """The module's own state dict."""
+        return {name: tensor.detach() for name, tensor in self._module.state_dict().items()}
+
+    @functools.cached_property
+    def _weights_digest(self) -> str:
+        return fingerprint.digest_tensors(self.weights())
+
+    def weights_digest(self) -> str:
+        """Digest of the state dict's bytes."""
+        return self._weights_digest
+
+    def _build(self) -> torch.nn.Module:
+        return self._module
+
+
+class ExportedSource(_EagerOnce):
+    """An exported program (``torch.export.save``, ``.pt2``). Weights are part of the artifact."""
+
+    def __init__(self, name: str, path: str | Path) -> None:
+        super().__init__()
+        self.name = name
+        self.weights_by_name = False
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ModelError(f"the archive has no exported program {self.path.name!r}")
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                names = archive.namelist()
+        except zipfile.BadZipFile as error:
+            raise ModelError(f"{self.path.name} is not an exported program: {error}") from error
+        if any("/aotinductor/" in name for name in names):
+            raise ModelError(
+                f"{self.path.name} is a compiled AOTInductor package, which fits one machine only and does not check "
+                "its inputs; archive the exported program (torch.export.save) instead"
+            )
+        self._digest = _Background(functools.partial(fingerprint.digest_file, self.path))
+
+    def digest(self) -> str:
+        """Digest of the whole file."""
+        return self._digest.result()
+
+    def weights(self) -> Tensors:
+        """Nothing: the artifact holds the weights."""
+        return {}
+
+    def weights_digest(self) -> str:
+        """Digest of the whole file."""
+        return self._digest.result()
+
+    @functools.cached_property
+    def program(self) -> Any:
+        """The loaded `torch.export.ExportedProgram`."""
+        try:
+            return torch.export.load(self.path)
+        except Exception as error:
+            raise ModelError(
+                f"{self.path.name} cannot be loaded as an exported program: {type(error).__name__}: {error}; "
+                "export it again with this torch version"
+            ) from error
+
+    def _build(self) -> torch.nn.Module:
+        module: torch.nn.Module = self.program.module()
+        module.eval = lambda: module  # type: ignore[method-assign]  # exported modules refuse eval()
+        return module
+
+
+def read_weights(path: Path, *, mmap: bool) -> Tensors:
+    """Read a state dict from ``.pt``, ``.pth`` or ``.safetensors``.
+
+    Raises
+    ------
+    ModelError
+        The file is truncated, holds something else than tensors by name, or needs unpickling of foreign classes.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load, load_file
+
+            state = load_file(path) if mmap else load(path.read_bytes())
+        else:
+            state = _torch_load(path, mmap)
+    except ImportError as error:
+        raise ModelError(f"{path.name} needs the package safetensors: pip install safetensors") from error
+    except Exception as error:
+        raise ModelError(
+            f"the weights file {path.name} ({os.path.getsize(path)} bytes) cannot be read: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; it may be truncated, or hold "
+            "more than tensors: save it with torch.save(model.state_dict(), ...)"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ModelError(
+            f"{path.name} holds a {type(state).__name__}, expected a state dict (tensors by name); "
+            "save it with torch.save(model.state_dict(), ...)"
+        )
+    return dict(state)
+
+
+def _torch_load(path: Path, mmap: bool) -> Any:
+    if mmap and zipfile.is_zipfile(path):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_model_class(path: Path) -> type[torch.nn.Module]:
+    """Import a model file and return the one `nn.Module` class that it defines.
+
+    TorchServe's rule: exactly one class. Helper classes that are not modules, and modules that the file merely
+    imports, do not count; of several module classes the one marked ``__model__ = True`` is taken.
+    """
+    directory = str(path.parent)
+    added = directory not in sys.path
+    if added:
+        sys.path.insert(0, directory)
+    try:
+        name = f"ts_handlers_model_{fingerprint.digest_text(str(path))[:12]}"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ModelError(f"{path.name} cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        if added:
+            sys.path.remove(directory)
+    classes = [
+        value
+        for value in vars(module).values()
+        if inspect.isclass(value) and issubclass(value, torch.nn.Module) and value.__module__ == name
+    ]
+    marked = [value for value in classes if vars(value).get("__model__") is True]
+    if len(marked) == 1:
+        return marked[0]
+    if len(classes) != 1:
+        found = ", ".join(value.__name__ for value in classes) or "none"
+        raise ModelError(
+            f"{path.name}: expected exactly one nn.Module class, found {len(classes)} ({found}); move the others to "
+            "another file, or mark the model's class with `__model__ = True`"
+        )
+    return classes[0]
+
+
+def _imported_modules(path: Path) -> set[str]:
+    """Top-level names of the absolute imports anywhere in a file."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):
+        return set()
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def _module_facts(module: torch.nn.Module) -> list[str]:
+    files: dict[str, str] = {}
+    facts = []
+    packages: set[str] = set()
+    for name, child in module.named_modules():
+        kind = type(child)
+        facts.append(f"{name}:{kind.__module__}.{kind.__qualname__}:{_attributes(child)}")
+        package = kind.__module__.partition(".")[0]
+        if package == "torch":
+            continue
+        file = inspect.getsourcefile(kind) if kind.__module__ != "__main__" else None
+        if file is not None and fingerprint.distribution_version(package) is not None:
+            packages.add(package)
+        elif file is not None and file not in files:
+            files[file] = fingerprint.digest_file(file)
+        elif file is None:
+            try:
+                facts.append(fingerprint.digest_text(inspect.getsource(kind)))
+            except (OSError, TypeError):
+                raise ModelError(
+                    f"the source of {kind.__qualname__} is not available, so its artifact cannot be told from another "
+                    "class's; define it in a file"
+                ) from None
+    facts.extend(sorted(files.values()))
+    facts.append(fingerprint.libraries(packages))
+    facts.append(fingerprint.tensor_specification(dict(module.state_dict())))
+    return facts
+
+
+_INTERNAL = frozenset(torch.nn.Module().__dict__) - {"training"}
+
+
+def _attributes(module: torch.nn.Module) -> str:
+    values = {key: value for key, value in vars(module).items() if key not in _INTERNAL}
+    buffers = [f"{key}:{value}" for key, value in module._buffers.items() if key in module._non_persistent_buffers_set]
+    return _canonical(values) + _canonical(buffers)
+
+
+def _canonical(value: Any) -> str:
+    """A text that is equal for equal values and does not hold memory addresses."""
+    if value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype, torch.device, torch.Size)):
+        return repr(value)
+    if isinstance(value, torch.Tensor):
+        return fingerprint.digest_tensors({"": value})
+    if isinstance(value, dict):
+        return "{" + ",".join(sorted(f"{_canonical(k)}:{_canonical(v)}" for k, v in value.items())) + "}"
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__ + "(" + ",".join(map(_canonical, value)) + ")"
+    if isinstance(value, (set, frozenset)):
+        return "set(" + ",".join(sorted(map(_canonical, value))) + ")"
+    if isinstance(value, torch.nn.Module):
+        return type(value).__qualname__
+    if inspect.isroutine(value) or inspect.isclass(value):
+        return _canonical_routine(value)
+    if isinstance(value, functools.partial):
+        return f"partial({_canonical(value.func)},{_canonical(value.args)},{_canonical(value.keywords)})"
+    attributes = getattr(value, "__dict__", None)
+    if attributes is not None:
+        kept = {key: item for key, item in attributes.items() if not key.startswith("__")}
+        return f"{type(value).__module__}.{type(value).__qualname__}{_canonical(kept)}"
+    text = repr(value)
+    if " at 0x" in text:
+        raise ModelError(
+            f"the model holds a {type(value).__qualname__}, which cannot be compared between processes; "
+            "build the model from an archive's model file instead"
+        )
+    return text
+
+
+def _canonical_routine(value: Any) -> str:
+    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value)}"
+    code = getattr(value, "__code__", None)
+    if code is None:
+        return name
+    closure = [cell.cell_contents for cell in (getattr(value, "__closure__", None) or ())]
+    constants = [item for item in code.co_consts if not inspect.iscode(item)]
+    facts = [code.co_code.hex(), _canonical(list(code.co_names)), _canonical(constants), _canonical(closure)]
+    return name + fingerprint.digest_text("|".join(facts))
+
+
+class _Background(Generic[T]):
+    """A value computed on a thread that starts at once."""
+
+    def __init__(self, compute: Callable[[], T]) -> None:
+        self._compute = compute
+        self._value: list[T] = []
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True, name="ts_handlers-digest")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._value.append(self._compute())
+        except Exception as error:
+            self._error = error
+
+    def result(self) -> T:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._value[0]

@@ -1,0 +1,192 @@
+"""The model's input signature: what a request may look like.
+
+An AOTInductor artifact does not check its inputs: called with another shape than it was built for it answers with
+wrong numbers. So every call is checked here against the declared names, dtypes, shapes and ranges, and what does not
+fit is refused before it reaches an artifact.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ts_handlers.errors import InputError
+from ts_handlers.settings import Dimension, InputSpec
+
+Sizes = dict[str, int]
+
+
+class Signature:
+    """Declared inputs and the ranges of their dynamic dimensions.
+
+    Parameters
+    ----------
+    inputs:
+        The inputs in the order in which positional arguments are taken.
+    dimensions:
+        Inclusive ranges, by the names that the shapes use.
+    """
+
+    def __init__(self, inputs: Sequence[InputSpec], dimensions: Mapping[str, Dimension]) -> None:
+        self.inputs = tuple(inputs)
+        self.dimensions = dict(dimensions)
+        self.names = tuple(spec.name for spec in self.inputs)
+        self._dtypes = tuple(getattr(torch, spec.dtype) for spec in self.inputs)
+        self._ranges = {name: (d.min, d.max) for name, d in self.dimensions.items()}
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> list[torch.Tensor]:
+        """Put a call's arguments in declared order, contiguous and on `device`.
+
+        Raises
+        ------
+        InputError
+            An argument is missing, unknown, given twice or not a tensor.
+        """
+        if len(args) > len(self.names):
+            raise InputError(
+                f"expected at most {len(self.names)} inputs ({', '.join(self.names)}), found {len(args)} by position"
+            )
+        values: list[torch.Tensor] = []
+        for index, name in enumerate(self.names):
+            if index < len(args):
+                if name in kwargs:
+                    raise InputError(f"input {name!r} was given twice, by position and by name")
+                value = args[index]
+            elif name in kwargs:
+                value = kwargs[name]
+            else:
+                raise InputError(f"input {name!r} is missing; expected {', '.join(self.names)}")
+            if not isinstance(value, torch.Tensor):
+                raise InputError(f"input {name!r}: expected a tensor, found {type(value).__name__}")
+            if value.device != device:
+                value = value.to(device, non_blocking=True)
+            values.append(value.contiguous())
+        if len(args) + len(kwargs) > len(self.names):
+            unknown = sorted(set(kwargs) - set(self.names))
+            raise InputError(
+                f"unknown input {', '.join(map(repr, unknown))}; declared are {', '.join(self.names)} "
+                "(handler.ts_handlers.inputs in model-config.yaml)"
+            )
+        return values
+
+    def check(self, tensors: Sequence[torch.Tensor]) -> Sizes:
+        """Check tensors in declared order and return the sizes of the dynamic dimensions.
+
+        Raises
+        ------
+        InputError
+            A dtype, rank, static size or range does not fit, or two inputs disagree on a dimension.
+        """
+        sizes: Sizes = {}
+        for spec, dtype, tensor in zip(self.inputs, self._dtypes, tensors, strict=True):
+            if tensor.dtype != dtype:
+                raise InputError(
+                    f"input {spec.name!r}: expected dtype {spec.dtype}, found {str(tensor.dtype)[6:]}; "
+                    "convert it in preprocess"
+                )
+            shape = tensor.shape
+            if len(shape) != len(spec.shape):
+                raise InputError(
+                    f"input {spec.name!r}: expected {len(spec.shape)} dimensions {_show(spec.shape)}, "
+                    f"found {len(shape)}: {list(shape)}"
+                )
+            for axis, expected in enumerate(spec.shape):
+                found = shape[axis]
+                if isinstance(expected, int):
+                    if found != expected:
+                        raise InputError(
+                            f"input {spec.name!r}: expected size {expected} in dimension {axis} of "
+                            f"{_show(spec.shape)}, found {found}: {list(shape)}"
+                        )
+                elif sizes.setdefault(expected, found) != found:
+                    raise InputError(
+                        f"input {spec.name!r}: dimension {expected!r} is {found}, in another input {sizes[expected]}"
+                    )
+        for name, size in sizes.items():
+            low, high = self._ranges[name]
+            if not low <= size <= high:
+                raise InputError(
+                    f"dimension {name!r}: size {size} is outside the declared range {low}..{high}; send a smaller or "
+                    f"larger input, or widen handler.ts_handlers.dimensions.{name}"
+                )
+        return sizes
+
+    def generate(self, sizes: Mapping[str, int], seed: int = 0) -> list[torch.Tensor]:
+        """Draw inputs of the given sizes on the CPU, the same for the same seed.
+
+        Returns
+        -------
+        One tensor per declared input, in order, with its declared dtype.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        tensors = []
+        for spec, dtype in zip(self.inputs, self._dtypes, strict=True):
+            shape = [size if isinstance(size, int) else sizes[size] for size in spec.shape]
+            if dtype.is_floating_point:
+                if spec.values is None:
+                    value = torch.randn(shape, generator=generator)
+                else:
+                    low, high = spec.values
+                    value = torch.rand(shape, generator=generator) * (high - low) + low
+                tensors.append(value.to(dtype))
+            else:
+                low, high = spec.values or (0, 2)
+                tensors.append(torch.randint(int(low), int(high), shape, generator=generator).to(dtype))
+        return tensors
+
+    def example_sizes(self, wanted: Mapping[str, int] | None = None) -> Sizes:
+        """Sizes to compile for: at least 2 where the range allows it, and different from each other.
+
+        Equal sizes and sizes 0 and 1 invite the exporter to specialise (torch.export's 0/1 specialisation).
+        `wanted` (the first warm-up entry) is taken where it does not.
+        """
+        sizes: Sizes = {}
+        for position, (name, dimension) in enumerate(self.dimensions.items()):
+            default = 4 if position == 0 else 17 + 2 * position
+            size = (wanted or {}).get(name, default)
+            size = min(max(size, dimension.min, 2), dimension.max)
+            for candidate in (
+                size,
+                *range(size + 1, dimension.max + 1),
+                *range(size - 1, dimension.min - 1, -1),
+            ):
+                if candidate not in sizes.values() and (candidate >= 2 or dimension.max == 1):
+                    size = candidate
+                    break
+            sizes[name] = size
+        return sizes
+
+    def corner_sizes(self) -> list[Sizes]:
+        """Sizes at the ends of the ranges: every combination of smallest and example, and one maximum at a time."""
+        example = self.example_sizes()
+        choices = [sorted({d.min, example[name]}) for name, d in self.dimensions.items()]
+        corners = [dict(zip(self.dimensions, sizes, strict=True)) for sizes in itertools.product(*choices)]
+        smallest = {name: d.min for name, d in self.dimensions.items()}
+        for name, dimension in self.dimensions.items():
+            corners.append({**smallest, name: dimension.max})
+        unique: list[Sizes] = []
+        for corner in corners:
+            if corner not in unique:
+                unique.append(corner)
+        return unique
+
+    def narrowed(self, ranges: Mapping[str, tuple[int, int]]) -> Signature:
+        """The same inputs with other ranges for some dimensions."""
+        dimensions = {
+            name: Dimension(*ranges[name]) if name in ranges else dimension
+            for name, dimension in self.dimensions.items()
+        }
+        return Signature(self.inputs, dimensions)
+
+    def canonical(self) -> str:
+        """One line that is equal for equal signatures; a part of the cache key."""
+        inputs = ";".join(f"{s.name}:{s.dtype}[{','.join(map(str, s.shape))}]" for s in self.inputs)
+        ranges = ",".join(f"{name}={d.min}..{d.max}" for name, d in sorted(self.dimensions.items()))
+        return f"{inputs}|{ranges}"
+
+
+def _show(shape: Sequence[int | str]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"

@@ -1,0 +1,300 @@
+"""From settings to a model that is ready: key, lookup, load or build, canary, warm-up, and the fallback ladder.
+
+One way through::
+
+    settings -> key -> lookup --+-- hit --> load --> canary --> warm-up --> ready
+                                +-- miss -> lease --> build --> publish --> load ...
+
+Nothing here knows TorchServe; `start_model` works in any Python server.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import re
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import ts_handlers
+from ts_handlers import fingerprint
+from ts_handlers.backends import get_backend
+from ts_handlers.backends.base import Backend, Loaded, Request
+from ts_handlers.compiled_model import CompiledModel, Outcome
+from ts_handlers.errors import MissError, ModelError, SettingsError, StoreError
+from ts_handlers.key import CacheKey, compute_key
+from ts_handlers.metrics import Metrics, process_age_ms
+from ts_handlers.model_source import ModelSource
+from ts_handlers.settings import Settings, default_store_root
+from ts_handlers.store.base import Address, Corrupt, Hit, Miss
+from ts_handlers.store.entry import Manifest, list_files
+from ts_handlers.store.local import LocalStore
+from ts_handlers.warmup import check_canary, run_warmup
+
+logger = logging.getLogger(__name__)
+
+# Errors of the archive or of the settings: no other backend would do better.
+_FINAL = (ModelError, SettingsError, MissError)
+
+
+def start_model(source: ModelSource, settings: Settings, device: torch.device | str = "cpu") -> CompiledModel:
+    """Make a model ready: load it from the store, or build and publish it first.
+
+    Parameters
+    ----------
+    source:
+        Where the model comes from; see `ts_handlers.model_source`.
+    settings:
+        See `ts_handlers.settings.parse_settings`.
+    device:
+        Where it runs. Call `torch.cuda.set_device` before, as the handler does.
+
+    Raises
+    ------
+    ModelError, SettingsError
+        The model or the settings are wrong.
+    MissError
+        `on_miss: fail` and there is no entry.
+    WarmStartError
+        `strict: true` and a backend failed.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> from ts_handlers import ModuleSource, Settings, start_model
+    >>> model = start_model(ModuleSource("linear", torch.nn.Linear(2, 1)), Settings(backends=("eager",)))
+    >>> model(torch.zeros(3, 2)).shape, model.outcome.backend
+    (torch.Size([3, 1]), 'eager')
+    """
+    metrics = Metrics()
+    age = process_age_ms()
+    if age is not None:
+        metrics.phases_ms["process"] = age
+    request = Request(source, settings, torch.device(device))
+    start = _Start(request, metrics)
+    model = start.run()
+    _log(source.name, model)
+    return model
+
+
+class _Start:
+    """One start: walks the ladder and remembers what happened."""
+
+    def __init__(self, request: Request, metrics: Metrics) -> None:
+        self._request = request
+        self._metrics = metrics
+        self._settings = request.settings
+        self._fallbacks: list[dict[str, str]] = []
+        self._notes: list[str] = []
+        self._store: LocalStore | None = None
+
+    def run(self) -> CompiledModel:
+        ladder = [get_backend(name) for name in self._settings.backends]
+        if any(backend.persistent for backend in ladder) and self._request.source.weights_by_name:
+            self._request.require_signature()
+        last: Exception | None = None
+        for backend in ladder:
+            try:
+                return self._try(backend)
+            except _FINAL:
+                raise
+            except Exception as error:
+                if self._settings.strict:
+                    raise
+                last = error
+                reason = f"{type(error).__name__}: {_one_line(error)}"
+                logger.warning("%s: backend %s failed: %s", self._request.source.name, backend.name, reason)
+                logger.debug("details", exc_info=error)
+                self._fallbacks.append({"backend": backend.name, "reason": reason})
+                self._metrics.count("fallback")
+        assert last is not None
+        if "eager" in self._settings.backends:
+            raise last
+        logger.warning("%s: every backend failed; serving eagerly", self._request.source.name)
+        return self._try(get_backend("eager"))
+
+    def _try(self, backend: Backend) -> CompiledModel:
+        if not backend.persistent:
+            with self._metrics.phase("load"):
+                loaded = backend.load(self._request, Path(), {})
+            return self._ready(backend, loaded, None, "eager", ())
+        with self._metrics.phase("key"):
+            key = compute_key(backend, self._request)
+            address = Address(
+                model=self._request.source.name,
+                model_digest=self._request.model_digest,
+                device=fingerprint.device_slug(self._request.device),
+                key=key,
+            )
+        store = self._open_store()
+        with self._metrics.phase("lookup"):
+            found = store.lookup(address)
+        if isinstance(found, Hit):
+            try:
+                return self._from_entry(backend, store, address, found, "hit", ())
+            except _FINAL:
+                raise
+            except Exception as error:
+                if not _is_damage(error):
+                    raise
+                store.discard(address, f"{type(error).__name__}: {_one_line(error)}")
+                found = Corrupt(_one_line(error))
+        missed = self._count_miss(found)
+        if self._settings.on_miss == "fail":
+            raise MissError(
+                f"no entry for {self._request.source.name} with backend {backend.name} (key {key.digest}) in "
+                f"{store.root}, and on_miss is 'fail'; missed: {', '.join(missed) or 'everything'}. Build it where "
+                "on_miss is 'compile' with the same archive, device and toolchain"
+            )
+        if self._settings.on_miss == "eager":
+            return self._try(get_backend("eager"))
+        return self._build(backend, store, address, missed)
+
+    def _count_miss(self, found: Miss | Corrupt) -> tuple[str, ...]:
+        self._metrics.count("miss")
+        if isinstance(found, Corrupt):
+            self._metrics.count("corrupt")
+            self._notes.append(f"damaged entry: {found.reason}")
+            return ("corrupt",)
+        return found.parts
+
+    def _open_store(self) -> LocalStore:
+        if self._store is None:
+            root = self._settings.store or default_store_root()
+            try:
+                self._store = LocalStore(root)
+            except StoreError as error:
+                if self._settings.strict:
+                    raise
+                logger.warning("%s; using a temporary store, so nothing is kept", error)
+                self._metrics.count("fallback")
+                self._fallbacks.append({"backend": "store", "reason": _one_line(error)})
+                self._temporary = tempfile.TemporaryDirectory(prefix="ts_handlers-store-")
+                self._store = LocalStore(self._temporary.name)
+        return self._store
+
+    def _build(self, backend: Backend, store: LocalStore, address: Address, missed: tuple[str, ...]) -> CompiledModel:
+        estimate = store.build_estimate(address)
+        waiting = time.perf_counter()
+        with store.lease(address, estimate) as lease:
+            self._metrics.phases_ms["wait"] = (time.perf_counter() - waiting) * 1000
+            found = store.lookup(address)  # somebody may have published while this process waited
+            if isinstance(found, Hit):
+                return self._from_entry(backend, store, address, found, "waited", missed)
+            expected = f", about {estimate:.0f} s" if estimate else ""
+            logger.info("%s: building with %s%s", self._request.source.name, backend.name, expected)
+            lease.report(phase="build")
+            with store.staging(address) as staging:
+                with self._metrics.phase("build"):
+                    built = backend.build(self._request, staging, self._metrics.build_phase)
+                self._metrics.count("build")
+                lease.report(phase="publish")
+                manifest = self._manifest(backend, address.key, built.description, staging)
+                directory = staging
+                with self._metrics.phase("publish"):
+                    try:
+                        directory = store.publish(address, staging, manifest)
+                    except StoreError as error:
+                        logger.warning("%s; serving it unpublished", error)
+                        self._metrics.count("publish_failed")
+                        self._notes.append(_one_line(error))
+                lease.report(phase="load")
+                loaded = built.loaded
+                if loaded is None:
+                    with self._metrics.phase("load"):
+                        loaded = backend.load(self._request, directory, manifest.artifact)
+                return self._finish(backend, store, address, loaded, "built", missed)
+
+    def _manifest(self, backend: Backend, key: CacheKey, artifact: dict[str, object], staging: Path) -> Manifest:
+        recorded = {
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "host": platform.node(),
+            "kernel": platform.release(),
+            "package": ts_handlers.__version__,
+            "compiler": fingerprint.compiler_identity(),
+            "python": fingerprint.python_identity(),
+        }
+        build_ms = {name: round(value, 1) for name, value in self._metrics.build_ms.items()}
+        # Through JSON once, so that a builder uses the very description that a later reader will.
+        plain = json.loads(json.dumps(artifact))
+        return Manifest(key["format"], key.parts, backend.name, plain, list_files(staging), recorded, build_ms)
+
+    def _from_entry(
+        self,
+        backend: Backend,
+        store: LocalStore,
+        address: Address,
+        hit: Hit,
+        result: str,
+        missed: tuple[str, ...],
+    ) -> CompiledModel:
+        with self._metrics.phase("load"):
+            loaded = backend.load(self._request, hit.directory, hit.manifest.artifact)
+        model = self._finish(backend, store, address, loaded, result, missed)
+        self._metrics.count("hit")
+        return model
+
+    def _finish(
+        self,
+        backend: Backend,
+        store: LocalStore,
+        address: Address,
+        loaded: Loaded,
+        result: str,
+        missed: tuple[str, ...],
+    ) -> CompiledModel:
+        with self._metrics.phase("canary"):
+            canary = check_canary(store, address, self._request, loaded)
+        if canary["source"] == "eager":
+            self._metrics.count("canary_recorded")
+        with self._metrics.phase("warmup"):
+            run_warmup(self._request, loaded)
+        loaded.seal()
+        return self._ready(backend, loaded, address.key.digest, result, missed, canary)
+
+    def _ready(
+        self,
+        backend: Backend,
+        loaded: Loaded,
+        key: str | None,
+        result: str,
+        missed: tuple[str, ...],
+        canary: dict[str, object] | None = None,
+    ) -> CompiledModel:
+        outcome = Outcome(
+            backend=backend.name,
+            key=key,
+            result=result,
+            missed=missed,
+            fallbacks=tuple(self._fallbacks),
+            canary=canary,
+            notes=tuple(self._notes),
+        )
+        if backend.name == "aot_inductor":
+            self._request.source.release()  # the artifact does not need the eager module
+        model = CompiledModel(self._request, loaded, outcome, self._metrics)
+        if self._store is not None:
+            model.store_root = str(self._store.root)  # type: ignore[attr-defined]
+        return model
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error while loading a verified entry says that the entry is at fault, not the model or the weights."""
+    from ts_handlers.errors import CanaryError
+
+    return not isinstance(error, (CanaryError, MemoryError))
+
+
+def _one_line(error: BaseException) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()[:400]
+
+
+def _log(name: str, model: CompiledModel) -> None:
+    facts = model.describe()
+    line = {"model": name, **{key: facts[key] for key in ("backend", "key", "result", "missed", "fallbacks")}}
+    line["phases_ms"] = facts["phases_ms"]
+    logger.info("ts_handlers start %s", json.dumps(line))

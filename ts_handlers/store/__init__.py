@@ -1,0 +1,1 @@
+"""The artifact store: entries published by one rename, verified before every use."""

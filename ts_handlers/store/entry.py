@@ -1,0 +1,147 @@
+"""One entry on disk: the manifest and the files it lists.
+
+Layout::
+
+    entry      := directory, immutable once published
+    directory  := manifest.json file*
+    manifest   := JSON object: Manifest below, with `seal` = SHA-256 over the same JSON without `seal`
+    file       := any path below the directory that `files` lists, with its size in bytes and SHA-256
+
+Files that the manifest does not list are never opened. Readers check the seal, then every listed file's size and
+digest, before anything is loaded: an entry is code.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ts_handlers.fingerprint import digest_file, digest_text
+from ts_handlers.key import FORMAT, CacheKey
+
+MANIFEST = "manifest.json"
+
+
+class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Size in bytes and SHA-256 of one file."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an entry says about itself.
+
+    Attributes
+    ----------
+    format: layout version.
+    key: the key's parts in order.
+    backend: name of the backend that built it.
+    artifact: the backend's own description of its files.
+    files: every file, by path relative to the entry.
+    recorded: facts that are not keyed: time of the build, host, compiler, package version.
+    build_ms: duration of each build phase in milliseconds.
+    seal: SHA-256 over this manifest without the seal.
+    """
+
+    format: str
+    key: tuple[tuple[str, str], ...]
+    backend: str
+    artifact: dict[str, Any]
+    files: dict[str, FileRecord]
+    recorded: dict[str, str]
+    build_ms: dict[str, float]
+    seal: str = ""
+
+    @property
+    def cache_key(self) -> CacheKey:
+        """The key as an object."""
+        return CacheKey(self.key)
+
+    def sealed(self) -> Manifest:
+        """The same manifest with its seal."""
+        return msgspec.structs.replace(self, seal=_seal(self))
+
+
+def _seal(manifest: Manifest) -> str:
+    unsealed = msgspec.structs.replace(manifest, seal="")
+    return digest_text(msgspec.json.encode(unsealed, order="deterministic").decode())
+
+
+def list_files(directory: Path) -> dict[str, FileRecord]:
+    """Size and digest of every file below a staged directory.
+
+    Raises
+    ------
+    ValueError
+        A symbolic link or a special file is among them.
+    """
+    files = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path.name} is neither a file nor a directory; entries hold plain files only")
+        if path.is_file() and path.name != MANIFEST:
+            name = path.relative_to(directory).as_posix()
+            files[name] = FileRecord(path.stat().st_size, digest_file(path))
+    return files
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write the sealed manifest and flush every file of the entry to the disk."""
+    (directory / MANIFEST).write_bytes(
+        msgspec.json.format(msgspec.json.encode(manifest.sealed(), order="deterministic"), indent=1)
+    )
+    for path in [*directory.rglob("*"), directory]:
+        fsync(path)
+
+
+def fsync(path: Path) -> None:
+    """Flush one file or directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check a manifest.
+
+    Raises
+    ------
+    ValueError
+        It is unreadable, of another format, or its seal is broken.
+    """
+    try:
+        manifest = msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"manifest.json is damaged: {error}") from error
+    if manifest.format != FORMAT:
+        raise ValueError(f"manifest.json has format {manifest.format!r}, expected {FORMAT!r}")
+    if manifest.seal != _seal(manifest):
+        raise ValueError("manifest.json was changed after it was sealed")
+    return manifest
+
+
+def verify_files(directory: Path, manifest: Manifest) -> None:
+    """Check every listed file's size and digest.
+
+    Raises
+    ------
+    ValueError
+        A file is missing, is not a plain file inside the entry, or has another size or digest.
+    """
+    for name, record in manifest.files.items():
+        path = directory / name
+        if ".." in Path(name).parts or os.path.isabs(name):
+            raise ValueError(f"manifest.json lists {name!r}, which lies outside the entry")
+        if path.is_symlink() or not path.is_file():
+            raise ValueError(f"{name} is missing or not a plain file")
+        size = path.stat().st_size
+        if size != record.size:
+            raise ValueError(f"{name}: expected {record.size} bytes, found {size}")
+        if digest_file(path) != record.sha256:
+            raise ValueError(f"{name}: its digest differs from the manifest's")

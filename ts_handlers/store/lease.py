@@ -1,0 +1,102 @@
+"""One builder per key on a host.
+
+The lease is a file lock, which the kernel releases when its holder dies, however it dies. Beside the lock stands a
+status file by which waiters tell what the holder is doing; it is information only and may be stale or missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.05
+LOG_EVERY_SECONDS = 10.0
+
+
+class Lease:
+    """A held (or, where no lock can be made, an assumed) right to build one key.
+
+    `waited` tells how long it took to get, in seconds.
+    """
+
+    def __init__(self, status: Path | None, waited: float) -> None:
+        self._status = status
+        self.waited = waited
+        self._facts: dict[str, object] = {}
+
+    def report(self, **facts: object) -> None:
+        """Tell the waiters what the holder is doing."""
+        self._facts.update(facts)
+        if self._status is None:
+            return
+        with contextlib.suppress(OSError):
+            temporary = self._status.with_name(f"{self._status.name}.{os.getpid()}")
+            temporary.write_text(json.dumps(self._facts))
+            os.replace(temporary, self._status)
+
+
+@contextlib.contextmanager
+def hold_lease(directory: Path, name: str, estimate: float | None) -> Iterator[Lease]:
+    """Hold the lease `name`, waiting for its holder if there is one.
+
+    Where the lock file cannot be made (a read-only or full store) the block runs without a lease: availability before
+    de-duplication.
+
+    Parameters
+    ----------
+    directory:
+        Where lock and status files lie.
+    estimate:
+        Seconds that a build took before, for the waiters' log line; None when unknown.
+    """
+    from filelock import FileLock, Timeout
+
+    status = directory / f"{name}.json"
+    started = time.monotonic()
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = FileLock(directory / f"{name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.info("another process builds %s: %s", name, _describe(status, 0.0, estimate))
+            last = started
+            while True:
+                try:
+                    lock.acquire(timeout=1.0, poll_interval=POLL_SECONDS)
+                    break
+                except Timeout:
+                    now = time.monotonic()
+                    if now - last >= LOG_EVERY_SECONDS:
+                        last = now
+                        logger.info("still waiting for %s: %s", name, _describe(status, now - started, estimate))
+    except (OSError, NotImplementedError) as error:
+        logger.warning("no lease for %s (%s); building without one", name, error)
+        yield Lease(None, time.monotonic() - started)
+        return
+    try:
+        lease = Lease(status, time.monotonic() - started)
+        lease.report(pid=os.getpid(), started=time.time(), phase="starting", estimate=estimate)
+        yield lease
+    finally:
+        with contextlib.suppress(OSError):
+            status.unlink()
+        lock.release()
+
+
+def _describe(status: Path, waited: float, estimate: float | None) -> str:
+    try:
+        facts = json.loads(status.read_text())
+        elapsed = max(0.0, time.time() - float(facts["started"]))
+        known = facts.get("estimate") or estimate
+        expected = f", {known:.0f} s expected" if known else ""
+        return f"pid {facts['pid']}, phase {facts['phase']}, {elapsed:.0f} s since its start{expected}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"waited {waited:.0f} s" + (f", {estimate:.0f} s expected" if estimate else "")

@@ -1,0 +1,244 @@
+"""A store in a local folder.
+
+Layout::
+
+    <root>/entries/<model>/<model digest>/<device>/<key>/   published entries (see store/entry.py)
+    <root>/canaries/<key>/<weights digest>                  canary records: SHA-256 in hex, newline, torch.save bytes
+    <root>/leases/<key>.lock, <key>.json                    build leases and what their holders are doing
+    <root>/staging/<key>-<random>/                          entries being built; locked by the builder while it lives
+    <root>/trash/<key>-<random>/                            damaged entries, moved aside with the reason
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import logging
+import os
+import re
+import shutil
+import stat
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ts_handlers.errors import StoreError
+from ts_handlers.key import explain
+from ts_handlers.store.base import Address, Corrupt, Hit, Miss
+from ts_handlers.store.entry import MANIFEST, Manifest, fsync, read_manifest, verify_files, write_manifest
+from ts_handlers.store.lease import Lease, hold_lease
+
+logger = logging.getLogger(__name__)
+
+
+class LocalStore:
+    """Entries below `root`, which is made if it does not exist.
+
+    Raises
+    ------
+    StoreError
+        The root cannot be made or read, belongs to another user, or is writable by others: an entry is code, so
+        whoever can write here can run code in the worker.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).expanduser().absolute()
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = self.root.stat()
+            os.listdir(self.root)
+        except OSError as error:
+            raise StoreError(
+                f"the store {self.root} cannot be used: {error.strerror or error}; make it a readable folder, or name "
+                "another with handler.ts_handlers.store or TS_HANDLERS_CACHE"
+            ) from error
+        if status.st_uid not in (os.geteuid(), 0):
+            raise StoreError(
+                f"the store {self.root} belongs to uid {status.st_uid}, this process runs as uid {os.geteuid()}; "
+                f"chown it, or name another store"
+            )
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise StoreError(
+                f"the store {self.root} is writable by others (mode {stat.S_IMODE(status.st_mode):04o}); "
+                "an entry is code: chmod go-w it"
+            )
+
+    def _entry(self, address: Address) -> Path:
+        names = (address.model, address.model_digest[:16], address.device, address.key.digest)
+        return self.root.joinpath("entries", *map(_safe_name, names))
+
+    def lookup(self, address: Address) -> Hit | Miss | Corrupt:
+        """Find an entry and verify every byte of it; a damaged one is moved aside."""
+        directory = self._entry(address)
+        if not (directory / MANIFEST).exists():
+            if directory.exists():  # published by one rename, so this was never complete here
+                self.discard(address, "no manifest")
+                return Corrupt("the entry has no manifest")
+            return Miss(self._nearest(address))
+        try:
+            manifest = read_manifest(directory)
+            if manifest.cache_key != address.key:
+                raise ValueError("the manifest's key is another one than its folder's")
+            verify_files(directory, manifest)
+        except ValueError as error:
+            self.discard(address, str(error))
+            return Corrupt(str(error))
+        except OSError as error:
+            return Corrupt(f"the entry cannot be read: {error}")
+        return Hit(directory, manifest)
+
+    def _nearest(self, address: Address) -> tuple[str, ...]:
+        """Names of the parts in which the most similar entry of this model differs."""
+        best: tuple[str, ...] = ()
+        for path in self.root.joinpath("entries", _safe_name(address.model)).glob(f"*/*/*/{MANIFEST}"):
+            try:
+                other = read_manifest(path.parent)
+            except (OSError, ValueError):
+                continue
+            if other.backend != address.key["backend"]:
+                continue
+            parts = tuple(name for name, _, _ in explain(address.key, other.cache_key))
+            if not best or len(parts) < len(best):
+                best = parts
+        return best
+
+    def build_estimate(self, address: Address) -> float | None:
+        """Seconds that the latest build of this model and backend took, or None."""
+        latest: tuple[float, float] | None = None
+        for path in self.root.joinpath("entries", _safe_name(address.model)).glob(f"*/*/*/{MANIFEST}"):
+            try:
+                manifest, modified = read_manifest(path.parent), path.stat().st_mtime
+            except (OSError, ValueError):
+                continue
+            if manifest.backend == address.key["backend"] and (latest is None or modified > latest[0]):
+                latest = (modified, sum(manifest.build_ms.values()) / 1000)
+        return latest[1] if latest else None
+
+    @contextlib.contextmanager
+    def staging(self, address: Address) -> Iterator[Path]:
+        """A private directory inside the store, or in the temporary folder when the store cannot be written.
+
+        In the latter case the entry cannot be published, but it can be served by this process.
+        """
+        base = self.root / "staging"
+        descriptor = -1
+        try:
+            base.mkdir(mode=0o700, exist_ok=True)
+            _collect_staging(base)
+            directory = base / f"{address.key.digest}-{uuid.uuid4().hex[:8]}"
+            directory.mkdir(mode=0o700)
+            descriptor = os.open(directory, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # released by the kernel when this process dies
+        except OSError as error:
+            logger.warning("the store %s cannot be written (%s); building in the temporary folder", self.root, error)
+            directory = Path(tempfile.mkdtemp(prefix="ts_handlers-staging-"))
+        try:
+            yield directory
+        finally:
+            if directory.exists():
+                shutil.rmtree(directory, ignore_errors=True)
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def publish(self, address: Address, staging: Path, manifest: Manifest) -> Path:
+        """Write the manifest, flush everything to the disk, and rename the staged directory into place.
+
+        Returns
+        -------
+        The published entry's directory. When another process has published the same key meanwhile, that entry stays
+        and this one is dropped.
+
+        Raises
+        ------
+        StoreError
+            The disk is full or the store cannot be written; the staged directory is still usable.
+        """
+        target = self._entry(address)
+        try:
+            write_manifest(staging, manifest)
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                os.rename(staging, target)
+            except OSError:
+                if not (target / MANIFEST).exists():
+                    raise
+                return target
+            fsync(target.parent)
+        except OSError as error:
+            raise StoreError(f"the entry could not be published in {self.root}: {error}") from error
+        return target
+
+    def discard(self, address: Address, reason: str) -> None:
+        """Move an entry aside, with its reason, so that it is not found again."""
+        trash = self.root / "trash" / f"{address.key.digest}-{uuid.uuid4().hex[:8]}"
+        logger.warning("entry %s is not used: %s", address.key.digest, reason)
+        try:
+            trash.parent.mkdir(mode=0o700, exist_ok=True)
+            os.rename(self._entry(address), trash)
+            (trash / "reason.txt").write_text(reason + "\n")
+        except OSError as error:
+            logger.warning("entry %s cannot be moved aside: %s", address.key.digest, error)
+
+    @contextlib.contextmanager
+    def lease(self, address: Address, estimate: float | None) -> Iterator[Lease]:
+        """The right to build this key; see `ts_handlers.store.lease`."""
+        with hold_lease(self.root / "leases", address.key.digest, estimate) as lease:
+            yield lease
+
+    def _canary(self, address: Address, weights_digest: str) -> Path:
+        return self.root / "canaries" / address.key.digest / _safe_name(weights_digest)
+
+    def read_canary(self, address: Address, weights_digest: str) -> dict[str, Any] | None:
+        """The recorded canary, or None when there is none or it is damaged."""
+        try:
+            digest, _, payload = self._canary(address, weights_digest).read_bytes().partition(b"\n")
+        except OSError:
+            return None
+        if hashlib.sha256(payload).hexdigest().encode() != digest:
+            logger.warning("the canary of %s is damaged and will be recorded again", address.key.digest)
+            return None
+        record: dict[str, Any] = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
+        return record
+
+    def write_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> bool:
+        """Record a canary by writing beside and renaming; False when the store cannot be written."""
+        path = self._canary(address, weights_digest)
+        buffer = io.BytesIO()
+        torch.save(record, buffer)
+        payload = buffer.getvalue()
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            temporary.write_bytes(hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+            fsync(temporary)
+            os.replace(temporary, path)
+        except OSError as error:
+            logger.warning("the canary of %s could not be recorded: %s", address.key.digest, error)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            return False
+        return True
+
+
+def _safe_name(name: str) -> str:
+    safe = re.sub(r"[^A-Za-z0-9_.=-]+", "_", name)
+    return safe if safe.strip(".") else "_"
+
+
+def _collect_staging(base: Path) -> None:
+    """Remove what builds left that died: directories whose lock nobody holds."""
+    for path in base.iterdir():
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                logger.info("collecting %s, left by a build that died", path.name)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)

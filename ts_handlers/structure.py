@@ -1,0 +1,146 @@
+"""Nested outputs of a model as a flat list of tensors and a description that JSON can hold.
+
+A compiled artifact takes and gives flat lists of tensors. `flatten` takes the eager model's output apart and
+`unflatten` puts an artifact's output together in the same shape, without importing the library that defined the
+output class: a Hugging Face ``ModelOutput`` comes back as an `OutputMapping`.
+
+The description is one of::
+
+    {"kind": "tensor"}
+    {"kind": "constant", "value": None | bool | int | float | str}
+    {"kind": "tuple" | "list", "items": [description, ...]}
+    {"kind": "dict" | "mapping", "keys": [str, ...], "items": [description, ...]}
+
+``mapping`` stands for an output class with attributes (a dataclass, a named tuple or a ``ModelOutput``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ts_handlers.errors import BuildError
+
+Description = dict[str, Any]
+
+
+class OutputMapping(Mapping[str, Any]):
+    """A model's output with named fields: ``out.logits``, ``out["logits"]`` and ``out[0]`` are the same tensor.
+
+    Stands in for the model-output class of the eager model (for example ``transformers.utils.ModelOutput``), whose
+    module is not imported on a warm start.
+
+    Examples
+    --------
+    >>> out = OutputMapping({"logits": 1, "hidden": 2})
+    >>> out.logits, out["hidden"], out[1], out[:2], list(out)
+    (1, 2, 2, (1, 2), ['logits', 'hidden'])
+    """
+
+    __slots__ = ("_fields",)
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self._fields = fields
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._fields[key] if isinstance(key, str) else self.to_tuple()[key]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        try:
+            return self._fields[name]
+        except KeyError:
+            raise AttributeError(f"the model's output has no field {name!r}; it has {list(self._fields)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def __repr__(self) -> str:
+        return f"OutputMapping({self._fields!r})"
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields' values in order, as ``ModelOutput.to_tuple`` gives them."""
+        return tuple(self._fields.values())
+
+
+def flatten(output: Any) -> tuple[list[torch.Tensor], Description]:
+    """Take a model's output apart.
+
+    Returns
+    -------
+    The tensors in order, and the description of the rest.
+
+    Raises
+    ------
+    BuildError
+        The output holds something that a compiled artifact cannot return.
+
+    Examples
+    --------
+    >>> leaves, description = flatten((torch.zeros(2), {"n": 3}))
+    >>> len(leaves), unflatten(leaves, description)[1]
+    (1, {'n': 3})
+    """
+    leaves: list[torch.Tensor] = []
+    return leaves, _describe(output, leaves)
+
+
+def _describe(value: Any, leaves: list[torch.Tensor]) -> Description:
+    if isinstance(value, torch.Tensor):
+        leaves.append(value)
+        return {"kind": "tensor"}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"kind": "constant", "value": value}
+    named = _fields(value)
+    if named is not None:
+        kind, fields = named
+        items = [_describe(item, leaves) for item in fields.values()]
+        return {"kind": kind, "keys": list(fields), "items": items}
+    if isinstance(value, (tuple, list)):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {"kind": kind, "items": [_describe(item, leaves) for item in value]}
+    raise BuildError(
+        f"the model returned a {type(value).__qualname__}; expected tensors, numbers, strings, tuples, lists, dicts or "
+        "a model-output class: return one of these from forward(), or use the backend 'inductor'"
+    )
+
+
+def _fields(value: Any) -> tuple[str, dict[str, Any]] | None:
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise BuildError(f"the model returned a dict with keys {list(value)!r}; expected strings as keys")
+        plain = type(value) is dict
+        return ("dict" if plain else "mapping"), dict(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return "mapping", {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return "mapping", dict(value._asdict())
+    return None
+
+
+def unflatten(leaves: list[torch.Tensor], description: Description) -> Any:
+    """Put an artifact's flat output together as `flatten` described it."""
+    iterator = iter(leaves)
+    return _build(description, iterator)
+
+
+def _build(description: Description, leaves: Iterator[torch.Tensor]) -> Any:
+    kind = description["kind"]
+    if kind == "tensor":
+        return next(leaves)
+    if kind == "constant":
+        return description["value"]
+    items = [_build(item, leaves) for item in description["items"]]
+    if kind == "tuple":
+        return tuple(items)
+    if kind == "list":
+        return items
+    fields = dict(zip(description["keys"], items, strict=True))
+    return fields if kind == "dict" else OutputMapping(fields)

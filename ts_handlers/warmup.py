@@ -1,0 +1,133 @@
+"""Warm-up before READY, and the canary: an artifact is served only after it reproduced the eager model's output."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ts_handlers.backends.base import Loaded, Request
+from ts_handlers.backends.eager import eager_run
+from ts_handlers.errors import CanaryError
+from ts_handlers.store.base import Address, Store
+from ts_handlers.structure import flatten
+
+# Largest accepted relative error, ||artifact - eager|| / ||eager||, by dtype of the output. Compiled float32 differs
+# by a few 1e-6 from eager on the CPU and by a few 1e-4 where TF32 is on; half precision by 1e-3 (ResNet-50, fp16).
+TOLERANCES = {
+    torch.float64: 1e-7,
+    torch.float32: 2e-3,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+INTEGER_TOLERANCE = 0.0
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of `expected`, computed in float64; NaN where only one of them is NaN."""
+    a, b = found.detach().double().cpu(), expected.detach().double().cpu()
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, torch.zeros_like(a), a - b)
+    reference = torch.where(b.isfinite(), b, torch.zeros_like(b))
+    norm = float(reference.norm())
+    error = float(difference.norm())
+    return error / norm if norm > 0 else error
+
+
+def compare_outputs(found: Any, expected: Any, tolerance: float | None = None) -> float:
+    """Compare two outputs of a model, tensor by tensor.
+
+    Parameters
+    ----------
+    tolerance:
+        Largest accepted relative error of floating-point outputs; None takes `TOLERANCES`. Integer and boolean outputs
+        must be equal.
+
+    Returns
+    -------
+    The largest relative error.
+
+    Raises
+    ------
+    CanaryError
+        With the first tensor that differs and by how much.
+    """
+    left, right = flatten(found)[0], flatten(expected)[0]
+    if len(left) != len(right):
+        raise CanaryError(f"expected {len(right)} output tensors, found {len(left)}")
+    worst = 0.0
+    for index, (a, b) in enumerate(zip(left, right, strict=True)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise CanaryError(f"output {index}: expected {b.dtype} {tuple(b.shape)}, found {a.dtype} {tuple(a.shape)}")
+        if not a.numel():
+            continue
+        if b.is_complex():
+            a, b = torch.view_as_real(a), torch.view_as_real(b)
+        limit = INTEGER_TOLERANCE
+        if b.is_floating_point():
+            limit = TOLERANCES.get(b.dtype, 5e-2) if tolerance is None else tolerance
+        error = relative_error(a, b)
+        if not error <= limit:  # also catches NaN
+            raise CanaryError(f"output {index}: relative error {error:.3g} against eager, at most {limit:.3g} accepted")
+        worst = max(worst, error)
+    return worst
+
+
+def check_canary(store: Store, address: Address, request: Request, loaded: Loaded) -> dict[str, Any]:
+    """Compare an artifact with the recorded eager output for these weights, or with eager itself the first time.
+
+    Returns
+    -------
+    ``{"source": "record" | "eager", "error": largest relative error}`` for `describe`.
+
+    Raises
+    ------
+    CanaryError
+        The artifact must not be served with these weights.
+    """
+    weights = request.source.weights_digest()
+    record = store.read_canary(address, weights)
+    source = "record"
+    if record is None:
+        source = "eager"
+        record = _record(request, loaded)
+        error = _run_cases(record, request, loaded)
+        store.write_canary(address, weights, record)
+    else:
+        error = _run_cases(record, request, loaded)
+    return {"source": source, "error": error, "cases": len(record["cases"])}
+
+
+def _run_cases(record: dict[str, Any], request: Request, loaded: Loaded) -> float:
+    worst = 0.0
+    for case in record["cases"]:
+        found = loaded.run([tensor.to(request.device) for tensor in case["inputs"]])
+        leaves = flatten(found)[0]
+        worst = max(worst, compare_outputs(tuple(leaves), tuple(case["outputs"]), request.settings.canary.tolerance))
+    return worst
+
+
+def _record(request: Request, loaded: Loaded) -> dict[str, Any]:
+    """Run the eager model on canary inputs: the example sizes and, where it differs, the smallest sizes."""
+    signature = loaded.signature
+    eager = eager_run(request, signature.names)
+    wanted = [signature.example_sizes()]
+    smallest = {name: dimension.min for name, dimension in signature.dimensions.items()}
+    if request.settings.inputs and smallest not in wanted:
+        wanted.append(smallest)
+    cases = []
+    for index, sizes in enumerate(wanted if loaded.sizes is None else loaded.sizes):
+        inputs = signature.generate(sizes, seed=request.settings.canary.seed + index)
+        outputs = flatten(eager([tensor.to(request.device) for tensor in inputs]))[0]
+        cases.append({"inputs": inputs, "outputs": [tensor.detach().cpu().clone() for tensor in outputs]})
+    return {"cases": cases}
+
+
+def run_warmup(request: Request, loaded: Loaded) -> int:
+    """Run the declared warm-up sizes once each; returns how many were run."""
+    if not request.settings.inputs:
+        return 0
+    sizes_list = [{**loaded.signature.example_sizes(), **sizes} for sizes in request.settings.warmup]
+    for sizes in sizes_list:
+        loaded.run([tensor.to(request.device) for tensor in loaded.signature.generate(sizes)])
+    return len(sizes_list)
