@@ -168,17 +168,13 @@ def build(name: str, model_store: Path, archive_format: str = "default") -> Path
             if path.is_file():
                 shutil.copyfile(path, directory / path.name)
         extra_files = PREPARE[name](directory)
-        return write_archive(
-            name, directory, model_store, extra_files=extra_files, archive_format=archive_format
-        )
+        return write_archive(name, directory, model_store, extra_files=extra_files, archive_format=archive_format)
 
 
 def main() -> None:
     """Parse the command line and build."""
     parser = argparse.ArgumentParser(description="Build the example archives into the model store.")
-    parser.add_argument(
-        "--only", action="append", choices=sorted(PREPARE), help="one example; may be repeated"
-    )
+    parser.add_argument("--only", action="append", choices=sorted(PREPARE), help="one example; may be repeated")
     parser.add_argument("--archive-format", choices=FORMATS, default="default")
     parser.add_argument("--model-store", type=Path, default=REPOSITORY / "model_store")
     arguments = parser.parse_args()

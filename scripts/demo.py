@@ -61,9 +61,7 @@ def predict(server: TorchServe) -> None:
     print(f"  minilm: {SENTENCES[0]!r} and {SENTENCES[1]!r}")
     print(f"          two vectors of {len(one)} numbers, length {math.hypot(*one):.3f}, cosine {cosine:.3f}")
     answer = server.predict("digits", digit_png(DIGIT)).json()
-    print(
-        f"  digits: PNG of a {DIGIT}: class {answer['class']}, probability {max(answer['probabilities']):.3f}"
-    )
+    print(f"  digits: PNG of a {DIGIT}: class {answer['class']}, probability {max(answer['probabilities']):.3f}")
 
 
 def serve(title: str, store: Path, keep_addresses: bool) -> dict[str, dict[str, Any]]:
@@ -103,9 +101,10 @@ def print_table(starts: dict[str, dict[str, dict[str, Any]]]) -> None:
     for phase in phases:
         values = [starts[start][model]["phases_ms"].get(phase) for model, start in columns]
         rows.append([f"{phase}, ms", *("" if value is None else f"{value:.0f}" for value in values)])
-    rows.append(
-        ["launch to READY, s", *(f"{starts[start][model]['ready_s']:.1f}" for model, start in columns)]
-    )
+    rows.append(["launch to READY, s", *(f"{starts[start][model]['ready_s']:.1f}" for model, start in columns)])
+    for model, start in columns:
+        for fallback in starts[start][model].get("fallbacks", ()):
+            print(f"{model} {start}: {fallback['backend']} was not used: {fallback['reason']}")
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     print()
     for row in rows:
@@ -116,9 +115,7 @@ def print_table(starts: dict[str, dict[str, dict[str, Any]]]) -> None:
 def main() -> None:
     """Run the demonstration."""
     parser = argparse.ArgumentParser(description="Cold and warm start of two models on a real TorchServe.")
-    parser.add_argument(
-        "--store", type=Path, help="artifact store to use and keep (default: a temporary one)"
-    )
+    parser.add_argument("--store", type=Path, help="artifact store to use and keep (default: a temporary one)")
     arguments = parser.parse_args()
     keep_addresses = addresses_are_free(CONFIG)
     if not keep_addresses:
