@@ -2,7 +2,8 @@
 #
 #   PYTHON        interpreter to start from (default: the first of python3, python3.12, 3.11, 3.10 that fits)
 #   ENVIRONMENT   folder of the environment (default: .venv)
-#   TORCH_SPEC    what to install as torch, options included (default: torch==2.13.0)
+#   TORCH_SPEC    what to install as torch, pip's options included (default: torch==2.13.0). Without a GPU, configure
+#                 pip for torch's CPU builds, or name a wheel here, to spare the CUDA packages.
 #
 # Nothing is reinstalled while pyproject.toml, the interpreter and TORCH_SPEC stay the same.
 # shellcheck shell=bash
@@ -23,19 +24,6 @@ find_python() {
     return 1
 }
 
-# Prints the arguments of `pip install` for torch. A machine without a GPU needs the CPU build; where pip has been
-# told where to look (configuration file or PIP_* variables), that is left alone.
-torch_arguments() {
-    echo "${TORCH_SPEC:-torch==2.13.0}"
-    if [ -n "${TORCH_SPEC:-}" ] || command -v nvidia-smi >/dev/null; then
-        return
-    fi
-    case "$("$VENV_PYTHON" -m pip config list)" in
-        *index-url=* | *find-links=* | *no-index=*) ;;
-        *) ;;
-    esac
-}
-
 make_environment() {
     local python stamp
     python="$(find_python)"
@@ -52,8 +40,8 @@ make_environment() {
         echo "Could not make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2
         return 1
     fi
-    # shellcheck disable=SC2046  # The words are separate arguments.
-    "$VENV_PYTHON" -m pip install --quiet $(torch_arguments)
+    # shellcheck disable=SC2086  # TORCH_SPEC may hold options.
+    "$VENV_PYTHON" -m pip install --quiet ${TORCH_SPEC:-torch==2.13.0}
     "$VENV_PYTHON" -m pip install --quiet --editable '.[serve,dev]'
     echo "$stamp" >"$ENVIRONMENT/stamp"
 }

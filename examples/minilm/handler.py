@@ -35,9 +35,7 @@ class Handler(CompiledHandler):
     def inference(self, data, *args, **kwargs):
         """Any number of rows, `MAX_ROWS` at a time."""
         parts = zip(data["input_ids"].split(MAX_ROWS), data["attention_mask"].split(MAX_ROWS), strict=True)
-        return torch.cat(
-            [super(Handler, self).inference({"input_ids": i, "attention_mask": m}) for i, m in parts]
-        )
+        return torch.cat([super(Handler, self).inference({"input_ids": i, "attention_mask": m}) for i, m in parts])
 
     def postprocess(self, data):
         vectors = iter(data.float().cpu().tolist())

@@ -261,9 +261,7 @@ class TorchServe:
                 raise self._error(f"{model}: a worker failed while loading: {reason}")
             self._check_alive()
             if time.monotonic() > deadline:
-                raise self._error(
-                    f"{model}: {workers} READY worker(s) expected after {timeout:g} s, found {states}"
-                )
+                raise self._error(f"{model}: {workers} READY worker(s) expected after {timeout:g} s, found {states}")
             time.sleep(interval)
 
     def predict(
@@ -327,9 +325,7 @@ class TorchServe:
 
         Workers start afterwards; use `wait_ready`. Default: `initial_workers=1`.
         """
-        self._management(
-            "POST", "/models", {"url": url, "initial_workers": 1, "synchronous": "false", **parameters}
-        )
+        self._management("POST", "/models", {"url": url, "initial_workers": 1, "synchronous": "false", **parameters})
 
     def unregister(self, model: str, version: str | None = None) -> None:
         """Unregister a model, or one version of it."""
@@ -343,9 +339,7 @@ class TorchServe:
         deadline = time.monotonic() + timeout
         while len(self.worker_pids(model, version)) != workers:
             if time.monotonic() > deadline:
-                raise self._error(
-                    f"{model}: {workers} worker(s) expected, found {self.worker_pids(model, version)}"
-                )
+                raise self._error(f"{model}: {workers} worker(s) expected, found {self.worker_pids(model, version)}")
             time.sleep(0.05)
 
     def worker_pids(self, model: str, version: str | None = None) -> list[int]:
@@ -420,10 +414,7 @@ class TorchServe:
     def _wait_healthy(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         # The log decides first: on a busy port it would be another server that answers /ping.
-        while (
-            "Model server started." not in self.log()
-            or self._request("inference", "GET", "/ping").status != 200
-        ):
+        while "Model server started." not in self.log() or self._request("inference", "GET", "/ping").status != 200:
             self._check_alive()
             if time.monotonic() > deadline:
                 raise self._error(f"no answer from {self.url()}/ping after {timeout:g} s")
@@ -470,9 +461,7 @@ class TorchServe:
         request = urllib.request.Request(self._urls[api] + path, data=data, headers=merged, method=method)
         try:
             with self._opener.open(request, timeout=timeout) as answer:
-                return Response(
-                    answer.status, answer.read(), {k.lower(): v for k, v in answer.headers.items()}
-                )
+                return Response(answer.status, answer.read(), {k.lower(): v for k, v in answer.headers.items()})
         except urllib.error.HTTPError as error:
             with error:
                 return Response(error.code, error.read(), {k.lower(): v for k, v in error.headers.items()})
@@ -484,9 +473,7 @@ class TorchServe:
 
     def _describe_failure(self, message: str, lines: int = 60) -> str:
         tail = "\n".join(self.log().splitlines()[-lines:])
-        where = (
-            f" ({self._directory / 'torchserve.log'})" if self._given_directory and self._directory else ""
-        )
+        where = f" ({self._directory / 'torchserve.log'})" if self._given_directory and self._directory else ""
         return f"{message}\n--- last lines of the log{where} ---\n{tail}"
 
 
@@ -523,10 +510,7 @@ def resolve_models(model_store: Path, models: Sequence[str] | Mapping[str, str])
     """
     if isinstance(models, Mapping):
         return [f"{name}={file}" for name, file in models.items()]
-    return [
-        model if "=" in model or model.upper() == "ALL" else _find_archive(model_store, model)
-        for model in models
-    ]
+    return [model if "=" in model or model.upper() == "ALL" else _find_archive(model_store, model) for model in models]
 
 
 def _find_archive(model_store: Path, model: str) -> str:
@@ -541,9 +525,7 @@ def _find_archive(model_store: Path, model: str) -> str:
 def read_properties(path: Path) -> dict[str, str]:
     """Read a Java properties file of plain `name=value` lines."""
     pairs: Iterator[tuple[str, str, str]] = (
-        line.partition("=")
-        for line in path.read_text("utf-8").splitlines()
-        if line.strip()[:1] not in ("", "#", "!")
+        line.partition("=") for line in path.read_text("utf-8").splitlines() if line.strip()[:1] not in ("", "#", "!")
     )
     return {name.strip(): value.strip() for name, _, value in pairs}
 
