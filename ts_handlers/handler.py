@@ -222,7 +222,7 @@ class CompiledHandlerMixin:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "preprocess" in cls.__dict__:
-            cls.preprocess = _refusing(cls.__dict__["preprocess"])  # type: ignore[attr-defined]
+            cls.preprocess = _refusing(cls.__dict__["preprocess"])  # type: ignore[method-assign]
 
     def request_body(self, row: Any) -> Any:
         """The body of one request: bytes, text or what TorchServe parsed from JSON.
@@ -298,7 +298,10 @@ class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
 
     def _read(self, body: Any, specs: Sequence[Any]) -> dict[str, torch.Tensor]:
         if isinstance(body, (bytes, bytearray, str)):
-            body = json.loads(body)
+            try:
+                body = json.loads(body)
+            except RecursionError as error:
+                raise InputError("the request is nested too deeply") from error
         if not isinstance(body, dict):
             if len(specs) != 1:
                 names = ", ".join(spec.name for spec in specs)
@@ -312,13 +315,16 @@ class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
             if spec.name not in body:
                 raise InputError(f"input {spec.name!r} is missing")
             dtype = getattr(torch, spec.dtype)
+            value = body[spec.name]
             try:
-                tensor = torch.tensor(body[spec.name])
+                tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise InputError(f"input {spec.name!r} is not a nested list of numbers: {error}") from error
             if tensor.is_floating_point() and not dtype.is_floating_point and tensor.numel():
                 raise InputError(f"input {spec.name!r}: expected {spec.dtype} values, found fractions")
             row[spec.name] = tensor.to(dtype)
+            if not dtype.is_floating_point and not torch.equal(row[spec.name].to(tensor.dtype), tensor):
+                raise InputError(f"input {spec.name!r}: a value does not fit {spec.dtype}")
         return row
 
     def postprocess(self, data: Any) -> list[Any]:

@@ -37,8 +37,25 @@ class SkippedInitialization:
         """
         if not torch.equal(self._state, torch.get_rng_state()):
             return False
-        loaded = {tensor.untyped_storage().data_ptr() for tensor in module.state_dict().values()}
-        return all(tensor.untyped_storage().data_ptr() in loaded for tensor in self._skipped)
+        loaded = [_memory(tensor) for tensor in module.state_dict().values() if tensor.is_contiguous()]
+        starts: dict[int, int] = {}
+        for start, end in loaded:
+            starts[start] = max(end, starts.get(start, end))
+        return all(_is_covered(_memory(tensor), starts, loaded) for tensor in self._skipped)
+
+
+def _memory(tensor: torch.Tensor) -> tuple[int, int]:
+    """Addresses of a tensor's first byte and of the byte after its last one."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size() if tensor.numel() else start
+
+
+def _is_covered(memory: tuple[int, int], starts: dict[int, int], loaded: list[tuple[int, int]]) -> bool:
+    start, end = memory
+    if starts.get(start, -1) >= end:  # nearly always: a whole parameter
+        return True
+    return any(low <= start and end <= high for low, high in loaded)
 
 
 @contextlib.contextmanager

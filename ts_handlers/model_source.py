@@ -7,8 +7,10 @@ files and the libraries behind them are then not imported at all.
 from __future__ import annotations
 
 import ast
+import contextlib
 import fnmatch
 import functools
+import hashlib
 import importlib.util
 import inspect
 import os
@@ -193,13 +195,15 @@ class ArchiveSource(_EagerOnce):
         if self._build_hook is not None:
             return self._build_hook()
         model_class = load_model_class(self._model_path)
-        with _build_lock, skip_random_initialization() as skipped:
-            module = _construct(model_class, self._model_path)
-            self._load_state(module)
-            sound = self._weights_path is not None and skipped.was_sound(module)
-        if not sound:
-            module = _construct(model_class, self._model_path)
-            self._load_state(module)
+        if self._weights_path is not None:
+            # A constructor may also fail because its weights were not drawn; it is then run in the ordinary way.
+            with _build_lock, contextlib.suppress(ModelError), skip_random_initialization() as skipped:
+                module = _construct(model_class, self._model_path)
+                self._load_state(module)
+                if skipped.was_sound(module):
+                    return module
+        module = _construct(model_class, self._model_path)
+        self._load_state(module)
         return module
 
     def _load_state(self, module: torch.nn.Module) -> None:
@@ -433,12 +437,21 @@ def _module_facts(module: torch.nn.Module) -> list[str]:
 
 
 _INTERNAL = frozenset(torch.nn.Module().__dict__) - {"training"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def _attributes(module: torch.nn.Module) -> str:
     values = {key: value for key, value in vars(module).items() if key not in _INTERNAL}
-    buffers = [f"{key}:{value}" for key, value in module._buffers.items() if key in module._non_persistent_buffers_set]
-    return _canonical(values) + _canonical(buffers)
+    buffers = {key: value for key, value in module._buffers.items() if key in module._non_persistent_buffers_set}
+    # Hooks change what a call computes; the handles' numbers by which they are stored differ between processes.
+    hooks = [[name, *vars(module)[name].values()] for name in _HOOKS if vars(module).get(name)]
+    try:
+        return _canonical(values) + _canonical(buffers) + _canonical(hooks)
+    except RecursionError:
+        raise ModelError(
+            f"an attribute of {type(module).__qualname__} refers back to itself, so it cannot be compared between "
+            "processes; build the model from an archive's model file instead"
+        ) from None
 
 
 def _canonical(value: Any) -> str:
@@ -457,6 +470,8 @@ def _canonical(value: Any) -> str:
         return type(value).__qualname__
     if inspect.isroutine(value) or inspect.isclass(value):
         return _canonical_routine(value)
+    if type(value).__module__ == "numpy" and hasattr(value, "tobytes"):  # its repr leaves out the middle
+        return f"{type(value).__name__}:{value.dtype.str}:{value.shape}:{hashlib.sha256(value.tobytes()).hexdigest()}"
     if isinstance(value, functools.partial):
         return f"partial({_canonical(value.func)},{_canonical(value.args)},{_canonical(value.keywords)})"
     attributes = getattr(value, "__dict__", None)
@@ -478,9 +493,14 @@ def _canonical_routine(value: Any) -> str:
     if code is None:
         return name
     closure = [cell.cell_contents for cell in (getattr(value, "__closure__", None) or ())]
-    constants = [item for item in code.co_consts if not inspect.iscode(item)]
-    facts = [code.co_code.hex(), _canonical(list(code.co_names)), _canonical(constants), _canonical(closure)]
-    return name + fingerprint.digest_text("|".join(facts))
+    defaults = [getattr(value, "__defaults__", None), getattr(value, "__kwdefaults__", None)]
+    return name + fingerprint.digest_text("|".join([_canonical_code(code), _canonical(defaults), _canonical(closure)]))
+
+
+def _canonical_code(code: Any) -> str:
+    """Bytecode, names and constants, those of nested functions and comprehensions included."""
+    constants = [_canonical_code(item) if inspect.iscode(item) else _canonical(item) for item in code.co_consts]
+    return "|".join([code.co_code.hex(), _canonical(list(code.co_names)), *constants])
 
 
 class _Background(Generic[T]):

@@ -8,8 +8,10 @@ combination is a `SettingsError` that names the key's path, the value found and 
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -228,36 +230,59 @@ def _explain(message: str, section: Any, kind: Any, root: str) -> str:
     match = _AT.match(message)
     assert match is not None
     what, path = match["what"], (match["path"] or "$")
-    value, steps = _follow(section, path)
+    value, steps, kind, hint = _follow(section, kind, path)
     where = root + steps
     unknown = _UNKNOWN.match(what)
     if unknown is None:
-        return f"{where}: {what} (value: {value!r}); see docs/settings.md"
+        choices = _choices(hint)
+        remedy = f"expected one of {', '.join(choices)}" if choices else "see docs/settings.md"
+        return f"{where}: {what} (value: {value!r}); {remedy}"
     field = unknown["field"]
     found = value.get(field) if isinstance(value, Mapping) else None
-    known = _field_names(kind, value)
+    known = _field_names(kind)
     close = difflib.get_close_matches(field, known, n=1)
     remedy = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
     return f"{where}.{field}: unknown key (value: {found!r}); {remedy}"
 
 
-def _follow(section: Any, path: str) -> tuple[Any, str]:
-    value, steps = section, ""
+_PARTS = {"inputs": InputSpec, "dimensions": Dimension, "canary": CanarySettings}
+
+
+def _follow(section: Any, kind: Any, path: str) -> tuple[Any, str, Any, Any]:
+    """Walk msgspec's path: the value there, its YAML path, the struct around it and the field's type."""
+    value, steps, hint = section, "", None
     for name, index in re.findall(r"\.([A-Za-z_]\w*)|\[(\d+|\.\.\.)\]", path):
-        steps += f".{name}" if name else f"[{index}]"
+        if name:
+            hint = typing.get_type_hints(kind).get(name)
+            kind = _PARTS.get(name, kind) if kind is Settings else kind
+        key: Any = name or (_misfit(value, kind) if index == "..." else int(index))
+        steps += f"[{key}]" if isinstance(key, int) else f".{key}"
         try:
-            value = value[name] if name else value[int(index)]
-        except (KeyError, IndexError, TypeError, ValueError):
-            return value, steps
-    return value, steps
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            break
+    return value, steps, kind, hint
 
 
-def _field_names(kind: Any, value: Any) -> list[str]:
-    """Names of the struct (among those of this module) that shares most keys with what was found."""
-    kinds = (kind, InputSpec, Dimension, CanarySettings, CompileSettings)
-    keys = set(value) if isinstance(value, Mapping) else set()
-    best = max(kinds, key=lambda k: len(keys & set(k.__struct_fields__)))
-    return [name for name in best.__struct_fields__ if not (best is Settings and name == "compile")]
+def _misfit(mapping: Mapping[str, Any], kind: Any) -> str:
+    """The first key of a mapping whose value is at fault; msgspec does not say which one it is."""
+    for key, value in mapping.items():
+        try:
+            msgspec.convert(value, kind)
+        except msgspec.ValidationError:
+            return str(key)
+    return "..."
+
+
+def _choices(hint: Any) -> list[str]:
+    """Every value that the literal types inside a type hint allow."""
+    if typing.get_origin(hint) is Literal:
+        return [str(value) for value in typing.get_args(hint)]
+    return [choice for part in typing.get_args(hint) for choice in _choices(part)]
+
+
+def _field_names(kind: Any) -> list[str]:
+    return [name for name in kind.__struct_fields__ if not (kind is Settings and name == "compile")]
 
 
 def _validate(settings: Settings) -> None:
@@ -274,6 +299,12 @@ def _validate(settings: Settings) -> None:
         raise SettingsError(
             f"{SECTION}.on_miss: 'eager' falls back on a miss and {SECTION}.strict: true forbids falling back; "
             "set on_miss: fail, or strict: false"
+        )
+    tolerance = settings.canary.tolerance
+    if tolerance is not None and not (math.isfinite(tolerance) and tolerance >= 0):
+        raise SettingsError(
+            f"{SECTION}.canary.tolerance: expected a relative error of at least 0, found {tolerance}; "
+            "remove it to take the one that fits the dtype"
         )
     if settings.compile.mode is not None and settings.compile.options:
         raise SettingsError(
@@ -326,10 +357,16 @@ def _validate_inputs(settings: Settings) -> None:
                 )
             if isinstance(size, int) and size < 1:
                 raise SettingsError(f"{where}.shape[{axis}]: expected a size of at least 1, found {size}")
-        if spec.values is not None and not spec.values[0] < spec.values[1]:
+        if spec.values is not None and not _has_values(spec.dtype, *spec.values):
             raise SettingsError(
-                f"{where}.values: {list(spec.values)} is empty; expected [low, high) with low below high"
+                f"{where}.values: {list(spec.values)} holds no {spec.dtype}; expected [low, high) with low below high"
             )
+
+
+def _has_values(dtype: str, low: float, high: float) -> bool:
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return False
+    return low < high if "float" in dtype else int(low) < int(high)
 
 
 def default_store_root(environ: Mapping[str, str] = os.environ) -> str:

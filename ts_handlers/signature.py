@@ -61,6 +61,8 @@ class Signature:
                 raise InputError(f"input {name!r} is missing; expected {', '.join(self.names)}")
             if not isinstance(value, torch.Tensor):
                 raise InputError(f"input {name!r}: expected a tensor, found {type(value).__name__}")
+            if value.layout != torch.strided:
+                raise InputError(f"input {name!r}: expected a dense tensor, found layout {str(value.layout)[6:]}")
             if value.device != device:
                 value = value.to(device, non_blocking=True)
             values.append(value.contiguous())

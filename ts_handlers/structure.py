@@ -9,13 +9,14 @@ The description is one of::
     {"kind": "tensor"}
     {"kind": "constant", "value": None | bool | int | float | str}
     {"kind": "tuple" | "list", "items": [description, ...]}
-    {"kind": "dict" | "mapping", "keys": [str, ...], "items": [description, ...]}
+    {"kind": "dict" | "mapping" | "namedtuple", "keys": [str, ...], "items": [description, ...]}
 
-``mapping`` stands for an output class with attributes (a dataclass, a named tuple or a ``ModelOutput``).
+``mapping`` stands for an output class with attributes (a dataclass or a ``ModelOutput``).
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -121,7 +122,7 @@ def _fields(value: Any) -> tuple[str, dict[str, Any]] | None:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return "mapping", {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return "mapping", dict(value._asdict())
+        return "namedtuple", dict(value._asdict())
     return None
 
 
@@ -142,5 +143,7 @@ def _build(description: Description, leaves: Iterator[torch.Tensor]) -> Any:
         return tuple(items)
     if kind == "list":
         return items
+    if kind == "namedtuple":
+        return collections.namedtuple("Output", description["keys"])(*items)
     fields = dict(zip(description["keys"], items, strict=True))
     return fields if kind == "dict" else OutputMapping(fields)

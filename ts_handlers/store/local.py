@@ -162,16 +162,19 @@ class LocalStore:
         target = self._entry(address)
         try:
             write_manifest(staging, manifest)
-            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_private(target.parent, self.root)
             try:
                 os.rename(staging, target)
             except OSError:
-                if not (target / MANIFEST).exists():
+                # What stands there was written by somebody else and may be damaged: it is used as any entry is.
+                found = self.lookup(address)
+                if not isinstance(found, Hit):
                     raise
-                return target
-            fsync(target.parent)
+                return found.directory
         except OSError as error:
             raise StoreError(f"the entry could not be published in {self.root}: {error}") from error
+        with contextlib.suppress(OSError):  # it is visible and complete; only its survival of a power cut is open
+            fsync(target.parent)
         return target
 
     def discard(self, address: Address, reason: str) -> None:
@@ -214,7 +217,7 @@ class LocalStore:
         payload = buffer.getvalue()
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make_private(path.parent, self.root)
             temporary.write_bytes(hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
             fsync(temporary)
             os.replace(temporary, path)
@@ -224,6 +227,13 @@ class LocalStore:
                 temporary.unlink()
             return False
         return True
+
+
+def _make_private(directory: Path, root: Path) -> None:
+    """Make the folders from `root` down to `directory`, each closed to others whatever the umask is."""
+    for part in directory.relative_to(root).parts:
+        root = root / part
+        root.mkdir(mode=0o700, exist_ok=True)
 
 
 def _safe_name(name: str) -> str:
