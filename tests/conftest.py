@@ -1,0 +1,28 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from models import write_archive
+
+# Deadlines are durations, and a shared machine has no say about those.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+settings.load_profile("tests")
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user or to mount")
+
+
+@pytest.fixture(autouse=True)
+def _no_shared_caches(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep a user's own store out of the tests."""
+    monkeypatch.setenv("TS_HANDLERS_CACHE", str(tmp_path_factory.getbasetemp() / "default-store"))
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """An archive with one linear layer."""
+    return write_archive(tmp_path / "archive")

@@ -1,0 +1,215 @@
+"""Settings: every mistake is named with its path, its value and the remedy."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+from conftest import needs_root
+from hypothesis import given
+from hypothesis import strategies as st
+from subprocesses import run_python
+
+from ts_handlers.errors import SettingsError
+from ts_handlers.settings import Settings, default_store_root, parse_settings
+
+INPUT = {"name": "x", "dtype": "float32", "shape": ["batch", 4]}
+DIMENSIONS = {"batch": {"min": 1, "max": 8}}
+SECTION: dict[str, Any] = {"inputs": [INPUT], "dimensions": DIMENSIONS}
+
+
+def parse(section: Any, **config: Any) -> Settings:
+    return parse_settings({"handler": {"ts_handlers": section}, **config})
+
+
+def message(section: Any, **config: Any) -> str:
+    with pytest.raises(SettingsError) as caught:
+        parse(section, **config)
+    return str(caught.value)
+
+
+def test_nothing_gives_the_defaults() -> None:
+    assert parse_settings(None) == parse_settings({}) == parse_settings({"handler": {}}) == Settings()
+    assert parse_settings({"handler": {"ts_handlers": None}}) == Settings()
+    assert parse_settings({"minWorkers": 2, "handler": {"profile": True}}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("section", "parts"),
+    [
+        ({"bakends": ["eager"]}, ["handler.ts_handlers.bakends", "['eager']", "did you mean 'backends'?"]),
+        ({"quux": 17}, ["handler.ts_handlers.quux", "17", "known keys: store, backends"]),
+        ({"inputs": [{**INPUT, "nmae": "y"}]}, ["handler.ts_handlers.inputs[0].nmae", "'y'", "did you mean 'name'?"]),
+        (
+            {"inputs": [INPUT, {**INPUT, "zz": 5}]},
+            ["handler.ts_handlers.inputs[1].zz", "5", "known keys: name, dtype, shape, values"],
+        ),
+        (
+            {"dimensions": {"a": {"min": 1, "max": 2}, "b": {"min": 1, "mxa": 3}}},
+            ["handler.ts_handlers.dimensions.b.mxa", "3", "did you mean 'max'?"],
+        ),
+        ({"canary": {"tolerence": 0.5}}, ["handler.ts_handlers.canary.tolerence", "0.5", "did you mean 'tolerance'?"]),
+    ],
+)
+def test_unknown_keys_are_named_at_every_level(section: dict[str, Any], parts: list[str]) -> None:
+    text = message(section)
+    assert "unknown key" in text
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("section", "parts"),
+    [
+        ([1], ["handler.ts_handlers:", "object", "[1]"]),
+        ("eager", ["handler.ts_handlers:", "object", "'eager'"]),
+        ({"strict": "yes"}, ["handler.ts_handlers.strict", "bool", "'yes'"]),
+        ({"backends": "eager"}, ["handler.ts_handlers.backends", "array", "'eager'"]),
+        ({"backends": ["tensorflow"]}, ["handler.ts_handlers.backends[0]", "'tensorflow'", "aot_inductor, inductor"]),
+        ({"on_miss": "ignore"}, ["handler.ts_handlers.on_miss", "'ignore'", "compile, fail, eager"]),
+        ({"inputs": [{**INPUT, "dtype": "float31"}]}, ["handler.ts_handlers.inputs[0].dtype", "'float31'", "bfloat16"]),
+        ({"inputs": [{**INPUT, "shape": [1.5]}]}, ["handler.ts_handlers.inputs[0].shape[0]", "1.5"]),
+        ({"inputs": [{"name": "x", "dtype": "int64"}]}, ["handler.ts_handlers.inputs[0]", "shape"]),
+        ({"dimensions": {"batch": 3}}, ["handler.ts_handlers.dimensions.batch", "object", "3"]),
+        ({"dimensions": {"batch": {"min": "1", "max": 8}}}, ["handler.ts_handlers.dimensions.batch.min", "'1'"]),
+        ({"warmup": {"batch": 1}}, ["handler.ts_handlers.warmup", "array"]),
+        ({"dtype": "int8"}, ["handler.ts_handlers.dtype", "'int8'", "float16"]),
+        ({"compile": {"mode": "default"}}, ["handler.ts_handlers.compile", "pt2: {compile:"]),
+    ],
+)
+def test_wrong_types_and_values_are_named(section: Any, parts: list[str]) -> None:
+    text = message(section)
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("section", "parts"),
+    [
+        ({"backends": []}, ["backends", "empty", "name at least one"]),
+        ({"backends": ["eager", "eager"]}, ["backends", "twice"]),
+        ({"backends": ["eager", "inductor"]}, ["backends", "never reached", "put it last"]),
+        ({"on_miss": "eager", "strict": True}, ["on_miss", "strict"]),
+        ({"canary": {"tolerance": -1}}, ["canary.tolerance", "-1"]),
+        ({"dimensions": {"batch": {"min": 0, "max": 8}}, "inputs": [INPUT]}, ["dimensions.batch.min", "0"]),
+        ({"dimensions": {"batch": {"min": 9, "max": 8}}, "inputs": [INPUT]}, ["dimensions.batch", "9", "8"]),
+        ({"dimensions": DIMENSIONS}, ["dimensions.batch", "no input uses"]),
+        ({"inputs": [INPUT]}, ["inputs[0].shape[0]", "'batch'", "not declared"]),
+        ({**SECTION, "inputs": [INPUT, INPUT]}, ["inputs[0].name", "twice"]),
+        ({**SECTION, "inputs": [{**INPUT, "name": "a-b"}]}, ["inputs[0].name", "identifier"]),
+        ({"inputs": [{**INPUT, "shape": [0]}]}, ["inputs[0].shape[0]", "at least 1", "0"]),
+        ({"inputs": [{**INPUT, "shape": [1], "values": [2, 2]}]}, ["inputs[0].values", "[2.0, 2.0]"]),
+        (
+            {"inputs": [{"name": "i", "dtype": "int64", "shape": [1], "values": [0.2, 0.7]}]},
+            ["inputs[0].values", "int64"],
+        ),
+        ({**SECTION, "warmup": [{"batch": 9}]}, ["warmup[0].batch", "9", "1..8"]),
+        ({**SECTION, "warmup": [{"batch": 1}, {"length": 9}]}, ["warmup[1].length", "unknown dimension", "batch"]),
+    ],
+)
+def test_impossible_combinations_are_refused(section: dict[str, Any], parts: list[str]) -> None:
+    text = message(section)
+    for part in parts:
+        assert part in text
+
+
+def test_the_file_itself_must_be_a_mapping() -> None:
+    for config in ([1], "text"):
+        with pytest.raises(SettingsError, match="model-config.yaml"):
+            parse_settings(config)  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="handler: expected a mapping"):
+        parse_settings({"handler": [1]})
+
+
+@pytest.mark.parametrize(
+    ("pt2", "ladder"),
+    [
+        ("inductor", ("inductor", "eager")),
+        ("eager", ("eager",)),
+        ({"backend": "inductor"}, ("inductor", "eager")),
+        ({"compile": {"enable": True}}, ("inductor", "eager")),
+        ({"compile": {"enable": True, "backend": "inductor", "mode": "max-autotune"}}, ("inductor", "eager")),
+        ({"compile": {"enable": False}}, ("eager",)),
+        ({"compile": {"enable": True, "backend": "eager"}}, ("eager",)),
+        ({"export": {"aot_compile": True}}, ("aot_inductor", "inductor", "eager")),
+        (None, ("aot_inductor", "inductor", "eager")),
+    ],
+)
+def test_pt2_section_sets_the_ladder(pt2: Any, ladder: tuple[str, ...]) -> None:
+    assert parse({}, pt2=pt2).backends == ladder
+
+
+def test_explicit_backends_win_over_pt2_and_keep_its_arguments() -> None:
+    settings = parse({"backends": ["aot_inductor"]}, pt2={"compile": {"options": {"max_autotune": True}}})
+    assert settings.backends == ("aot_inductor",)
+    assert settings.compile.options == {"max_autotune": True}
+
+
+@pytest.mark.parametrize(
+    ("pt2", "parts"),
+    [
+        (3, ["pt2:", "int (3)", "write `pt2: {compile:"]),
+        ({"compile": [1]}, ["pt2.compile:", "[1]"]),
+        ({"compile": {"modee": "x"}}, ["pt2.compile.modee", "'x'", "did you mean 'mode'?"]),
+        ({"compile": {"fullgraph": "no"}}, ["pt2.compile.fullgraph", "bool", "'no'"]),
+        ({"compile": {"mode": "default", "options": {"a": 1}}}, ["pt2.compile", "not both"]),
+        ("openxla", ["pt2.compile.backend", "'openxla'", "handler.ts_handlers.backends"]),
+    ],
+)
+def test_pt2_mistakes_are_named(pt2: Any, parts: list[str]) -> None:
+    text = message({}, pt2=pt2)
+    for part in parts:
+        assert part in text
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+keys = st.sampled_from([*Settings.__struct_fields__, "typo"])
+
+
+@given(st.dictionaries(keys, json_values, max_size=4), json_values)
+def test_any_yaml_gives_settings_or_a_settings_error(section: dict[str, Any], pt2: Any) -> None:
+    try:
+        assert isinstance(parse(section, pt2=pt2), Settings)
+    except SettingsError as error:
+        assert "handler.ts_handlers" in str(error) or "pt2" in str(error)
+
+
+def test_store_root_comes_from_the_environment_in_this_order(tmp_path: Any) -> None:
+    home = {"HOME": str(tmp_path)}
+    xdg = {**home, "XDG_CACHE_HOME": "/xdg"}
+    assert default_store_root({**xdg, "TS_HANDLERS_CACHE": "/cache"}) == "/cache"
+    assert default_store_root({**xdg, "TS_HANDLERS_CACHE": ""}) == "/xdg/ts_handlers"
+    assert default_store_root(home) == str(tmp_path / ".cache" / "ts_handlers")
+    assert default_store_root({"HOME": "/"}).endswith(f"ts_handlers-{os.getuid()}")
+
+
+@needs_root
+@pytest.mark.processes
+def test_uid_without_passwd_entry_and_home_gets_a_usable_store(tmp_path: Any) -> None:
+    tmp_path.chmod(0o777)
+    for folder in (tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(0o755)
+    out = run_python(
+        """
+        import getpass, os  # everything is imported first: the interpreter may lie in a folder closed to others
+        from ts_handlers.backends.inductor_cache import make_working_directory, use_cache
+        from ts_handlers.settings import default_store_root
+        from ts_handlers.store.local import LocalStore
+
+        os.setgid(54321), os.setuid(54321)
+        use_cache(make_working_directory())
+        getpass.getuser()  # what the compiler asks for
+        store = LocalStore(default_store_root())
+        print(store.root, store.root.stat().st_uid, oct(store.root.stat().st_mode & 0o777), sep="\\n")
+        """,
+        HOME=None,
+        USER=None,
+        LOGNAME=None,
+        TMPDIR=str(tmp_path),
+    )
+    assert out.splitlines() == [str(tmp_path / "ts_handlers-54321"), "54321", "0o700"]
