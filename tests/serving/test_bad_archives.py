@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from archives import ROWS, ArchiveFactory
-from conftest import FirstStart, ServerFactory, copy_store
+from records import FirstStart, ServerFactory, copy_store
 
 from ts_handlers.testing import TorchServe, TorchServeError
 

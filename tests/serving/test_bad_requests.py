@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from archives import ROWS, expected
-from conftest import FirstStart, ServerFactory, copy_store
+from records import FirstStart, ServerFactory, copy_store
 
 from ts_handlers.testing import TorchServe
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 from archives import ROWS, ArchiveFactory, expected, load_script
-from conftest import FirstStart, ServerFactory, published, starts
+from records import FirstStart, ServerFactory, published, starts
+
+CONFIG = Path(__file__).parents[2] / "config.properties"
 
 
 def test_cold_start_builds_once(first_start: FirstStart) -> None:
@@ -38,11 +40,16 @@ def test_restart_loads(first_start: FirstStart, tiny: str, warm_store: Path, mak
     assert len(published(warm_store)) == 1
 
 
-def test_phases_of_a_start_are_metrics(tiny: str, warm_store: Path, make_server: ServerFactory) -> None:
-    with make_server([tiny], warm_store) as server:
+def test_phases_of_a_start_are_described_and_metrics(tiny: str, warm_store: Path, make_server: ServerFactory) -> None:
+    phases = {"process", "key", "lookup", "load", "canary", "warmup"}
+    with make_server([tiny], warm_store, config=CONFIG) as server:
         server.wait_ready(tiny)
-        phases = set(server.describe(tiny)["phases_ms"])
-    assert {"process", "key", "lookup", "load", "canary", "warmup"} <= phases
+        assert phases <= set(server.describe(tiny)["phases_ms"])
+        # Metrics of a start reach TorchServe with the worker's next log lines.
+        server.predict(tiny, ROWS)
+        metrics = server.metrics()
+    assert {name for name in phases if f"ts_handlers_{name}_ms{{" in metrics} == phases
+    assert "ts_handlers_hit_total{" in metrics
 
 
 def test_four_workers_on_an_empty_store_build_once(

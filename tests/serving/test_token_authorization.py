@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from archives import ROWS
-from conftest import ServerFactory
+from records import ServerFactory
 
 from ts_handlers.testing.server import read_properties
 
