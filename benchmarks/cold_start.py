@@ -1,0 +1,108 @@
+"""Launch of a real TorchServe to its first HTTP 200: eager, torch.compile, TorchServe's caching example, and ours.
+
+    python benchmarks/cold_start.py --model resnet50 --table --json resnet50.json --plot resnet50.png
+    python benchmarks/cold_start.py --model tiny -n 1 --rows eager,aot_cold,aot_warm --table
+
+Every start is a fresh process. The rows are interleaved (A B C A B C ...), and a run that was not what its row claims,
+or that answered wrongly, is reported as failed and never counted. See benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import archives
+import environment
+import report
+from measure import Bench, Run
+from rows import ROWS, Row, select
+
+
+def run(model: str, archive_format: str, rows: list[Row], rounds: int, directory: Path) -> dict[str, Any]:
+    """Build the archives, prepare, and measure `rounds` interleaved rounds; returns JSON-compatible data."""
+    facts = environment.facts()
+    if warning := environment.warn_if_busy(facts):
+        _say(f"warning: {warning}")
+    started = time.monotonic()
+    _say(f"{model}: building archives ({archive_format})")
+    variants = {row.archive for row in rows} | {seed for row in rows for seed in row.seeds}
+    bench = Bench(archives.build(model, archive_format, variants, directory), directory)
+    for row in rows:
+        if not bench.is_prepared(row):
+            _say(f"{model}: preparing {row.name}")
+            bench.prepare(row)
+    prepared = time.monotonic()
+    runs: list[Run] = []
+    for number in range(1, rounds + 1):
+        for row in rows:
+            runs.append(bench.measure(row, number))
+            _say(f"{model}: round {number}/{rounds} {_progress(runs[-1], row)}")
+    return {
+        "benchmark": "cold_start",
+        "model": model,
+        "archive_format": archive_format,
+        "rounds": rounds,
+        "environment": facts,
+        "preparation_s": round(prepared - started, 1),
+        "measurement_s": round(time.monotonic() - prepared, 1),
+        "rows": report.summarise(runs, rows),
+        "bars": report.judge_bars(runs, rows, model, archive_format),
+        "runs": [dataclasses.asdict(each) for each in runs],
+    }
+
+
+def _progress(run: Run, row: Row) -> str:
+    if run.problems:
+        return f"{row.name}: FAILED: {run.problems[0][:2000]}"
+    return f"{row.name}: {getattr(run, row.metric):.2f} s"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Parse the command line, run, and print or write what was asked for; 1 when any run failed."""
+    parser = argparse.ArgumentParser(description="Time from the launch of TorchServe to its first HTTP 200.")
+    parser.add_argument("--model", choices=archives.MODELS, default="resnet50")
+    parser.add_argument("--archive-format", choices=sorted(archives.FORMATS), default="zip")
+    parser.add_argument("--rows", help=f"comma-separated; default: all of {', '.join(row.name for row in ROWS)}")
+    parser.add_argument("-n", type=int, default=3, metavar="ROUNDS", help="interleaved rounds (default 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    parser.add_argument("--table", action="store_true", help="print Markdown tables")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a bar chart (.png or .svg; needs matplotlib)")
+    parser.add_argument("--workdir", type=Path, help="keep archives, caches and logs of failed runs here")
+    arguments = parser.parse_args()
+    if arguments.n < 1:
+        parser.error("-n: at least one round")
+    rows = select(arguments.rows)
+    parent = arguments.workdir
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix="cold_start-", dir=parent)).resolve()
+    try:
+        result = run(arguments.model, arguments.archive_format, rows, arguments.n, directory)
+    finally:
+        if parent is None:
+            shutil.rmtree(directory, ignore_errors=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    if arguments.plot:
+        from plot import plot
+
+        plot(result, arguments.plot)
+    if arguments.table or not arguments.json:
+        print(report.markdown(result))
+    return 1 if any(summary["failed"] for summary in result["rows"].values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""JSON `{"x": [[...]]}` to probabilities, by the default methods."""
+
+from ts_handlers import CompiledHandler
+
+
+class Handler(CompiledHandler):
+    pass
