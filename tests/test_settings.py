@@ -116,7 +116,7 @@ def test_impossible_combinations_are_refused(section: dict[str, Any], parts: lis
 
 def test_the_file_itself_must_be_a_mapping() -> None:
     for config in ([1], "text"):
-        with pytest.raises(SettingsError, match="model-config.yaml"):
+        with pytest.raises(SettingsError, match=r"model-config\.yaml"):
             parse_settings(config)  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="handler: expected a mapping"):
         parse_settings({"handler": [1]})
@@ -174,9 +174,10 @@ keys = st.sampled_from([*Settings.__struct_fields__, "typo"])
 @given(st.dictionaries(keys, json_values, max_size=4), json_values)
 def test_any_yaml_gives_settings_or_a_settings_error(section: dict[str, Any], pt2: Any) -> None:
     try:
-        assert isinstance(parse(section, pt2=pt2), Settings)
+        text = str(parse(section, pt2=pt2))
     except SettingsError as error:
-        assert "handler.ts_handlers" in str(error) or "pt2" in str(error)
+        text = str(error)
+    assert "handler.ts_handlers" in text or "pt2" in text or "Settings(" in text
 
 
 def test_store_root_comes_from_the_environment_in_this_order(tmp_path: Any) -> None:

@@ -14,20 +14,36 @@ from typing import Any
 
 import torch
 
-# What torch.nn.init and transformers' own initialisation end in.
-_METHODS = ("normal_", "uniform_")
+# What torch.nn.init and transformers' own initialisation end in, and the parameter that is filled in instead. The mean
+# and the lower bound are what the rejection sampling of trunc_normal_ accepts at once.
+_METHODS = {"normal_": "mean", "uniform_": "from"}
 
 
 class SkippedInitialization:
     """Record of what was skipped while `skip_random_initialization` was active."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
         self._skipped: list[torch.Tensor] = []
         self._state = torch.get_rng_state()
+        self._fills = self._bytes = 0
+        self._limit = limit
+        self._seen: set[int] = set()
 
     def add(self, tensor: torch.Tensor) -> None:
-        """Remember a tensor left as allocated; the reference keeps its memory from being reused."""
+        """Remember a tensor that was not drawn; the reference keeps its memory from being reused.
+
+        Raises
+        ------
+        RuntimeError
+            Far more was filled than the weights hold: a loop that draws until it likes the result would never end.
+        """
+        self._fills += 1
         self._skipped.append(tensor)
+        if tensor.data_ptr() not in self._seen:
+            self._seen.add(tensor.data_ptr())
+            self._bytes += tensor.nbytes
+        if self._bytes > 2 * self._limit + (1 << 20) or self._fills > 10_000 + self._limit // 256:
+            raise RuntimeError("the constructor draws random numbers until they fit")
 
     def was_sound(self, module: torch.nn.Module) -> bool:
         """Whether `module`, whose state_dict has been loaded completely, equals one built in the ordinary way.
@@ -59,26 +75,31 @@ def _is_covered(memory: tuple[int, int], starts: dict[int, int], loaded: list[tu
 
 
 @contextlib.contextmanager
-def skip_random_initialization() -> Iterator[SkippedInitialization]:
-    """Make the in-place random fills of this thread do nothing.
+def skip_random_initialization(limit: int = 1 << 30) -> Iterator[SkippedInitialization]:
+    """Make the in-place random fills of this thread write a constant.
 
     Other threads keep the real methods. Not reentrant across threads: callers hold their own lock.
+
+    Parameters
+    ----------
+    limit:
+        Size of the weights in bytes; a constructor that fills much more than that is stopped by a RuntimeError.
     """
-    record = SkippedInitialization()
+    record = SkippedInitialization(limit)
     owner = threading.get_ident()
     originals: dict[str, Callable[..., Any]] = {name: getattr(torch.Tensor, name) for name in _METHODS}
 
-    def skipping(original: Callable[..., Any]) -> Callable[..., Any]:
+    def skipping(original: Callable[..., Any], constant: str) -> Callable[..., Any]:
         def fill(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if threading.get_ident() != owner or self.device.type != "cpu" or kwargs.get("generator") is not None:
                 return original(self, *args, **kwargs)  # type: ignore[no-any-return]
             record.add(self)
-            return self
+            return self.fill_(args[0] if args else kwargs.get(constant, 0.0))
 
         return fill
 
     for name, original in originals.items():
-        setattr(torch.Tensor, name, skipping(original))
+        setattr(torch.Tensor, name, skipping(original, _METHODS[name]))
     try:
         yield record
     finally:

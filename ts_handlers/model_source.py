@@ -197,7 +197,8 @@ class ArchiveSource(_EagerOnce):
         model_class = load_model_class(self._model_path)
         if self._weights_path is not None:
             # A constructor may also fail because its weights were not drawn; it is then run in the ordinary way.
-            with _build_lock, contextlib.suppress(ModelError), skip_random_initialization() as skipped:
+            size = sum(tensor.nbytes for tensor in self.weights().values())
+            with _build_lock, contextlib.suppress(ModelError), skip_random_initialization(size) as skipped:
                 module = _construct(model_class, self._model_path)
                 self._load_state(module)
                 if skipped.was_sound(module):

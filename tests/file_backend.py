@@ -1,0 +1,120 @@
+"""A backend for tests of the store and of processes: fast, and it counts its builds.
+
+Registered with `use_file_backend`. Its artifact holds nothing of a linear model but its names, so that weights come
+from the archive. Environment variables steer it in a child process:
+
+- ``BUILD_LOG``: a file that gets one line for each build begun and each one finished
+- ``BUILD_SECONDS``: how long a build sleeps
+- ``KILL_AT``: the process sends itself SIGKILL at this phase (see `PHASES`)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ts_handlers.backends
+from ts_handlers.backends.base import Built, Description, Loaded, Phase, Request
+from ts_handlers.errors import LoadError
+from ts_handlers.store import local
+
+PHASES = ("before staging", "during build", "after files", "before rename", "after rename")
+
+
+class FileBackend:
+    """Stands in for ``aot_inductor``."""
+
+    name = "aot_inductor"
+    persistent = True
+
+    def bakes_weights(self, request: Request) -> bool:
+        return False
+
+    def options(self, request: Request) -> dict[str, str]:
+        return {}
+
+    def toolchain(self, request: Request) -> str:
+        return "test"
+
+    def build(self, request: Request, directory: Path, phase: Phase) -> Built:
+        log_line("begin")
+        with phase("compile"):
+            (directory / "part").mkdir()
+            (directory / "part" / "first.json").write_text(json.dumps({"weight": "layer.weight"}))
+            kill_at("during build")
+            time.sleep(float(os.environ.get("BUILD_SECONDS", "0")))
+            (directory / "second.json").write_text(json.dumps({"bias": "layer.bias"}))
+        log_line("end")
+        kill_at("after files")
+        return Built({"kind": "linear"})
+
+    def load(self, request: Request, directory: Path, description: Description) -> Loaded:
+        if description != {"kind": "linear"}:
+            raise LoadError("not an artifact of the test backend")
+        weights = request.source.weights()
+        names = json.loads((directory / "part" / "first.json").read_text())
+        names |= json.loads((directory / "second.json").read_text())
+        weight, bias = weights[names["weight"]], weights[names["bias"]]
+        return Loaded(lambda tensors: tensors[0] @ weight.t() + bias, request.require_signature())
+
+
+BACKEND = FileBackend()
+
+
+def log_line(text: str) -> None:
+    """Append one line to the log of builds; short appends are atomic."""
+    if "BUILD_LOG" in os.environ:
+        with open(os.environ["BUILD_LOG"], "a") as log:
+            log.write(f"{text} {os.getpid()}\n")
+
+
+def kill_at(phase: str) -> None:
+    """Die here, as from the kernel's out-of-memory killer, when ``KILL_AT`` says so."""
+    assert phase in PHASES
+    if os.environ.get("KILL_AT") == phase:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def use_file_backend() -> None:
+    """Make ``aot_inductor`` this backend, in this process, and arm the phases inside the store."""
+    ts_handlers.backends._MODULES["aot_inductor"] = __name__
+    staging, rename = local.LocalStore.staging, os.rename
+
+    @contextlib.contextmanager
+    def armed_staging(store: Any, address: Any) -> Iterator[Path]:
+        kill_at("before staging")
+        with staging(store, address) as directory:
+            yield directory
+
+    def armed_rename(source: Any, target: Any) -> None:
+        published = "entries" in Path(target).parts
+        if published:
+            kill_at("before rename")
+        rename(source, target)
+        if published:
+            kill_at("after rename")
+
+    local.LocalStore.staging = armed_staging  # type: ignore[method-assign,assignment]
+    local.os.rename = armed_rename  # type: ignore[assignment]
+
+
+START = """
+    import json, logging, sys
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    import torch
+    from file_backend import use_file_backend
+    from models import archive_source, settings_of
+    from ts_handlers import start_model
+    use_file_backend()
+    archive, store = sys.argv[1:3]
+    settings = settings_of(store=store, backends=["aot_inductor", "eager"], **json.loads((sys.argv[3:] or ["{}"])[0]))
+    model = start_model(archive_source(archive), settings)
+    print(json.dumps({**model.describe(), "answer": model(torch.ones(2, 4)).tolist()}))
+"""
+"""A process that starts the archive's model on a store and prints what `describe` says, and an answer."""
