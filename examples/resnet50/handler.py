@@ -1,4 +1,4 @@
-"""A `.npy` file, or JSON by the default methods, to the five likeliest classes of each image."""
+"""A `.npy` file, or JSON by the default methods, to the logits of each image."""
 
 import io
 
