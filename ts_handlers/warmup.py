@@ -62,7 +62,7 @@ def compare_outputs(found: Any, expected: Any, tolerance: float | None = None) -
         if not a.numel():
             continue
         if b.is_complex():
-            a, b = torch.view_as_real(a), torch.view_as_real(b)
+            a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.resolve_conj())
         limit = INTEGER_TOLERANCE
         if b.is_floating_point():
             limit = TOLERANCES.get(b.dtype, 5e-2) if tolerance is None else tolerance

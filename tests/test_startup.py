@@ -1,0 +1,247 @@
+"""Start-up: lookup, build, canary and the fallback ladder, with a backend that needs no compiler."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import file_backend
+import pytest
+import torch
+from models import LINEAR, archive_source, eager_model, settings_of, write_archive, write_weights
+
+import ts_handlers.backends
+from ts_handlers import CompiledModel, ModuleSource, Settings, start_model
+from ts_handlers.errors import (
+    BuildError,
+    CanaryError,
+    InputError,
+    LoadError,
+    MissError,
+    ModelError,
+    SettingsError,
+    StoreError,
+)
+from ts_handlers.store.local import LocalStore
+
+ROWS = torch.arange(8.0).reshape(2, 4)
+
+
+@pytest.fixture(autouse=True)
+def backend(monkeypatch: pytest.MonkeyPatch) -> file_backend.FileBackend:
+    """A fresh test backend in place of ``aot_inductor``."""
+    monkeypatch.setitem(ts_handlers.backends._MODULES, "aot_inductor", "file_backend")
+    fresh = file_backend.FileBackend()
+    monkeypatch.setattr(file_backend, "BACKEND", fresh)
+    return fresh
+
+
+@pytest.fixture
+def start(archive: Path, tmp_path: Path) -> Callable[..., CompiledModel]:
+    def run(directory: Path = archive, **changes: Any) -> CompiledModel:
+        section = {"store": str(tmp_path / "store"), "backends": ["aot_inductor", "eager"], **changes}
+        return start_model(archive_source(directory), settings_of(**section))
+
+    return run
+
+
+def check(model: CompiledModel, archive: Path) -> dict[str, Any]:
+    """The model answers as the eager one does; returns what it says about itself."""
+    with torch.inference_mode():
+        assert torch.allclose(model(ROWS), eager_model(archive)(ROWS), atol=1e-5)
+    facts = model.describe()
+    json.dumps(facts)
+    return facts
+
+
+def counters(facts: dict[str, Any]) -> dict[str, int]:
+    return {name: count for name, count in facts["counters"].items() if count}
+
+
+Start = Callable[..., CompiledModel]
+
+
+def test_first_start_builds_and_second_one_hits(start: Start, archive: Path) -> None:
+    first = check(start(), archive)
+    assert (first["result"], first["backend"], first["missed"]) == ("built", "aot_inductor", ())
+    assert counters(first) == {"miss": 1, "build": 1, "canary_recorded": 1}
+    assert first["canary"]["source"] == "eager"
+    second = check(start(), archive)
+    assert (second["result"], second["key"]) == ("hit", first["key"])
+    assert counters(second) == {"hit": 1}
+    assert second["canary"]["source"] == "record"
+
+
+def test_hit_does_not_build_the_eager_model(start: Start, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start()
+    monkeypatch.setattr("ts_handlers.model_source.load_model_class", lambda path: pytest.fail("imported"))
+    assert start().outcome.result == "hit"
+
+
+def test_new_weights_hit_and_are_checked_against_eager_once(start: Start, archive: Path) -> None:
+    start()
+    write_weights(archive, 7)
+    second = check(start(), archive)
+    assert counters(second) == {"hit": 1, "canary_recorded": 1}
+    assert counters(check(start(), archive)) == {"hit": 1}
+
+
+def test_missed_part_is_named(start: Start, archive: Path) -> None:
+    start()
+    facts = check(start(dimensions={"batch": {"min": 1, "max": 9}}), archive)
+    assert facts["missed"] == ("inputs",)
+    assert facts["result"] == "built"
+
+
+def test_damaged_entry_is_rebuilt(start: Start, archive: Path, tmp_path: Path) -> None:
+    start()
+    (path,) = (tmp_path / "store" / "entries").rglob("second.json")
+    path.write_text(path.read_text().replace("bias", "bier"))
+    facts = check(start(), archive)
+    assert facts["result"] == "built"
+    assert counters(facts) == {"miss": 1, "corrupt": 1, "build": 1}
+    assert "digest" in facts["notes"][0]
+    assert check(start(), archive)["result"] == "hit"
+
+
+def test_entry_that_does_not_load_is_moved_aside_and_rebuilt(
+    start: Start, archive: Path, tmp_path: Path, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start()
+    load, failures = backend.load, iter([LoadError("undefined symbol")])
+
+    def fail_once(*arguments: Any) -> Any:
+        for error in failures:
+            raise error
+        return load(*arguments)
+
+    monkeypatch.setattr(backend, "load", fail_once)
+    facts = check(start(), archive)
+    assert facts["result"] == "built"
+    assert "undefined symbol" in facts["notes"][0]
+    assert len(list((tmp_path / "store" / "trash").iterdir())) == 1
+
+
+def test_wrong_answers_are_never_served(
+    start: Start, archive: Path, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = backend.load
+
+    def wrong(*arguments: Any) -> Any:
+        loaded = load(*arguments)
+        run = loaded.run
+        loaded.run = lambda tensors: run(tensors) * 1.01
+        return loaded
+
+    start()
+    monkeypatch.setattr(backend, "load", wrong)
+    facts = check(start(), archive)
+    assert facts["backend"] == "eager"
+    assert "CanaryError" in facts["fallbacks"][0]["reason"]
+    with pytest.raises(CanaryError, match=r"relative error 0\.01"):
+        start(strict=True)
+    assert start(canary={"tolerance": 0.1}).outcome.backend == "aot_inductor"
+
+
+@pytest.mark.parametrize(
+    "error", [BuildError("no export"), RuntimeError("compiler\n crashed"), OSError(errno.EIO, "io")]
+)
+def test_failed_build_falls_to_the_next_backend_with_its_reason(
+    error: Exception, start: Start, archive: Path, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(backend, "build", fail)
+    facts = check(start(), archive)
+    assert facts["backend"] == "eager"
+    (fallback,) = facts["fallbacks"]
+    assert fallback["backend"] == "aot_inductor"
+    assert fallback["reason"].startswith(type(error).__name__)
+    assert counters(facts)["fallback"] == 1
+    assert check(start(backends=["aot_inductor"]), archive)["backend"] == "eager"
+    with pytest.raises(type(error)):
+        start(strict=True)
+
+
+def test_miss_policies(start: Start, archive: Path) -> None:
+    with pytest.raises(MissError, match=r"no entry for model with backend aot_inductor.*on_miss"):
+        start(on_miss="fail")
+    facts = check(start(on_miss="eager"), archive)
+    assert (facts["backend"], counters(facts)) == ("eager", {"miss": 1})
+    start()
+    for policy in ("fail", "eager"):
+        assert start(on_miss=policy).outcome.result == "hit"
+
+
+def test_mistakes_of_archive_and_settings_are_not_fallen_back_from(start: Start, archive: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="inputs"):
+        start_model(archive_source(archive), Settings(backends=("aot_inductor", "eager")))
+    (archive / "model.py").write_text("import torch\n")
+    with pytest.raises(ModelError, match="exactly one"):
+        start()
+    with pytest.raises(ModelError, match="exactly one"):
+        start(backends=["eager"])
+
+
+def test_full_disk_serves_what_was_built(start: Start, archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise StoreError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalStore, "publish", fail)
+        facts = check(start(), archive)
+    assert facts["backend"] == "aot_inductor"
+    assert counters(facts)["publish_failed"] == 1
+    assert check(start(), archive)["result"] == "built"
+
+
+def test_unusable_store_is_replaced_by_a_temporary_one_or_strictly_refused(
+    start: Start, archive: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    facts = check(start(store=str(tmp_path / "file")), archive)
+    assert facts["result"] == "built"
+    assert facts["fallbacks"][0]["backend"] == "store"
+    with pytest.raises(StoreError):
+        start(store=str(tmp_path / "file"), strict=True)
+
+
+def test_requests_outside_are_refused_or_answered_eagerly(start: Start, archive: Path) -> None:
+    model = start()
+    with pytest.raises(InputError, match=r"size 9 is outside the declared range 1\.\.8"):
+        model(torch.zeros(9, 4))
+    assert model.metrics.counters["refused"] == 1
+    lenient = start(outside="eager")
+    rows = torch.randn(9, 4)
+    assert torch.allclose(lenient(x=rows), eager_model(archive)(rows), atol=1e-5)
+    assert lenient.metrics.counters["outside_eager"] == 1
+    with pytest.raises(InputError, match="missing"):
+        lenient()
+
+
+def test_model_behaves_like_the_eager_one_where_handlers_look(start: Start, archive: Path) -> None:
+    model = start()
+    assert model.eval() is model
+    assert model.to("cpu") is model
+    assert model.device == torch.device("cpu")
+    assert model.layer.out_features == 3
+    with pytest.raises(AttributeError):
+        _ = model.no_such_attribute
+
+
+def test_two_models_of_one_name_do_not_share_entries(start: Start, tmp_path: Path) -> None:
+    other = write_archive(tmp_path / "other", LINEAR.replace("self.layer(x)", "self.layer(x.abs())"))
+    start()
+    # The test backend's artifact is wrong for this model: found out by the canary, after a build of its own.
+    facts = check(start(other), other)
+    assert counters(facts) == {"miss": 1, "build": 1, "fallback": 1}
+
+
+def test_module_without_declared_inputs_runs_eagerly() -> None:
+    model = start_model(ModuleSource("m", torch.nn.Linear(4, 1)), Settings(backends=("eager",)))
+    assert model(ROWS).shape == (2, 1)
+    assert model.describe()["result"] == "eager"
