@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from archives import ROWS, ArchiveFactory
-from records import FirstStart, ServerFactory, copy_store, published, starts
 
+from serving.archives import ROWS, ArchiveFactory
+from serving.records import FirstStart, ServerFactory, copy_store, published, starts
 from ts_handlers.testing import TorchServe
 
 HERE = Path(__file__).parent

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from archives import ROWS, ArchiveFactory
-from records import FirstStart, ServerFactory, copy_store
 
+from serving.archives import ROWS, ArchiveFactory
+from serving.records import FirstStart, ServerFactory, copy_store
 from ts_handlers.testing import TorchServe, TorchServeError
 
 TWO_CLASSES = "class Second(torch.nn.Module):\n    pass\n\n\nclass Tiny("

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from archives import ROWS, expected
-from records import FirstStart, ServerFactory, copy_store
 
+from serving.archives import ROWS, expected
+from serving.records import FirstStart, ServerFactory, copy_store
 from ts_handlers.testing import TorchServe
 
 

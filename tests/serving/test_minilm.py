@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from archives import ArchiveFactory, load_script
-from records import ServerFactory
 
+from serving.archives import ArchiveFactory, load_script
+from serving.records import ServerFactory
 from ts_handlers.testing import TorchServe
 
 CAT, KITTEN, STOCKS = "The cat sleeps on the sofa.", "A kitten is napping on the couch.", "Stocks fell on Monday."

@@ -6,8 +6,9 @@ import io
 from pathlib import Path
 
 import pytest
-from archives import ROWS, ArchiveFactory, expected, load_script
-from records import FirstStart, ServerFactory, published, starts
+
+from serving.archives import ROWS, ArchiveFactory, expected, load_script
+from serving.records import FirstStart, ServerFactory, published, starts
 
 CONFIG = Path(__file__).parents[2] / "config.properties"
 

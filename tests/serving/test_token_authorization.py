@@ -7,9 +7,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from archives import ROWS
-from records import ServerFactory
 
+from serving.archives import ROWS
+from serving.records import ServerFactory
 from ts_handlers.testing.server import read_properties
 
 CONFIG = Path(__file__).parents[2] / "config.properties"
