@@ -16,7 +16,6 @@ def environment(**changes: str | None) -> dict[str, str]:
     """This process's environment with changes (None removes); modules of the tests and the package importable."""
     variables: dict[str, str | None] = {name: value for name, value in os.environ.items() if name not in _HIDDEN}
     variables["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    variables["OMP_NUM_THREADS"] = "1"
     variables.update(changes)
     return {name: value for name, value in variables.items() if value is not None}
 

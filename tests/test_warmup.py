@@ -62,11 +62,11 @@ def test_shapes_dtypes_numbers_and_integers_must_be_equal(found: object, expecte
         compare_outputs(found, expected, 1.0)
 
 
-@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=8), st.floats(1e-6, 1))
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8), st.floats(1e-6, 1))
 def test_error_is_relative_to_the_expected_norm(values: list[float], scale: float) -> None:
     expected = torch.tensor(values, dtype=torch.float64)
     error = relative_error(expected * (1 + scale), expected)
-    assert error == pytest.approx(scale if expected.norm() > 0 else 0, rel=1e-3, abs=1e-9)
+    assert error == pytest.approx(scale, rel=1e-3)
 
 
 def test_empty_and_complex_outputs() -> None:

@@ -111,6 +111,7 @@ class _Start:
                 logger.debug("details", exc_info=error)
                 self._fallbacks.append({"backend": backend.name, "reason": reason})
                 self._metrics.count("fallback")
+                self._request.source.release()  # a failed build may have run the module and changed its state
         assert last is not None
         if "eager" in self._settings.backends:
             raise last

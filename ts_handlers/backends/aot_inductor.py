@@ -105,7 +105,6 @@ class AotInductorBackend:
 
     def load(self, request: Request, directory: Path, description: Description) -> Loaded:
         """Load the shared libraries in place and give them the weights by name."""
-        ensure_loadable()
         signature = _signature_of(description)
         constants = _constants(request, directory, description)
         runners = []
@@ -256,6 +255,8 @@ def _export(
 ) -> Any:
     import torch.fx.experimental._config
 
+    from ts_handlers.backends.exported import refuse_mutations
+
     symbolic_config: Any = torch.fx.experimental._config
 
     dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in ranges.items()}
@@ -265,12 +266,7 @@ def _export(
     )
     with symbolic_config.patch(backed_size_oblivious=oblivious), torch.no_grad():
         program = torch.export.export(flat, inputs, dynamic_shapes=(shapes,), strict=False)
-    mutated = list(program.graph_signature.buffers_to_mutate.values())
-    mutated += list(getattr(program.graph_signature, "parameters_to_mutate", {}).values())
-    if mutated:
-        raise BuildError(f"the model changes its own state while it runs ({', '.join(mutated)})")
-    if program.graph_signature.user_inputs_to_mutate:
-        raise BuildError("the model changes its inputs in place")
+    refuse_mutations(program)
     return program
 
 
@@ -281,13 +277,18 @@ def _compile(program: Any, request: Request, directory: Path, *, baked: bool) ->
 
     from ts_handlers.backends.inductor_cache import private_cache
 
-    configs: dict[str, Any] = {"aot_inductor.package_constants_in_so": baked}
-    if hasattr(inductor_config.aot_inductor, "check_lowerbound"):
-        configs["aot_inductor.check_lowerbound"] = False  # ranges are checked before an artifact is called
-    # Otherwise scalars, short vectors (up to 8 elements: a small classifier's bias) and weights that are uniform today
-    # are written into the code and survive an update of the weights; see docs/decisions/0001-weights-outside.md.
-    configs["always_keep_tensor_constants"] = not baked
-    configs["joint_graph_constant_folding"] = baked
+    configs: dict[str, Any] = {
+        "aot_inductor.package_constants_in_so": baked,
+        # Scalars, short vectors (up to 8 elements: a small classifier's bias) and weights that are uniform today would
+        # otherwise be written into the code and survive an update of the weights; see
+        # docs/decisions/0001-weights-outside.md.
+        "always_keep_tensor_constants": not baked,
+        "joint_graph_constant_folding": baked,
+        # Ranges are checked before an artifact is called.
+        "aot_inductor.check_lowerbound": False,
+    }
+    known = inductor_config.get_config_copy()
+    configs = {name: value for name, value in configs.items() if name in known}
     if request.settings.compile.mode is not None:
         configs.update(torch._inductor.list_mode_options(request.settings.compile.mode))
     configs.update(request.settings.compile.options)
@@ -316,16 +317,24 @@ def _refuse_folded_weights(program: Any, fqns: set[str]) -> None:
     """Refuse code into which a weight was folded: it would survive an update of the weights."""
     signature = program.graph_signature
     sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    used = {
-        sources[node.name]
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in sources and node.users
-    }
+    used = {sources[name] for name in _live_placeholders(program.graph) if name in sources}
     state = program.state_dict
     storages = {state[fqn].untyped_storage().data_ptr() for fqn in fqns if fqn in state}
     folded = {fqn for fqn in used - fqns if fqn in state and state[fqn].untyped_storage().data_ptr() not in storages}
     if folded:
         raise BuildError(f"the compiler folded weights into the code: {', '.join(sorted(folded)[:5])}")
+
+
+def _live_placeholders(graph: Any) -> set[str]:
+    """Names of the placeholders on which the output depends; exported graphs keep code that nobody uses."""
+    pending = [node for node in graph.nodes if node.op == "output"]
+    seen = set(pending)
+    while pending:
+        for node in pending.pop().all_input_nodes:
+            if node not in seen:
+                seen.add(node)
+                pending.append(node)
+    return {node.name for node in seen if node.op == "placeholder"}
 
 
 def _verify(
@@ -423,6 +432,7 @@ def _constants(request: Request, directory: Path, description: Description) -> T
 
 def _open_runner(device: torch.device, library: Path, variant: Description) -> Any:
     """torch's container runner on a shared library where it lies: nothing is unpacked into the temporary folder."""
+    ensure_loadable()
     runners = torch._C._aoti
     if device.type == "cpu":
         return runners.AOTIModelContainerRunnerCpu(str(library), 1)

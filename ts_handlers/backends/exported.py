@@ -33,9 +33,8 @@ def describe_program(
     BuildError
         The program takes nested inputs, changes its state, or has a dimension that is an expression.
     """
+    refuse_mutations(program)
     graph_signature = program.graph_signature
-    if graph_signature.buffers_to_mutate or graph_signature.user_inputs_to_mutate:
-        raise BuildError("the exported program changes its state or its inputs while it runs")
     names = _input_names(program)
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     user_inputs = [nodes[name] for name in graph_signature.user_inputs]
@@ -57,6 +56,39 @@ def describe_program(
         dtype: Any = str(tensor.dtype)[6:]
         inputs.append(InputSpec(name=name, dtype=dtype, shape=shape, values=values.get(name)))
     return tuple(inputs), dimensions, _structure(program)
+
+
+def refuse_mutations(program: Any) -> None:
+    """Refuse a program that changes its state or its inputs.
+
+    `torch.export.export` leaves in-place operations in the graph and then lists no mutation in the signature (torch
+    2.13); only the functional form tells an in-place activation from a changed buffer.
+
+    Raises
+    ------
+    BuildError
+        With the names of what is changed.
+    """
+    signature = program.graph_signature
+    if _has_mutable_operations(program.graph_module):
+        with torch.no_grad():
+            signature = program.run_decompositions({}).graph_signature
+    state = [*signature.buffers_to_mutate.values(), *getattr(signature, "parameters_to_mutate", {}).values()]
+    if state:
+        raise BuildError(f"the model changes its own state while it runs ({', '.join(sorted(set(state)))})")
+    if signature.user_inputs_to_mutate:
+        inputs = ", ".join(sorted(set(signature.user_inputs_to_mutate.values())))
+        raise BuildError(f"the model changes its inputs in place ({inputs})")
+
+
+def _has_mutable_operations(graph_module: Any) -> bool:
+    return any(
+        getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+        for module in graph_module.modules()
+        if isinstance(module, torch.fx.GraphModule)
+        for node in module.graph.nodes
+        if node.op == "call_function"
+    )
 
 
 def _input_names(program: Any) -> list[str]:
