@@ -204,10 +204,11 @@ def check_claim(claim: Claim, run: Run, workers: int) -> list[str]:
         problems.append(f"results {results}, expected {claim.result}")
     if workers == 1 and (facts.get("canary") or {}).get("source") != claim.canary:
         problems.append(f"canary {facts.get('canary')}, expected source {claim.canary!r}")
-    if facts["counters"].get("compile_after_ready"):
+    if facts.get("counters", {}).get("compile_after_ready"):
         problems.append("compiled after READY")
-    if claim.result == "hit" and claim.backend == "inductor" and facts["artifact"].get("fxgraph_cache_miss"):
-        problems.append(f"the entry lacked {facts['artifact']['fxgraph_cache_miss']} graphs")
+    lacking = facts.get("artifact", {}).get("fxgraph_cache_miss")
+    if claim.result == "hit" and claim.backend == "inductor" and lacking:
+        problems.append(f"the entry lacked {lacking} graphs")
     if claim.result == "hit" and claim.backend == "aot_inductor" and facts.get("graphs_in_process"):
         problems.append(f"Dynamo compiled {facts['graphs_in_process']} graphs")
     return problems

@@ -27,10 +27,11 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 0.4 * len(shown) + 1.4))
     colors = [OURS if summary["title"].startswith("ours") else PEERS for summary in shown]
     axes.barh([summary["title"] for summary in shown], medians, xerr=errors, color=colors, ecolor="#404040", capsize=2)
-    for position, median in enumerate(medians):
-        axes.annotate(f"{median:.1f}", (0, position), xytext=(4, 0), textcoords="offset points", va="center")
+    for position, spread in enumerate(spreads):
+        place = (spread["max"], position)
+        axes.annotate(f"{spread['median']:.1f}", place, xytext=(4, 0), textcoords="offset points", va="center")
     axes.invert_yaxis()
-    axes.set_xlabel("seconds from launch of TorchServe to first HTTP 200 (4 workers: to all READY), median and range")
+    axes.set_xlabel("seconds from launch to first HTTP 200 (4 workers: to all READY)")
     axes.set_title(f"{result['model']}, archive format {result['archive_format']}")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
