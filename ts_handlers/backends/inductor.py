@@ -69,11 +69,10 @@ class InductorBackend:
 
     def build(self, request: Request, directory: Path, phase: Phase) -> Built:
         """Compile by running the warm-up, and copy the compiler's directory into the entry."""
-        working = make_working_directory()
         with phase("compile"):
-            loaded = _compile(request, working, warm=False)
+            oblivious, working, loaded = _compile_first(request)
         shutil.copytree(working, directory / CACHE, ignore=_ignore_scratch)
-        return Built({"graphs": _counter("stats", "unique_graphs")}, loaded)
+        return Built({"oblivious": oblivious}, loaded)
 
     def load(self, request: Request, directory: Path, description: Description) -> Loaded:
         """Seed a private directory from the entry and compile from it."""
@@ -82,7 +81,25 @@ class InductorBackend:
         if not source.is_dir():
             raise LoadError("the entry holds no Inductor directory")
         shutil.copytree(source, working, dirs_exist_ok=True, copy_function=_copy)
-        return _compile(request, working, warm=True)
+        return _compile(request, working, warm=True, oblivious=bool(description["oblivious"]))
+
+
+def _compile_first(request: Request) -> tuple[bool, Path, Loaded]:
+    """Compile with one graph for all sizes where the model allows it, otherwise with one more for each size 1.
+
+    One graph halves the tracing of every warm start. `dynamic` set by the user is taken as it is.
+    """
+    working = make_working_directory()
+    if request.settings.compile.dynamic is None and request.require_signature().dimensions:
+        try:
+            return True, working, _compile(request, working, warm=False, oblivious=True)
+        except Exception as error:
+            logger.info("%s has no single graph for all sizes: %s", request.source.name, error)
+            import torch._dynamo
+
+            torch._dynamo.reset()
+            working = make_working_directory()
+    return False, working, _compile(request, working, warm=False, oblivious=False)
 
 
 def _copy(source: str, target: str) -> str:
@@ -99,7 +116,7 @@ def _ignore_scratch(directory: str, names: list[str]) -> set[str]:
     return scratch | {name for name in names if os.path.islink(os.path.join(directory, name))}
 
 
-def _compile(request: Request, working: Path, *, warm: bool) -> Loaded:
+def _compile(request: Request, working: Path, *, warm: bool, oblivious: bool) -> Loaded:
     signature = request.require_signature()
     os.environ.update(KNOBS)
     use_cache(working)
@@ -109,19 +126,16 @@ def _compile(request: Request, working: Path, *, warm: bool) -> Loaded:
     import torch._functorch.config as functorch_config
     import torch._inductor.config as inductor_config
 
-    inductor_config.cpp_cache_precompile_headers = False
-    inductor_config.fx_graph_cache = True
-    inductor_config.fx_graph_remote_cache = False
-    inductor_config.bundle_triton_into_fx_graph_cache = True
-    functorch_config.enable_autograd_cache = True
-    functorch_config.enable_remote_autograd_cache = False
+    _set(inductor_config, cpp_cache_precompile_headers=False, fx_graph_cache=True, fx_graph_remote_cache=False)
+    _set(inductor_config, bundle_triton_into_fx_graph_cache=True)
+    _set(functorch_config, enable_autograd_cache=True, enable_remote_autograd_cache=False)
     if warm:
-        inductor_config.compile_threads = 1
+        _set(inductor_config, compile_threads=1)
     module = request.eager()
     by_name = takes_names(module, signature.names)
     arguments = request.settings.compile
     dynamic = arguments.dynamic
-    if dynamic is None and any(d.min != d.max for d in signature.dimensions.values()):
+    if dynamic is None and not oblivious and any(d.min != d.max for d in signature.dimensions.values()):
         dynamic = True  # entries would otherwise depend on the order in which shapes were seen
     compiled = torch.compile(
         module,
@@ -137,22 +151,58 @@ def _compile(request: Request, working: Path, *, warm: bool) -> Loaded:
         # One mode for warm-up and requests: tensors made in inference mode have other dispatch keys, which is a guard
         # miss and a compilation.
         with torch.inference_mode(False), torch.no_grad(), _stance(sealed):
-            plain = [tensor.clone() if tensor.is_inference() else tensor for tensor in tensors]
-            return call_module(compiled, signature.names, plain, by_name)
+            return call_module(compiled, signature.names, [_plain(tensor) for tensor in tensors], by_name)
 
     def seal() -> None:
         nonlocal sealed
         sealed = True
 
     before = _cache_counters()
-    for sizes in _warmup_sizes(request):
-        run([tensor.to(request.device) for tensor in signature.generate(sizes, seed=1)])
+    with _size_oblivious(oblivious):
+        for sizes in _warmup_sizes(request):
+            tensors = [tensor.to(request.device) for tensor in signature.generate(sizes, seed=1)]
+            if oblivious:
+                _mark_dynamic(signature, tensors)
+            run(tensors)
     after = _cache_counters()
     facts = {name: after[name] - before[name] for name in after}
     facts["graphs"] = _counter("stats", "unique_graphs")
     if warm and facts["fxgraph_cache_miss"]:
         logger.warning("%s: the entry lacked %d graphs", request.source.name, facts["fxgraph_cache_miss"])
     return Loaded(run=run, signature=signature, facts=facts, seal=seal)
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """An ordinary tensor with the strides of the warm-up: along a size of 1 any stride counts as contiguous."""
+    if tensor.is_inference():
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.view(-1).view(tensor.shape) if 1 in tensor.shape else tensor
+
+
+def _set(config: Any, **values: Any) -> None:
+    """Set the options that this torch version has."""
+    for name, value in values.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+
+
+def _size_oblivious(enabled: bool) -> contextlib.AbstractContextManager[Any]:
+    """Inside the block, sizes 0 and 1 of dynamic dimensions are not specialised."""
+    import torch.fx.experimental._config
+
+    symbolic_config: Any = torch.fx.experimental._config
+    patched: contextlib.AbstractContextManager[Any] = symbolic_config.patch(backed_size_oblivious=enabled)
+    return patched
+
+
+def _mark_dynamic(signature: Signature, tensors: list[torch.Tensor]) -> None:
+    """Tell Dynamo which dimensions are dynamic: the declared ones, and only those."""
+    import torch._dynamo
+
+    for spec, tensor in zip(signature.inputs, tensors, strict=True):
+        for axis, size in enumerate(spec.shape):
+            if isinstance(size, str) and signature.dimensions[size].min != signature.dimensions[size].max:
+                torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
 
 def _stance(sealed: bool) -> contextlib.AbstractContextManager[Any]:
