@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 
@@ -13,9 +12,6 @@ from models import write_archive
 # Deadlines are durations, and a shared machine has no say about those.
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("tests")
-
-# torch's structured trace log writes thousands of empty lines into the report of a failed test.
-logging.getLogger("torch.__trace").propagate = False
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user or to mount")
 

@@ -311,9 +311,41 @@ class ExportedSource(_EagerOnce):
             ) from error
 
     def _build(self) -> torch.nn.Module:
-        module: torch.nn.Module = self.program.module()
-        module.eval = lambda: module  # type: ignore[method-assign]  # exported modules refuse eval()
-        return module
+        return _ExportedModule(self.program)
+
+
+class _ExportedModule(torch.nn.Module):
+    """An exported program that is called with its inputs in order or by name.
+
+    The program itself insists on the very split into positions and keywords with which it was exported.
+    """
+
+    def __init__(self, program: Any) -> None:
+        super().__init__()
+        self.module = program.module()
+        self._names, self._keywords = exported_input_names(program)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        values = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        if len(args) > len(self._names) or set(values) != set(self._names):
+            return self.module(*args, **kwargs)
+        by_position = [values[name] for name in self._names if name not in self._keywords]
+        return self.module(*by_position, **{name: values[name] for name in self._keywords})
+
+    def eval(self) -> _ExportedModule:
+        """Does nothing: exported modules have no modes and refuse to change them."""
+        return self
+
+
+def exported_input_names(program: Any) -> tuple[list[str], list[str]]:
+    """Names of an exported program's inputs in order, and those among them that it takes as keywords."""
+    spec = program.call_spec.in_spec
+    positional, keywords = spec.children() if hasattr(spec, "children") else spec.children_specs
+    forward = inspect.signature(program.module().forward)
+    names = [name for name, parameter in forward.parameters.items() if parameter.kind.name != "VAR_POSITIONAL"]
+    keyword_names = list(keywords.context or [])
+    taken = [name for name in names if name not in keyword_names][: positional.num_leaves]
+    return [*taken, *keyword_names], keyword_names
 
 
 def read_weights(path: Path, *, mmap: bool) -> Tensors:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 
 from ts_handlers.errors import BuildError
+from ts_handlers.model_source import exported_input_names
 from ts_handlers.settings import Dimension, InputSpec
 from ts_handlers.signature import Signature
 from ts_handlers.structure import flatten
@@ -35,7 +35,7 @@ def describe_program(
     """
     refuse_mutations(program)
     graph_signature = program.graph_signature
-    names = _input_names(program)
+    names, _ = exported_input_names(program)
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     user_inputs = [nodes[name] for name in graph_signature.user_inputs]
     if len(names) != len(user_inputs):
@@ -89,17 +89,6 @@ def _has_mutable_operations(graph_module: Any) -> bool:
         for node in module.graph.nodes
         if node.op == "call_function"
     )
-
-
-def _input_names(program: Any) -> list[str]:
-    spec = program.call_spec.in_spec
-    positional, keywords = spec.children_specs if hasattr(spec, "children_specs") else spec.children()
-    forward = inspect.signature(program.module().forward)
-    count = positional.num_leaves
-    names = [name for name, parameter in forward.parameters.items() if parameter.kind.name != "VAR_POSITIONAL"]
-    keyword_names = list(keywords.context or [])
-    taken = [name for name in names if name not in keyword_names][:count]
-    return [*taken, *keyword_names]
 
 
 def _symbol(program: Any, size: Any, symbols: dict[Any, str], dimensions: dict[str, Dimension]) -> str:

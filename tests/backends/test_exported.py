@@ -1,0 +1,146 @@
+"""Exported programs (``.pt2``): their own signature, weights inside the artifact."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ts_handlers import CompiledModel, ExportedSource, Settings, start_model
+from ts_handlers.backends.exported import describe_program, refuse_mutations
+from ts_handlers.errors import BuildError, InputError, MissError, ModelError
+from ts_handlers.structure import unflatten
+
+BATCH = torch.export.Dim("batch", min=1, max=6)
+
+
+class Scaled(torch.nn.Module):
+    """Two inputs, a small weight, a nested output with a constant."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(scale))
+
+    def forward(self, x: torch.Tensor, *, shift: torch.Tensor) -> dict[str, Any]:
+        y = x * self.scale + shift
+        return {"y": y, "more": (y.sum(1), 3)}
+
+
+def export(module: torch.nn.Module, *inputs: torch.Tensor, shapes: Any = None, **kwargs: torch.Tensor) -> Any:
+    with torch.no_grad():
+        return torch.export.export(module.eval(), inputs, kwargs, dynamic_shapes=shapes)
+
+
+def export_scaled(scale: float) -> Any:
+    shapes = {"x": {0: BATCH}, "shift": None}
+    return export(Scaled(scale), torch.ones(3, 4), shift=torch.zeros(4), shapes=shapes)
+
+
+def test_program_describes_itself() -> None:
+    inputs, dimensions, structure = describe_program(export_scaled(2.0), None)
+    assert [(spec.name, spec.dtype, spec.shape) for spec in inputs] == [
+        ("x", "float32", ("dim0", 4)),
+        ("shift", "float32", (4,)),
+    ]
+    assert {name: (d.min, d.max) for name, d in dimensions.items()} == {"dim0": (1, 6)}
+    one, two = torch.ones(1), torch.zeros(1)
+    assert unflatten([one, two], structure)["more"] == (two, 3)
+
+
+class Counting(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return torch.relu_(x * 2)
+
+
+class InPlace(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.add_(1)
+
+
+class InPlaceActivation(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * 2).relu_()
+
+
+class Nested(torch.nn.Module):
+    def forward(self, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return pair[0] + pair[1]
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [(Counting(), r"changes its own state while it runs \(calls\)"), (InPlace(), r"changes its inputs in place \(x\)")],
+)
+def test_programs_with_side_effects_are_refused(module: torch.nn.Module, text: str) -> None:
+    with pytest.raises(BuildError, match=text):
+        describe_program(export(module, torch.ones(2)), None)
+
+
+def test_in_place_activation_is_no_side_effect() -> None:
+    refuse_mutations(export(InPlaceActivation(), torch.ones(2)))
+
+
+def test_nested_inputs_are_refused() -> None:
+    with pytest.raises(BuildError, match="nested inputs"):
+        describe_program(export(Nested(), (torch.ones(2), torch.ones(2))), None)  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """The exported program of the session and the store that holds its artifact."""
+
+    path: Path
+    store: Path
+    model: CompiledModel
+
+
+def start(path: Path, store: Path, **changes: Any) -> CompiledModel:
+    changes = {"store": str(store), "backends": ("aot_inductor",), "strict": True, **changes}
+    return start_model(ExportedSource("scaled", path), Settings(**changes))
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder = tmp_path_factory.mktemp("exported")
+    torch.export.save(export_scaled(2.0), folder / "model.pt2")
+    return Built(folder / "model.pt2", folder / "store", start(folder / "model.pt2", folder / "store"))
+
+
+@pytest.mark.compile
+def test_artifact_answers_and_refuses_by_the_programs_own_signature(built: Built) -> None:
+    for model in (built.model, start(built.path, built.store, on_miss="fail")):
+        for batch in range(1, 7):
+            x, shift = torch.randn(batch, 4), torch.randn(4)
+            out = model(x, shift=shift)
+            torch.testing.assert_close(out["y"], x * 2 + shift)
+            assert out["more"][1] == 3
+        for x in (torch.ones(7, 4), torch.ones(0, 4), torch.ones(2, 5), torch.ones(2, 4).double()):
+            with pytest.raises(InputError):
+                model(x, torch.ones(4))
+    assert model.outcome.result == "hit"
+    json.dumps(model.describe())
+
+
+@pytest.mark.compile
+def test_other_weights_are_another_entry(built: Built, tmp_path: Path) -> None:
+    torch.export.save(export_scaled(3.0), tmp_path / "model.pt2")
+    with pytest.raises(MissError, match="model"):
+        start(tmp_path / "model.pt2", built.store, on_miss="fail")
+
+
+def test_program_that_cannot_be_loaded_is_a_model_error(tmp_path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "model.pt2", "w") as archive:
+        archive.writestr("model/version", "0")
+    with pytest.raises(ModelError, match="cannot be loaded as an exported program"):
+        start(tmp_path / "model.pt2", tmp_path / "store")
