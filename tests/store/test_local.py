@@ -350,6 +350,21 @@ def test_root_of_another_user_is_refused(tmp_path: Path) -> None:
         LocalStore(root)
 
 
+@needs_root
+def test_store_of_root_whose_folders_are_closed_to_this_user_is_a_miss(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    publish(store, address())
+    store.root.chmod(0o755)
+    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(0o755)
+    os.seteuid(54321)
+    try:
+        assert LocalStore(store.root).lookup(address()) == Miss(())
+    finally:
+        os.seteuid(0)
+    assert isinstance(store.lookup(address()), Hit)
+
+
 def test_staging_of_dead_processes_is_collected_and_of_live_ones_kept(store: LocalStore) -> None:
     base = store.root / "staging"
     (base / "dead" / "sub").mkdir(parents=True)

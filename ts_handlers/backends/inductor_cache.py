@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import getpass
 import os
 import shutil
@@ -17,6 +16,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from ts_handlers.locked_directory import collect_directories, make_locked_directory
+
 _PREFIX = "ts_handlers-work-"
 _lock = threading.RLock()
 
@@ -24,10 +25,8 @@ _lock = threading.RLock()
 def make_working_directory() -> Path:
     """A directory that is removed when this process ends; those of dead processes are removed now."""
     base = Path(tempfile.gettempdir())
-    _collect(base)
-    directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
-    descriptor = os.open(directory, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)  # tells others that this process lives
+    collect_directories(base, f"{_PREFIX}*")
+    directory, _ = make_locked_directory(base, _PREFIX)  # locked for as long as this process lives
 
     def remove(owner: int = os.getpid()) -> None:
         if os.getpid() == owner:
@@ -35,18 +34,6 @@ def make_working_directory() -> Path:
 
     atexit.register(remove)
     return directory
-
-
-def _collect(base: Path) -> None:
-    for path in base.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                if os.fstat(descriptor).st_uid == os.geteuid():
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(descriptor)
 
 
 def use_cache(directory: Path) -> None:

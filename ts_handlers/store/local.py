@@ -12,7 +12,6 @@ Layout::
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import logging
@@ -30,6 +29,7 @@ import torch
 
 from ts_handlers.errors import StoreError
 from ts_handlers.key import explain
+from ts_handlers.locked_directory import collect_directories, make_locked_directory
 from ts_handlers.store.base import Address, Corrupt, Hit, Miss
 from ts_handlers.store.entry import MANIFEST, Manifest, fsync, read_manifest, verify_files, write_manifest
 from ts_handlers.store.lease import Lease, hold_lease
@@ -76,8 +76,8 @@ class LocalStore:
     def lookup(self, address: Address) -> Hit | Miss | Corrupt:
         """Find an entry and verify every byte of it; a damaged one is moved aside."""
         directory = self._entry(address)
-        if not (directory / MANIFEST).exists():
-            if directory.exists():  # published by one rename, so this was never complete here
+        if not os.path.exists(directory / MANIFEST):  # False also where a folder above may not be entered
+            if os.path.exists(directory):  # published by one rename, so this was never complete here
                 self.discard(address, "no manifest")
                 return Corrupt("the entry has no manifest")
             return Miss(self._nearest(address))
@@ -130,11 +130,8 @@ class LocalStore:
         descriptor = -1
         try:
             base.mkdir(mode=0o700, exist_ok=True)
-            _collect_staging(base)
-            directory = base / f"{address.key.digest}-{uuid.uuid4().hex[:8]}"
-            directory.mkdir(mode=0o700)
-            descriptor = os.open(directory, os.O_RDONLY)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # released by the kernel when this process dies
+            collect_directories(base)
+            directory, descriptor = make_locked_directory(base, f"{address.key.digest}-")
         except OSError as error:
             logger.warning("the store %s cannot be written (%s); building in the temporary folder", self.root, error)
             directory = Path(tempfile.mkdtemp(prefix="ts_handlers-staging-"))
@@ -239,16 +236,3 @@ def _make_private(directory: Path, root: Path) -> None:
 def _safe_name(name: str) -> str:
     safe = re.sub(r"[^A-Za-z0-9_.=-]+", "_", name)
     return safe if safe.strip(".") else "_"
-
-
-def _collect_staging(base: Path) -> None:
-    """Remove what builds left that died: directories whose lock nobody holds."""
-    for path in base.iterdir():
-        with contextlib.suppress(OSError):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                logger.info("collecting %s, left by a build that died", path.name)
-                shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(descriptor)

@@ -1,0 +1,54 @@
+"""Directories that belong to a living process: locked while it lives, collected by others when it has died.
+
+The lock is a `flock` on the directory itself, which the kernel releases when the holder dies, however it dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+
+def make_locked_directory(parent: Path, prefix: str) -> tuple[Path, int]:
+    """Make a private directory and lock it.
+
+    Returns
+    -------
+    The directory, and the descriptor that holds the lock: closing it, or dying, gives the directory free.
+    """
+    while True:
+        directory = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))  # mode 0700
+        try:
+            descriptor = os.open(directory, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:
+            os.close(descriptor)
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        if directory.exists():  # a collector may have come between making and locking it
+            return directory, descriptor
+        os.close(descriptor)
+
+
+def collect_directories(parent: Path, pattern: str = "*") -> None:
+    """Remove this user's directories whose lock nobody holds."""
+    for path in parent.glob(pattern):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(descriptor).st_uid == os.geteuid():
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    logger.info("collecting %s, left by a process that died", path.name)
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
