@@ -135,6 +135,14 @@ def test_bind_gives_contiguous_tensors() -> None:
     assert all(item.is_contiguous() and torch.equal(item, tensor) for item in bound)
 
 
+def test_bind_carries_out_pending_negations() -> None:
+    value = torch.tensor([1 + 2j]).conj().imag
+    assert value.is_neg()
+    bound = SIGNATURE.bind([value] * 3, {}, CPU)
+    assert not bound[0].is_neg()
+    assert bound[0].tolist() == [-2]
+
+
 def test_messages_name_input_size_and_range() -> None:
     good = SIGNATURE.generate({"batch": 2, "length": 3})
     with pytest.raises(InputError, match=r"dimension 'length': size 7 .* 2\.\.6"):

@@ -65,7 +65,8 @@ class Signature:
                 raise InputError(f"input {name!r}: expected a dense tensor, found layout {str(value.layout)[6:]}")
             if value.device != device:
                 value = value.to(device, non_blocking=True)
-            values.append(value.contiguous())
+            # An artifact reads the memory as it lies, so pending negations (imag of a conjugate) are carried out here.
+            values.append(value.resolve_neg().contiguous())
         if len(args) + len(kwargs) > len(self.names):
             unknown = sorted(set(kwargs) - set(self.names))
             raise InputError(

@@ -93,10 +93,17 @@ class LocalStore:
             return Corrupt(f"the entry cannot be read: {error}")
         return Hit(directory, manifest)
 
+    def _manifests(self, address: Address) -> list[Path]:
+        """Manifests of every entry of this model, as far as they can be read."""
+        try:
+            return list(self.root.joinpath("entries", _safe_name(address.model)).glob(f"*/*/*/{MANIFEST}"))
+        except OSError:
+            return []
+
     def _nearest(self, address: Address) -> tuple[str, ...]:
         """Names of the parts in which the most similar entry of this model differs."""
         best: tuple[str, ...] = ()
-        for path in self.root.joinpath("entries", _safe_name(address.model)).glob(f"*/*/*/{MANIFEST}"):
+        for path in self._manifests(address):
             try:
                 other = read_manifest(path.parent)
             except (OSError, ValueError):
@@ -111,7 +118,7 @@ class LocalStore:
     def build_estimate(self, address: Address) -> float | None:
         """Seconds that the latest build of this model and backend took, or None."""
         latest: tuple[float, float] | None = None
-        for path in self.root.joinpath("entries", _safe_name(address.model)).glob(f"*/*/*/{MANIFEST}"):
+        for path in self._manifests(address):
             try:
                 manifest, modified = read_manifest(path.parent), path.stat().st_mtime
             except (OSError, ValueError):
