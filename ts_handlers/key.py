@@ -65,8 +65,6 @@ class CacheKey:
 
 def _options(backend: Backend, request: Request) -> str:
     facts = dict(backend.options(request))
-    if request.device.type == "cpu":
-        facts["threads"] = str(torch.get_num_threads())  # Inductor writes it into the OpenMP pragmas
     if request.settings.dtype is not None:
         facts["dtype"] = request.settings.dtype
     facts.update({name: os.environ[name] for name in ENVIRONMENT if name in os.environ})

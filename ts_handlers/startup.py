@@ -33,7 +33,7 @@ from ts_handlers.settings import Settings, default_store_root
 from ts_handlers.store.base import Address, Corrupt, Hit, Miss
 from ts_handlers.store.entry import Manifest, list_files
 from ts_handlers.store.local import LocalStore
-from ts_handlers.warmup import check_canary, run_warmup
+from ts_handlers.warmup import check_canary, one_thread, run_warmup
 
 logger = logging.getLogger(__name__)
 
@@ -248,12 +248,13 @@ class _Start:
         result: str,
         missed: tuple[str, ...],
     ) -> CompiledModel:
-        with self._metrics.phase("canary"):
-            canary = check_canary(store, address, self._request, loaded)
+        with one_thread(loaded):
+            with self._metrics.phase("canary"):
+                canary = check_canary(store, address, self._request, loaded)
+            with self._metrics.phase("warmup"):
+                run_warmup(self._request, loaded, canary["cases"])
         if canary["source"] == "eager":
             self._metrics.count("canary_recorded")
-        with self._metrics.phase("warmup"):
-            run_warmup(self._request, loaded)
         loaded.seal()
         return self._ready(backend, loaded, address.key.digest, result, missed, canary)
 

@@ -71,6 +71,8 @@ class AotInductorBackend:
         facts = {f"inductor.{name}": json.dumps(value) for name, value in compile_settings.options.items()}
         if compile_settings.mode is not None:
             facts["mode"] = compile_settings.mode
+        if request.device.type == "cpu":
+            facts["threads"] = str(torch.get_num_threads())  # Inductor writes it into the OpenMP pragmas
         if request.signature is not None and request.signature.dimensions:
             facts["optimised_for"] = ",".join(f"{k}={v}" for k, v in sorted(request.example_sizes.items()))
         return facts
@@ -126,7 +128,14 @@ class AotInductorBackend:
             "weights_from": description["weights_from"],
         }
         static = [fixed for fixed, _ in runners] if description.get("step") == "static" else None
-        return Loaded(run=run, signature=signature, sizes=static, facts=facts)
+        return Loaded(
+            run=run,
+            signature=signature,
+            sizes=static,
+            variants=len(runners),
+            facts=facts,
+            adjusts_threads=request.device.type == "cpu",
+        )
 
 
 class _Flat(torch.nn.Module):

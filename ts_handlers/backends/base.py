@@ -92,6 +92,12 @@ class Loaded:
         What `run` accepts; it may be narrower than what was declared, when the compiler could not do better.
     sizes:
         The sizes at which the canary runs; None takes the example sizes and the smallest ones.
+    variants:
+        How many artifacts `run` chooses from; with one, the smallest canary input tells all.
+    adjusts_threads:
+        Whether `torch.set_num_threads` may change after loading without compiling anything.
+    warmed_up:
+        Whether loading has already run the declared warm-up sizes.
     facts:
         What the backend wants to show in `describe`.
     seal:
@@ -101,6 +107,9 @@ class Loaded:
     run: Run
     signature: Signature
     sizes: list[Sizes] | None = None
+    variants: int = 1
+    adjusts_threads: bool = False
+    warmed_up: bool = False
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     seal: Callable[[], None] = lambda: None
 

@@ -58,6 +58,8 @@ class InductorBackend:
         facts["fullgraph"] = str(compile_settings.fullgraph)
         if compile_settings.mode is not None:
             facts["mode"] = compile_settings.mode
+        if request.device.type == "cpu":
+            facts["threads"] = str(torch.get_num_threads())  # in the OpenMP pragmas, and one of Dynamo's guards
         facts["warmup"] = json.dumps(_warmup_sizes(request), separators=(",", ":"), sort_keys=True)
         return facts
 
@@ -169,7 +171,7 @@ def _compile(request: Request, working: Path, *, warm: bool, oblivious: bool) ->
     facts["graphs"] = _counter("stats", "unique_graphs")
     if warm and facts["fxgraph_cache_miss"]:
         logger.warning("%s: the entry lacked %d graphs", request.source.name, facts["fxgraph_cache_miss"])
-    return Loaded(run=run, signature=signature, facts=facts, seal=seal)
+    return Loaded(run=run, signature=signature, facts=facts, seal=seal, warmed_up=True)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
