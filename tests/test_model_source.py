@@ -14,7 +14,7 @@ import torch
 from models import LINEAR, archive_source, eager_model, save_weights, write_archive
 
 from ts_handlers import ExportedSource, ModuleSource
-from ts_handlers.errors import ModelError
+from ts_handlers.errors import BuildError, ModelError
 from ts_handlers.model_source import load_model_class, read_weights
 
 SECOND = LINEAR + "\n\nclass Other(torch.nn.Module):\n    pass\n"
@@ -238,10 +238,10 @@ def test_equal_modules_have_equal_digests() -> None:
         assert ModuleSource("m", make()).digest() == ModuleSource("m", make()).digest()
 
 
-def test_attributes_that_refer_back_are_a_model_error() -> None:
+def test_attributes_that_refer_back_cannot_be_keyed() -> None:
     options = Options()
     options.me = options  # type: ignore[attr-defined]
-    with pytest.raises(ModelError, match="refers back"):
+    with pytest.raises(BuildError, match="refers back"):
         ModuleSource("m", Holder(options)).digest()
 
 

@@ -214,3 +214,9 @@ def test_uid_without_passwd_entry_and_home_gets_a_usable_store(tmp_path: Any) ->
         TMPDIR=str(tmp_path),
     )
     assert out.splitlines() == [str(tmp_path / "ts_handlers-54321"), "54321", "0o700"]
+
+
+def test_disabling_compilation_contradicts_a_ladder() -> None:
+    config = {"pt2": {"compile": {"enable": False}}, "handler": {"ts_handlers": {"backends": ["inductor", "eager"]}}}
+    with pytest.raises(SettingsError, match=r"pt2\.compile\.enable: false contradicts"):
+        parse_settings(config)

@@ -25,6 +25,7 @@ from ts_handlers.errors import (
     SettingsError,
     StoreError,
 )
+from ts_handlers.store.base import Miss
 from ts_handlers.store.local import LocalStore
 
 ROWS = torch.arange(8.0).reshape(2, 4)
@@ -245,3 +246,40 @@ def test_module_without_declared_inputs_runs_eagerly() -> None:
     model = start_model(ModuleSource("m", torch.nn.Linear(4, 1)), Settings(backends=("eager",)))
     assert model(ROWS).shape == (2, 1)
     assert model.describe()["result"] == "eager"
+
+
+def test_a_module_that_cannot_be_keyed_is_served_eagerly(tmp_path: Path) -> None:
+    module = torch.nn.Linear(4, 1)
+    module.options = {}  # type: ignore[assignment]
+    module.options["me"] = module.options  # type: ignore[index]
+    inputs = [{"name": "x", "dtype": "float32", "shape": ["batch", 4]}]
+    section = {"store": str(tmp_path), "inputs": inputs, "dimensions": {"batch": {"min": 1, "max": 8}}}
+    model = start_model(ModuleSource("m", module), settings_of(**section, backends=["aot_inductor", "eager"]))
+    assert model(ROWS).shape == (2, 1)
+    facts = model.describe()
+    assert facts["backend"] == "eager"
+    assert [(f["backend"], "refers back" in f["reason"]) for f in facts["fallbacks"]] == [("aot_inductor", True)]
+
+
+def test_an_entry_found_under_the_lease_that_does_not_load_is_built_again(
+    start: Callable[..., CompiledModel], archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start()
+    lookup, seen = LocalStore.lookup, []
+
+    def missed_once(self: LocalStore, address: Any) -> Any:
+        seen.append(address)
+        return Miss(()) if len(seen) == 1 else lookup(self, address)
+
+    load, loads = file_backend.FileBackend.load, []
+
+    def failing_once(self: Any, *arguments: Any) -> Any:
+        loads.append(arguments)
+        if len(loads) == 1:
+            raise LoadError("torn")
+        return load(self, *arguments)
+
+    monkeypatch.setattr(LocalStore, "lookup", missed_once)
+    monkeypatch.setattr(file_backend.FileBackend, "load", failing_once)
+    facts = check(start(), archive)
+    assert (facts["result"], counters(facts)["build"], counters(facts)["corrupt"]) == ("built", 1, 1)

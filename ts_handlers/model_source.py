@@ -24,7 +24,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from ts_handlers import fingerprint
-from ts_handlers.errors import ModelError
+from ts_handlers.errors import BuildError, ModelError
 from ts_handlers.initialization import skip_random_initialization
 
 Tensors = dict[str, torch.Tensor]
@@ -236,7 +236,8 @@ class ModuleSource(_EagerOnce):
     """A module that already exists in this process.
 
     Its identity is taken from the source files of every submodule's class, from each submodule's attributes that are
-    not tensors, and from the tensor specification, since a constructor's arguments are not known any more.
+    not tensors, and from the tensor specification, since the arguments of its constructor are not known any more.
+    A module that cannot be told from another one (`digest` then raises `BuildError`) is served eagerly.
     """
 
     def __init__(self, name: str, module: torch.nn.Module) -> None:
@@ -459,7 +460,7 @@ def _module_facts(module: torch.nn.Module) -> list[str]:
             try:
                 facts.append(fingerprint.digest_text(inspect.getsource(kind)))
             except (OSError, TypeError):
-                raise ModelError(
+                raise BuildError(
                     f"the source of {kind.__qualname__} is not available, so its artifact cannot be told from another "
                     "class's; define it in a file"
                 ) from None
@@ -481,7 +482,7 @@ def _attributes(module: torch.nn.Module) -> str:
     try:
         return _canonical(values) + _canonical(buffers) + _canonical(hooks)
     except RecursionError:
-        raise ModelError(
+        raise BuildError(
             f"an attribute of {type(module).__qualname__} refers back to itself, so it cannot be compared between "
             "processes; build the model from an archive's model file instead"
         ) from None
@@ -513,7 +514,7 @@ def _canonical(value: Any) -> str:
         return f"{type(value).__module__}.{type(value).__qualname__}{_canonical(kept)}"
     text = repr(value)
     if " at 0x" in text:
-        raise ModelError(
+        raise BuildError(
             f"the model holds a {type(value).__qualname__}, which cannot be compared between processes; "
             "build the model from an archive's model file instead"
         )

@@ -200,7 +200,10 @@ def _compile_section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _with_compile(settings: Settings, compile_settings: CompileSettings, explicit: bool) -> Settings:
-    replace = {"compile": compile_settings}
+    if explicit and not compile_settings.enable and settings.backends != ("eager",):
+        raise SettingsError(
+            f"{PT2_SECTION}.enable: false contradicts {SECTION}.backends: {list(settings.backends)}; remove one of them"
+        )
     if not explicit:
         if not compile_settings.enable:
             return msgspec.structs.replace(settings, compile=compile_settings, backends=("eager",))
@@ -211,7 +214,7 @@ def _with_compile(settings: Settings, compile_settings: CompileSettings, explici
                 f"{', '.join(ladders)}, or name the ladder in {SECTION}.backends"
             )
         return msgspec.structs.replace(settings, compile=compile_settings, backends=ladders[compile_settings.backend])
-    return msgspec.structs.replace(settings, **replace)
+    return msgspec.structs.replace(settings, compile=compile_settings)
 
 
 def _convert(section: Any, kind: Any, root: str) -> Any:

@@ -135,15 +135,10 @@ class _Start:
         with self._metrics.phase("lookup"):
             found = store.lookup(address)
         if isinstance(found, Hit):
-            try:
-                return self._from_entry(backend, store, address, found, "hit", ())
-            except _FINAL:
-                raise
-            except Exception as error:
-                if not _is_damage(error):
-                    raise
-                store.discard(address, f"{type(error).__name__}: {_one_line(error)}")
-                found = Corrupt(_one_line(error))
+            served = self._from_entry(backend, store, address, found, "hit", ())
+            if isinstance(served, CompiledModel):
+                return served
+            found = served
         missed = self._count_miss(found)
         if self._settings.on_miss == "fail":
             raise MissError(
@@ -185,7 +180,10 @@ class _Start:
             self._metrics.phases_ms["wait"] = (time.perf_counter() - waiting) * 1000
             found = store.lookup(address)  # somebody may have published while this process waited
             if isinstance(found, Hit):
-                return self._from_entry(backend, store, address, found, "waited", missed)
+                served = self._from_entry(backend, store, address, found, "waited", missed)
+                if isinstance(served, CompiledModel):
+                    return served
+                missed = self._count_miss(served)
             expected = f", about {estimate:.0f} s" if estimate else ""
             logger.info("%s: building with %s%s", self._request.source.name, backend.name, expected)
             lease.report(phase="build")
@@ -232,10 +230,19 @@ class _Start:
         hit: Hit,
         result: str,
         missed: tuple[str, ...],
-    ) -> CompiledModel:
-        with self._metrics.phase("load"):
-            loaded = backend.load(self._request, hit.directory, hit.manifest.artifact)
-        model = self._finish(backend, store, address, loaded, result, missed)
+    ) -> CompiledModel | Corrupt:
+        """Serve an entry; one that does not load although its bytes are right is moved aside, to be built again."""
+        try:
+            with self._metrics.phase("load"):
+                loaded = backend.load(self._request, hit.directory, hit.manifest.artifact)
+            model = self._finish(backend, store, address, loaded, result, missed)
+        except _FINAL:
+            raise
+        except Exception as error:
+            if not _is_damage(error):
+                raise
+            store.discard(address, f"{type(error).__name__}: {_one_line(error)}")
+            return Corrupt(_one_line(error))
         self._metrics.count("hit")
         return model
 
