@@ -14,9 +14,11 @@ import pytest
 from ts_handlers.testing import TorchServe, TorchServeError
 from ts_handlers.testing.server import read_properties, resolve_models
 
-# Starts a server without a model, says so, and waits to be killed.
+# Starts a server without a model, says so, and waits to be killed. A job in the background of a shell inherits
+# an ignored SIGINT, so the script asks for the usual one.
 SCRIPT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from ts_handlers.testing import TorchServe
 server = TorchServe(sys.argv[1])
 server.start()

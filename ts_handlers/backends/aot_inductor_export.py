@@ -1,0 +1,173 @@
+"""Exporting and compiling for the backend `aot_inductor`: the steps of the ladder, and what each is checked for.
+
+Imported on a build only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ts_handlers.backends.base import Request, call_module, takes_names
+from ts_handlers.errors import BuildError
+from ts_handlers.signature import Signature, Sizes
+from ts_handlers.structure import flatten
+
+PREFIX = "model."  # of the parameter names inside FlatModel
+MAX_STATIC_VARIANTS = 16
+
+
+class FlatModel(torch.nn.Module):
+    """The model with flat lists of tensors in and out."""
+
+    def __init__(self, model: torch.nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self._names = names
+        self._by_name = takes_names(model, names)
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(flatten(call_module(self.model, self._names, list(tensors), self._by_name))[0])
+
+
+Variant = tuple[str, Sizes, dict[str, tuple[int, int]], bool]  # name, fixed sizes, dynamic ranges, size-oblivious
+
+
+def export_ladder(signature: Signature, request: Request) -> Iterator[tuple[str, list[Variant]]]:
+    """The steps, each with its variants."""
+    ranges = {name: (d.min, d.max) for name, d in signature.dimensions.items() if d.min != d.max}
+    fixed = {name: d.min for name, d in signature.dimensions.items() if d.min == d.max}
+    if not ranges:
+        yield "static", [("static", fixed, {}, False)]
+        return
+    yield "dynamic", [("dynamic", fixed, ranges, True)]
+    ones = [name for name, (low, _) in ranges.items() if low == 1]
+    variants: list[Variant] = []
+    for count in range(len(ones) + 1):
+        for chosen in itertools.combinations(ones, count):
+            rest = {n: (max(low, 2), high) for n, (low, high) in ranges.items() if n not in chosen}
+            name = "dynamic" + "".join(f"-{n}1" for n in chosen)
+            variants.append((name, {**fixed, **dict.fromkeys(chosen, 1)}, rest, False))
+    yield "dynamic+ones", variants
+    declared = [dict(sizes) for sizes in request.settings.warmup if set(sizes) == set(signature.dimensions)]
+    if declared:
+        if len(declared) > MAX_STATIC_VARIANTS:
+            declared = declared[:MAX_STATIC_VARIANTS]
+        yield "static", [(_sizes_name(sizes), sizes, {}, False) for sizes in declared]
+
+
+def _sizes_name(sizes: Sizes) -> str:
+    return "static-" + "-".join(f"{name}{size}" for name, size in sizes.items())
+
+
+def output_structure(
+    request: Request, module: torch.nn.Module, signature: Signature, sizes_list: list[Sizes]
+) -> dict[str, Any]:
+    """How the eager model's output is nested; raises `BuildError` when that depends on the input."""
+    smallest = {name: dimension.min for name, dimension in signature.dimensions.items()}
+    by_name = takes_names(module, signature.names)
+    structures = []
+    for sizes in [*sizes_list, {**sizes_list[0], **smallest}]:
+        tensors = [tensor.to(request.device) for tensor in signature.generate(sizes, seed=1)]
+        with torch.no_grad():
+            structures.append(flatten(call_module(module, signature.names, tensors, by_name))[1])
+    if any(structure != structures[0] for structure in structures):
+        raise BuildError("the structure of the model's output changes with its input, which an artifact cannot do")
+    return structures[0]
+
+
+def export_program(
+    flat: FlatModel,
+    inputs: tuple[torch.Tensor, ...],
+    signature: Signature,
+    ranges: dict[str, tuple[int, int]],
+    oblivious: bool,
+) -> Any:
+    import torch.fx.experimental._config
+
+    from ts_handlers.backends.exported import refuse_mutations
+
+    symbolic_config: Any = torch.fx.experimental._config
+
+    dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in ranges.items()}
+    shapes = tuple(
+        {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str) and size in dims}
+        for spec in signature.inputs
+    )
+    with symbolic_config.patch(backed_size_oblivious=oblivious), torch.no_grad():
+        program = torch.export.export(flat, inputs, dynamic_shapes=(shapes,), strict=False)
+    refuse_mutations(program)
+    return program
+
+
+def compile_program(program: Any, request: Request, directory: Path, *, baked: bool) -> dict[str, str]:
+    """Compile a program and unpack the files that the loader needs into `directory`."""
+    import torch._inductor
+    import torch._inductor.config as inductor_config
+
+    from ts_handlers.backends.inductor_cache import private_cache
+
+    configs: dict[str, Any] = {
+        "aot_inductor.package_constants_in_so": baked,
+        # Scalars, short vectors (up to 8 elements: a small classifier's bias) and weights that are uniform today would
+        # otherwise be written into the code and survive an update of the weights; see
+        # docs/decisions/0001-weights-outside.md.
+        "always_keep_tensor_constants": not baked,
+        "joint_graph_constant_folding": baked,
+        # Ranges are checked before an artifact is called.
+        "aot_inductor.check_lowerbound": False,
+    }
+    known = inductor_config.get_config_copy()
+    configs = {name: value for name, value in configs.items() if name in known}
+    if request.settings.compile.mode is not None:
+        configs.update(torch._inductor.list_mode_options(request.settings.compile.mode))
+    configs.update(request.settings.compile.options)
+    configs.pop("triton.cudagraphs", None)  # not a feature of ahead-of-time artifacts
+    directory.mkdir(parents=True)
+    package = directory / "package.pt2"
+    with private_cache(), torch.no_grad():
+        torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=configs)
+    library = ""
+    with zipfile.ZipFile(package) as archive:
+        for info in archive.infolist():
+            base = os.path.basename(info.filename)
+            if "/data/aotinductor/" not in info.filename or base.endswith((".cpp", ".h", "_metadata.json")):
+                continue
+            (directory / base).write_bytes(archive.read(info))
+            if base.endswith(".so"):
+                library = base
+    package.unlink()
+    if not library:
+        raise BuildError("the compiled package holds no shared library")
+    os.chmod(directory / library, 0o700)
+    return {"library": library}
+
+
+def refuse_folded_weights(program: Any, fqns: set[str]) -> None:
+    """Refuse code into which a weight was folded: it would survive an update of the weights."""
+    signature = program.graph_signature
+    sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    used = {sources[name] for name in _live_placeholders(program.graph) if name in sources}
+    state = program.state_dict
+    storages = {state[fqn].untyped_storage().data_ptr() for fqn in fqns if fqn in state}
+    folded = {fqn for fqn in used - fqns if fqn in state and state[fqn].untyped_storage().data_ptr() not in storages}
+    if folded:
+        raise BuildError(f"the compiler folded weights into the code: {', '.join(sorted(folded)[:5])}")
+
+
+def _live_placeholders(graph: Any) -> set[str]:
+    """Names of the placeholders on which the output depends; exported graphs keep code that nobody uses."""
+    pending = [node for node in graph.nodes if node.op == "output"]
+    seen = set(pending)
+    while pending:
+        for node in pending.pop().all_input_nodes:
+            if node not in seen:
+                seen.add(node)
+                pending.append(node)
+    return {node.name for node in seen if node.op == "placeholder"}
