@@ -159,7 +159,7 @@ def prepare(model: str, directory: Path) -> None:
         "import sys, torch; from pathlib import Path\n"
         f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'benchmarks')!r}]\n"
         "from gpu_start import settings_of\n"
-        "from ts_handlers.model_source import load_model_class\n"
+        "from ts_handlers.archive_files import load_model_class\n"
         "from ts_handlers import parse_settings\n"
         "from ts_handlers.signature import Signature\n"
         f"d = Path({str(directory)!r}); torch.manual_seed(0)\n"

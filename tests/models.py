@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ts_handlers import ArchiveSource, Settings, parse_settings
-from ts_handlers.model_source import load_model_class
+from ts_handlers.archive_files import load_model_class
 
 LINEAR = """
 import torch

@@ -14,8 +14,8 @@ import torch
 from models import LINEAR, archive_source, eager_model, save_weights, write_archive
 
 from ts_handlers import ExportedSource, ModuleSource
+from ts_handlers.archive_files import load_model_class, read_weights
 from ts_handlers.errors import BuildError, ModelError
-from ts_handlers.model_source import load_model_class, read_weights
 
 SECOND = LINEAR + "\n\nclass Other(torch.nn.Module):\n    pass\n"
 

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from ts_handlers import fingerprint
+from ts_handlers.archive_files import Tensors
 from ts_handlers.backends.aot_inductor_export import (
     PREFIX,
     FlatModel,
@@ -47,7 +48,7 @@ from ts_handlers.backends.base import (
     Request,
 )
 from ts_handlers.errors import BuildError, CanaryError, InputError, LoadError, ModelError
-from ts_handlers.model_source import ExportedSource, Tensors
+from ts_handlers.model_source import ExportedSource
 from ts_handlers.settings import Dimension, InputSpec
 from ts_handlers.signature import Signature, Sizes
 from ts_handlers.structure import unflatten
