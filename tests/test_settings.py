@@ -67,7 +67,7 @@ def test_unknown_keys_are_named_at_every_level(section: dict[str, Any], parts: l
         ({"strict": "yes"}, ["handler.ts_handlers.strict", "bool", "'yes'"]),
         ({"backends": "eager"}, ["handler.ts_handlers.backends", "array", "'eager'"]),
         ({"backends": ["tensorflow"]}, ["handler.ts_handlers.backends[0]", "'tensorflow'", "aot_inductor, inductor"]),
-        ({"on_miss": "ignore"}, ["handler.ts_handlers.on_miss", "'ignore'", "compile, fail, eager"]),
+        ({"on_miss": "ignore"}, ["handler.ts_handlers.on_miss", "'ignore'", "compile, background, fail, eager"]),
         ({"inputs": [{**INPUT, "dtype": "float31"}]}, ["handler.ts_handlers.inputs[0].dtype", "'float31'", "bfloat16"]),
         ({"inputs": [{**INPUT, "shape": [1.5]}]}, ["handler.ts_handlers.inputs[0].shape[0]", "1.5"]),
         ({"inputs": [{"name": "x", "dtype": "int64"}]}, ["handler.ts_handlers.inputs[0]", "shape"]),

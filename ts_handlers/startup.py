@@ -14,7 +14,6 @@ import json
 import logging
 import platform
 import re
-import tempfile
 import time
 from pathlib import Path
 
@@ -29,10 +28,10 @@ from ts_handlers.errors import MissError, ModelError, SettingsError, StoreError
 from ts_handlers.key import CacheKey, compute_key
 from ts_handlers.metrics import Metrics, process_age_ms
 from ts_handlers.model_source import ModelSource
-from ts_handlers.settings import Settings, default_store_root
-from ts_handlers.store.base import Address, Corrupt, Hit, Miss
+from ts_handlers.settings import Settings
+from ts_handlers.store.base import Address, Corrupt, Hit, Miss, Store
 from ts_handlers.store.entry import Manifest, list_files
-from ts_handlers.store.local import LocalStore
+from ts_handlers.store.opening import open_store
 from ts_handlers.warmup import check_canary, one_thread, run_warmup
 
 logger = logging.getLogger(__name__)
@@ -90,7 +89,7 @@ class _Start:
         self._settings = request.settings
         self._fallbacks: list[dict[str, str]] = []
         self._notes: list[str] = []
-        self._store: LocalStore | None = None
+        self._store: Store | None = None
 
     def run(self) -> CompiledModel:
         ladder = [get_backend(name) for name in self._settings.backends]
@@ -158,22 +157,15 @@ class _Start:
             return ("corrupt",)
         return found.parts
 
-    def _open_store(self) -> LocalStore:
+    def _open_store(self) -> Store:
         if self._store is None:
-            root = self._settings.store or default_store_root()
-            try:
-                self._store = LocalStore(root)
-            except StoreError as error:
-                if self._settings.strict:
-                    raise
-                logger.warning("%s; using a temporary store, so nothing is kept", error)
+            self._store, problem = open_store(self._settings)
+            if problem is not None:
                 self._metrics.count("fallback")
-                self._fallbacks.append({"backend": "store", "reason": _one_line(error)})
-                self._temporary = tempfile.TemporaryDirectory(prefix="ts_handlers-store-")
-                self._store = LocalStore(self._temporary.name)
+                self._fallbacks.append({"backend": "store", "reason": problem})
         return self._store
 
-    def _build(self, backend: Backend, store: LocalStore, address: Address, missed: tuple[str, ...]) -> CompiledModel:
+    def _build(self, backend: Backend, store: Store, address: Address, missed: tuple[str, ...]) -> CompiledModel:
         estimate = store.build_estimate(address)
         waiting = time.perf_counter()
         with store.lease(address, estimate) as lease:
@@ -225,7 +217,7 @@ class _Start:
     def _from_entry(
         self,
         backend: Backend,
-        store: LocalStore,
+        store: Store,
         address: Address,
         hit: Hit,
         result: str,
@@ -249,7 +241,7 @@ class _Start:
     def _finish(
         self,
         backend: Backend,
-        store: LocalStore,
+        store: Store,
         address: Address,
         loaded: Loaded,
         result: str,

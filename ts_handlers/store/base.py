@@ -50,8 +50,13 @@ class Store(Protocol):
     reader sees all of an entry or nothing. Neither waits; only `lease` blocks.
     """
 
+    root: Path
+
     def lookup(self, address: Address) -> Hit | Miss | Corrupt:
         """Find and verify an entry."""
+
+    def build_estimate(self, address: Address) -> float | None:
+        """Seconds that the latest build of this model and backend took, or None."""
 
     def staging(self, address: Address) -> contextlib.AbstractContextManager[Path]:
         """A private directory to build an entry in; removed at the end of the block unless published."""

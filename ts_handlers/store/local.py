@@ -48,6 +48,7 @@ class LocalStore:
     """
 
     def __init__(self, root: str | Path) -> None:
+        self.keep_alive: Any = None  # what removes a temporary root when the store is dropped
         self.root = Path(root).expanduser().absolute()
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)

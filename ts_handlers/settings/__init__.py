@@ -1,0 +1,14 @@
+"""The handler's section of model-config.yaml, as frozen settings; `model` has the list."""
+
+from ts_handlers.settings.location import default_store_root as default_store_root
+from ts_handlers.settings.model import ALL_BACKENDS as ALL_BACKENDS
+from ts_handlers.settings.model import BACKENDS as BACKENDS
+from ts_handlers.settings.model import DTYPES as DTYPES
+from ts_handlers.settings.model import PT2_SECTION as PT2_SECTION
+from ts_handlers.settings.model import SECTION as SECTION
+from ts_handlers.settings.model import CanarySettings as CanarySettings
+from ts_handlers.settings.model import CompileSettings as CompileSettings
+from ts_handlers.settings.model import Dimension as Dimension
+from ts_handlers.settings.model import InputSpec as InputSpec
+from ts_handlers.settings.model import Settings as Settings
+from ts_handlers.settings.parsing import parse_settings as parse_settings

@@ -1,0 +1,135 @@
+"""Everything that a user can set, as frozen structs; `ts_handlers.settings.parsing` reads and checks them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from ts_handlers.settings.sections import (
+    BackgroundSettings,
+    ContextSettings,
+    GuardSettings,
+    RemoteSettings,
+    SpaceSettings,
+    TensorRTSettings,
+    TrustSettings,
+)
+
+BACKENDS = ("aot_inductor", "inductor", "eager")  # the default ladder
+ALL_BACKENDS = ("tensorrt", *BACKENDS)
+DTYPES = (
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+)
+SECTION = "handler.ts_handlers"
+PT2_SECTION = "pt2.compile"
+
+BackendName = Literal["tensorrt", "aot_inductor", "inductor", "eager"]
+DtypeName = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+
+
+class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One input tensor of the model.
+
+    `shape` holds integers (static sizes) and names of `Settings.dimensions` (dynamic sizes). `values` is the
+    half-open range ``[low, high)`` from which warm-up and canary inputs are drawn: integers default to ``[0, 2)``,
+    floating-point inputs to a standard normal distribution.
+    """
+
+    name: str
+    dtype: DtypeName
+    shape: tuple[int | str, ...]
+    values: tuple[float, float] | None = None
+
+
+class Dimension(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The inclusive range of one dynamic dimension, in elements."""
+
+    min: int
+    max: int
+
+
+class CanarySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How an artifact is compared with the eager model before it is served.
+
+    `tolerance` is the largest accepted relative error (norm of the difference over norm of the eager output);
+    None takes the one that fits the output's dtype (see `ts_handlers.warmup.TOLERANCES`). `seed` draws the input.
+    """
+
+    tolerance: float | None = None
+    seed: int = 0
+
+
+class CompileSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """TorchServe's ``pt2: {compile: ...}`` section: the arguments of `torch.compile`."""
+
+    enable: bool = True
+    backend: str = "inductor"
+    mode: str | None = None
+    options: dict[str, str | int | float | bool] = msgspec.field(default_factory=dict)
+    dynamic: bool | None = None
+    fullgraph: bool = False
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that a user can set; see docs/settings.md for the same list in prose.
+
+    Attributes
+    ----------
+    store:
+        Root of the artifact store; None takes ``TS_HANDLERS_CACHE``, then ``$XDG_CACHE_HOME/ts_handlers``.
+    backends:
+        The ladder, best first. A backend that fails falls to the next one, with its reason counted.
+    on_miss:
+        ``compile`` blocks until built, ``background`` serves eagerly while a child process builds, ``fail`` makes a
+        miss an error, ``eager`` serves eagerly.
+    strict:
+        Raise instead of falling to the next backend.
+    inputs, dimensions:
+        The model's input signature. Requests outside it are refused, see `outside`.
+    outside:
+        What happens to a request outside the declared ranges: ``refuse`` (HTTP 400) or ``eager`` (right but slow;
+        the eager model is built at the first such request).
+    warmup:
+        Sizes to run before READY, one mapping of dimension name to size per run. The first one is also the size
+        that the compiler optimises for.
+    dtype:
+        Floating-point dtype to which the model is cast after loading; None keeps the model's own.
+    mmap:
+        Map the weights file instead of reading it. ``auto`` maps files that TorchServe extracted for itself and
+        reads files that somebody else may overwrite in place (``no-archive`` folders).
+    key_files_ignored:
+        Glob patterns of archive files that do not change the compiled model, beside the built-in list.
+    guard, background, remote, trust, space, tensorrt, contexts:
+        See `ts_handlers.settings.sections`.
+    """
+
+    store: str | None = None
+    backends: tuple[BackendName, ...] = BACKENDS  # type: ignore[assignment]
+    on_miss: Literal["compile", "background", "fail", "eager"] = "compile"
+    strict: bool = False
+    inputs: tuple[InputSpec, ...] = ()
+    dimensions: dict[str, Dimension] = msgspec.field(default_factory=dict)
+    outside: Literal["refuse", "eager"] = "refuse"
+    warmup: tuple[dict[str, int], ...] = ()
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
+    mmap: Literal["auto", "always", "never"] = "auto"
+    key_files_ignored: tuple[str, ...] = ()
+    canary: CanarySettings = CanarySettings()
+    compile: CompileSettings = CompileSettings()
+    guard: GuardSettings = GuardSettings()
+    background: BackgroundSettings = BackgroundSettings()
+    remote: RemoteSettings | None = None
+    trust: TrustSettings = TrustSettings()
+    space: SpaceSettings = SpaceSettings()
+    tensorrt: TensorRTSettings = TensorRTSettings()
+    contexts: ContextSettings = ContextSettings()

@@ -1,0 +1,149 @@
+"""The sections below ``handler: ts_handlers:`` that not every model needs, one struct each with its own checks."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+
+class GuardSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Limits on loading an artifact, which is native code.
+
+    A load that is not done and canary-checked after `load_seconds` ends the process, which quarantines the entry; None
+    sets no limit. `load_memory_mb` bounds what the process may allocate in the meantime, in MiB; None sets no bound.
+    """
+
+    load_seconds: float | None = 120.0
+    load_memory_mb: int | None = None
+
+
+class BackgroundSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The child process that builds with ``on_miss: background``.
+
+    `nice` is added to the process's niceness (0 to 19), `compile_threads` bounds the compiler's parallel jobs (None:
+    half of the processors), `memory_mb` what it may allocate in MiB (None: no bound) and `seconds` its duration
+    (None: no bound).
+    """
+
+    nice: int = 19
+    compile_threads: int | None = None
+    memory_mb: int | None = None
+    seconds: float | None = None
+
+
+class RemoteSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A store shared by hosts, addressed by an fsspec URL (``file:///mnt/nfs/artifacts``, ``s3://bucket/prefix``).
+
+    `options` goes to the file system as fsspec's storage options. No operation takes longer than `timeout_seconds`;
+    after a failure the host goes on without the remote. `lease` says how hosts agree on one builder: ``auto`` (the
+    object store's exclusive create), ``off``, or a ``redis://`` URL. A holder that has not renewed its lease for three
+    times `heartbeat_seconds` has lost it.
+    """
+
+    url: str
+    read_only: bool = False
+    timeout_seconds: float = 10.0
+    lease: str = "auto"
+    heartbeat_seconds: float = 5.0
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class TrustSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Ed25519 keys for what comes from another host.
+
+    `public_keys` are paths of PEM files; with at least one of them, an entry from the remote store or a bundle is used
+    only when one of these keys has signed it. `signing_key` is the path of the private key that signs what this host
+    publishes.
+    """
+
+    public_keys: tuple[str, ...] = ()
+    signing_key: str | None = None
+
+
+class Quota(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Upper bounds; None is no bound. `bytes` is a number or a text such as ``20GiB``."""
+
+    bytes: int | str | None = None
+    entries: int | None = None
+    inodes: int | None = None
+
+
+class SpaceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Quotas of the store as a whole and of each model in it; entries least recently used go first."""
+
+    store: Quota = Quota()
+    per_model: Quota = Quota()
+
+
+class Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Sizes of one dimension for one TensorRT plan: the smallest, the one to optimise for and the largest."""
+
+    min: int
+    opt: int
+    max: int
+
+
+class TensorRTSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The backend `tensorrt`.
+
+    Attributes
+    ----------
+    flavour:
+        ``tensorrt``, ``tensorrt_rtx`` or ``auto`` (the one that is installed; `tensorrt` when both are).
+    precision:
+        ``as_is`` keeps the dtypes of the model (see the setting `dtype`, which casts it); ``autocast`` lets
+        Torch-TensorRT choose the layers that run in half precision.
+    tf32:
+        Whether float32 products may run in TensorFloat-32.
+    workspace_mb:
+        Largest scratch memory that a layer may use while the plan is built, in MiB; None is TensorRT's default.
+    optimization_level:
+        0 (fast build) to 5 (fast plan); None is TensorRT's default.
+    hardware_compatible:
+        Build a plan that also runs on GPUs of later generations, where the flavour can.
+    ranges:
+        One plan for each element, which maps dimension names to ``{min, opt, max}``; empty builds one plan from the
+        declared dimensions and the first warm-up sizes.
+    partial:
+        What happens when not every operator converts: ``next`` takes the next backend, ``module`` keeps
+        Torch-TensorRT's own module, whose remaining operators run in torch. The fraction in TensorRT is reported.
+    refit:
+        Build a plan whose weights can be replaced, so that an update of the weights needs no new build.
+    options:
+        Further fields of Torch-TensorRT's `CompilationSettings`, by name.
+    """
+
+    flavour: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto"
+    precision: Literal["as_is", "autocast"] = "as_is"
+    tf32: bool = True
+    workspace_mb: int | None = None
+    optimization_level: int | None = None
+    hardware_compatible: bool = False
+    ranges: tuple[dict[str, Range], ...] = ()
+    partial: Literal["next", "module"] = "next"
+    refit: bool = False
+    options: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
+class ContextSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How many calls of the model run at once in one worker.
+
+    Attributes
+    ----------
+    count:
+        Execution contexts (TensorRT), runners (AOTInductor) or streams (compiled and eager modules) that share one set
+        of weights.
+    scratch:
+        ``private`` gives each TensorRT context its own scratch memory, ``shared`` one buffer to all of them, whose uses
+        follow one another on the GPU.
+    wait_seconds:
+        How long a call waits for a free context before it is refused with HTTP 503.
+    cuda_graphs:
+        Record each context's launches once for each shape and replay them.
+    """
+
+    count: int = 1
+    scratch: Literal["private", "shared"] = "private"
+    wait_seconds: float = 30.0
+    cuda_graphs: bool = False

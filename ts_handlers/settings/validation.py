@@ -1,0 +1,93 @@
+"""Combinations of settings that the types alone do not rule out."""
+
+from __future__ import annotations
+
+import math
+
+from ts_handlers.errors import SettingsError
+from ts_handlers.settings.model import ALL_BACKENDS, PT2_SECTION, SECTION, Settings
+
+
+def validate(settings: Settings) -> None:
+    """Raise `SettingsError` with the path of the first setting that cannot stand beside the others."""
+    if not settings.backends:
+        raise SettingsError(f"{SECTION}.backends: the list is empty; name at least one of {', '.join(ALL_BACKENDS)}")
+    if len(set(settings.backends)) != len(settings.backends):
+        raise SettingsError(f"{SECTION}.backends: {list(settings.backends)} names a backend twice; remove one")
+    if "eager" in settings.backends[:-1]:
+        raise SettingsError(
+            f"{SECTION}.backends: 'eager' always works, so what follows it in {list(settings.backends)} is never "
+            "reached; put it last"
+        )
+    if settings.on_miss == "eager" and settings.strict:
+        raise SettingsError(
+            f"{SECTION}.on_miss: 'eager' falls back on a miss and {SECTION}.strict: true forbids falling back; "
+            "set on_miss: fail, or strict: false"
+        )
+    tolerance = settings.canary.tolerance
+    if tolerance is not None and not (math.isfinite(tolerance) and tolerance >= 0):
+        raise SettingsError(
+            f"{SECTION}.canary.tolerance: expected a relative error of at least 0, found {tolerance}; "
+            "remove it to take the one that fits the dtype"
+        )
+    if settings.compile.mode is not None and settings.compile.options:
+        raise SettingsError(
+            f"{PT2_SECTION}: torch.compile takes either mode ({settings.compile.mode!r}) or options "
+            f"({settings.compile.options!r}), not both; keep one"
+        )
+    for name, dimension in settings.dimensions.items():
+        where = f"{SECTION}.dimensions.{name}"
+        if dimension.min < 1:
+            raise SettingsError(f"{where}.min: expected at least 1, found {dimension.min}; empty inputs are refused")
+        if dimension.max < dimension.min:
+            raise SettingsError(
+                f"{where}: min {dimension.min} is above max {dimension.max}; swap them or widen the range"
+            )
+    _validate_inputs(settings)
+    used = {size for spec in settings.inputs for size in spec.shape if isinstance(size, str)}
+    for index, sizes in enumerate(settings.warmup):
+        for name, size in sizes.items():
+            where = f"{SECTION}.warmup[{index}].{name}"
+            if name not in settings.dimensions:
+                raise SettingsError(
+                    f"{where}: unknown dimension (value: {size}); declared are {sorted(settings.dimensions)}"
+                )
+            dimension = settings.dimensions[name]
+            if not dimension.min <= size <= dimension.max:
+                raise SettingsError(
+                    f"{where}: {size} is outside {dimension.min}..{dimension.max}; "
+                    f"widen {SECTION}.dimensions.{name} or change the warm-up size"
+                )
+    for name in settings.dimensions:
+        if name not in used:
+            raise SettingsError(
+                f"{SECTION}.dimensions.{name}: no input uses this dimension; name it in a shape or remove it"
+            )
+
+
+def _validate_inputs(settings: Settings) -> None:
+    names = [spec.name for spec in settings.inputs]
+    for index, spec in enumerate(settings.inputs):
+        where = f"{SECTION}.inputs[{index}]"
+        if names.count(spec.name) > 1:
+            raise SettingsError(f"{where}.name: {spec.name!r} is declared twice; names must differ")
+        if not spec.name.isidentifier():
+            raise SettingsError(f"{where}.name: {spec.name!r} is not a Python identifier; use the argument's name")
+        for axis, size in enumerate(spec.shape):
+            if isinstance(size, str) and size not in settings.dimensions:
+                raise SettingsError(
+                    f"{where}.shape[{axis}]: dimension {size!r} is not declared; "
+                    f"add `{size}: {{min: 1, max: ...}}` under {SECTION}.dimensions"
+                )
+            if isinstance(size, int) and size < 1:
+                raise SettingsError(f"{where}.shape[{axis}]: expected a size of at least 1, found {size}")
+        if spec.values is not None and not _has_values(spec.dtype, *spec.values):
+            raise SettingsError(
+                f"{where}.values: {list(spec.values)} holds no {spec.dtype}; expected [low, high) with low below high"
+            )
+
+
+def _has_values(dtype: str, low: float, high: float) -> bool:
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return False
+    return low < high if "float" in dtype else int(low) < int(high)
