@@ -40,3 +40,11 @@ class StoreError(WarmStartError, OSError):
 
 class MissError(WarmStartError, RuntimeError):
     """`on_miss: fail` and the store holds no entry for the key."""
+
+
+class BusyError(WarmStartError, RuntimeError):
+    """Every execution context of the model is in use; served as HTTP 503 with this message."""
+
+
+class ContextMemoryError(WarmStartError, MemoryError):
+    """The execution contexts that the settings ask for do not fit into the device's memory."""

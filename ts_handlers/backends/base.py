@@ -17,6 +17,7 @@ import torch
 
 from ts_handlers.errors import SettingsError
 from ts_handlers.model_source import ModelSource
+from ts_handlers.serving.contexts import ContextPool
 from ts_handlers.settings import SECTION, Settings
 from ts_handlers.signature import Signature, Sizes
 
@@ -102,6 +103,9 @@ class Loaded:
         What the backend wants to show in `describe`.
     seal:
         Called once after warm-up: from then on no request may compile anything.
+    pool:
+        The pool from which `run` lends by itself; None when calls have to be lent a slot, as `contexts.count` says,
+        before they reach `run` (see `ts_handlers.serving.slots`).
     """
 
     run: Run
@@ -112,6 +116,7 @@ class Loaded:
     warmed_up: bool = False
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     seal: Callable[[], None] = lambda: None
+    pool: ContextPool[Any] | None = None
 
 
 @dataclasses.dataclass

@@ -1,0 +1,1 @@
+"""How several calls of one loaded model run at once in a worker."""

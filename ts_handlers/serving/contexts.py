@@ -1,0 +1,220 @@
+"""The execution-context pool: k slots that share one set of weights, lent to one call at a time.
+
+What a slot is depends on the backend: a TensorRT execution context with its stream and buffers
+(`ts_handlers.serving.runner`), or a CUDA stream for a module (`ts_handlers.serving.slots`). The pool knows none of
+that: it is threads and queues only.
+
+Waiting calls are served in the order in which they came, and a slot that comes back goes straight to the first of
+them, so that nobody overtakes. Free slots are lent in turn, the one idle for longest first.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Generic, TypeVar
+
+from ts_handlers.errors import BusyError
+
+S = TypeVar("S")
+
+_CLOSED = "the model is being closed; send the request again"
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolStats:
+    """One moment of a pool.
+
+    Attributes
+    ----------
+    size:
+        Number of slots.
+    in_use, waiting:
+        Slots lent and calls waiting at this moment.
+    high_water:
+        Most slots that were lent at one moment.
+    lent, waited, refused:
+        Calls that got a slot, calls that had to wait for one, and calls that were refused after the longest wait.
+    wait_seconds:
+        What all calls waited together, refused ones included.
+    """
+
+    size: int
+    in_use: int
+    waiting: int
+    high_water: int
+    lent: int
+    waited: int
+    refused: int
+    wait_seconds: float
+
+
+class Ticket(Generic[S]):
+    """A request for a slot: granted at once, granted later when a slot comes back, or cancelled."""
+
+    __slots__ = ("granted", "slot")
+
+    def __init__(self) -> None:
+        self.slot: S | None = None
+        self.granted = threading.Event()
+
+
+class ContextPool(Generic[S]):
+    """Lends slots to calls.
+
+    Parameters
+    ----------
+    slots:
+        At least one; the pool never looks into them.
+    wait_seconds:
+        Longest wait of a call before it is refused.
+
+    Examples
+    --------
+    >>> pool = ContextPool(["first", "second"], wait_seconds=1)
+    >>> with pool.lend() as slot:
+    ...     print(slot, pool.stats().in_use)
+    first 1
+    >>> pool.stats().in_use
+    0
+    """
+
+    def __init__(self, slots: Sequence[S], wait_seconds: float) -> None:
+        if not slots:
+            raise ValueError("a pool needs at least one slot")
+        self.size = len(slots)
+        self.wait_seconds = wait_seconds
+        self._free: collections.deque[S] = collections.deque(slots)
+        self._queue: collections.deque[Ticket[S]] = collections.deque()
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._closed = False
+        self._high_water = self._lent = self._waited = self._refused = 0
+        self._wait_total = 0.0
+
+    def lend(self) -> _Loan[S]:
+        """A context manager that gives a slot for the block and takes it back.
+
+        The calls inside must not lend from the same pool again: they could wait for themselves.
+
+        Raises
+        ------
+        BusyError
+            No slot came free within `wait_seconds`, or the pool is closed.
+        """
+        return _Loan(self)
+
+    def request(self) -> Ticket[S]:
+        """Ask for a slot without waiting; the ticket is granted at once or stands in the queue.
+
+        `lend` is made of this, `cancel` and `give_back`.
+        """
+        ticket: Ticket[S] = Ticket()
+        with self._lock:
+            if self._closed:
+                raise BusyError(_CLOSED)
+            if self._free:  # then nobody waits: a slot that comes back goes to the first of the queue
+                self._grant(ticket, self._free.popleft())
+            else:
+                self._waited += 1
+                self._queue.append(ticket)
+        return ticket
+
+    def cancel(self, ticket: Ticket[S]) -> bool:
+        """Leave the queue; False if the ticket has been granted meanwhile (its slot is then the caller's)."""
+        with self._lock:
+            if ticket.slot is not None:
+                return False
+            if ticket in self._queue:  # absent after `close`
+                self._queue.remove(ticket)
+            self._refused += 1
+            return True
+
+    def give_back(self, slot: S) -> None:
+        """Return a slot, which goes to the first in the queue."""
+        with self._lock:
+            if self._queue:
+                self._grant(self._queue.popleft(), slot)
+            else:
+                self._free.append(slot)
+                self._idle.notify_all()
+
+    def _grant(self, ticket: Ticket[S], slot: S) -> None:
+        self._lent += 1
+        self._high_water = max(self._high_water, self.size - len(self._free))
+        ticket.slot = slot
+        ticket.granted.set()
+
+    def _take(self) -> S:
+        ticket = self.request()
+        if ticket.slot is not None:
+            return ticket.slot
+        started = time.perf_counter()
+        try:
+            ticket.granted.wait(self.wait_seconds)
+        except BaseException:  # an interrupt; a slot granted meanwhile must not be lost
+            if not self.cancel(ticket):
+                assert ticket.slot is not None
+                self.give_back(ticket.slot)
+            raise
+        refused = self.cancel(ticket)
+        with self._lock:
+            self._wait_total += time.perf_counter() - started
+        if refused:
+            raise BusyError(
+                _CLOSED
+                if self._closed
+                else f"no execution context came free within {self.wait_seconds:g} s ({self.size} in use); send the "
+                "request again later, or raise contexts.count or contexts.wait_seconds in model-config.yaml"
+            )
+        assert ticket.slot is not None
+        return ticket.slot
+
+    def close(self, timeout: float | None = None) -> bool:
+        """Refuse every further call and those that wait, then wait until all slots are back.
+
+        Returns
+        -------
+        Whether they were all back within `timeout` seconds.
+        """
+        with self._lock:
+            self._closed = True
+            while self._queue:
+                self._queue.popleft().granted.set()  # without a slot: refused
+            return self._idle.wait_for(lambda: len(self._free) == self.size, timeout)
+
+    def stats(self) -> PoolStats:
+        """Gauges and counters of this moment."""
+        with self._lock:
+            return PoolStats(
+                size=self.size,
+                in_use=self.size - len(self._free),
+                waiting=len(self._queue),
+                high_water=self._high_water,
+                lent=self._lent,
+                waited=self._waited,
+                refused=self._refused,
+                wait_seconds=self._wait_total,
+            )
+
+
+class _Loan(Generic[S]):
+    """The context manager of `ContextPool.lend`; a class, which costs a call less than a generator."""
+
+    __slots__ = ("_pool", "_slot")
+
+    def __init__(self, pool: ContextPool[S]) -> None:
+        self._pool = pool
+
+    def __enter__(self) -> S:
+        self._slot = self._pool._take()
+        return self._slot
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.give_back(self._slot)
