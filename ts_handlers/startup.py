@@ -179,6 +179,7 @@ class _Start:
             expected = f", about {estimate:.0f} s" if estimate else ""
             logger.info("%s: building with %s%s", self._request.source.name, backend.name, expected)
             lease.report(phase="build")
+            self._request.shared_folder = store.root / "shared"
             with store.staging(address) as staging:
                 with self._metrics.phase("build"):
                     built = backend.build(self._request, staging, self._metrics.build_phase)

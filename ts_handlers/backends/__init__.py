@@ -7,6 +7,7 @@ import importlib
 from ts_handlers.backends.base import Backend
 
 _MODULES = {
+    "tensorrt": "ts_handlers.backends.tensorrt",
     "aot_inductor": "ts_handlers.backends.aot_inductor",
     "inductor": "ts_handlers.backends.inductor",
     "eager": "ts_handlers.backends.eager",

@@ -37,12 +37,15 @@ class Request:
         The user's settings.
     device:
         Where it runs.
+    shared_folder:
+        Where builds may keep files that later builds profit from, such as TensorRT's timing cache; set by the start.
     """
 
     def __init__(self, source: ModelSource, settings: Settings, device: torch.device) -> None:
         self.source = source
         self.settings = settings
         self.device: torch.device = device
+        self.shared_folder: Path | None = None
 
     @functools.cached_property
     def signature(self) -> Signature | None:

@@ -1,0 +1,100 @@
+"""Graphs that TensorRT takes only in part: Torch-TensorRT's own module, saved and reloaded whole.
+
+Its remaining operators run in torch, which `describe` reports as the fraction in TensorRT. Loading it imports
+Torch-TensorRT, which takes seconds; `partial: module` is for models that no other backend serves better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ts_handlers.backends.base import Built, Description, Loaded, Phase, Request
+from ts_handlers.errors import BuildError, CanaryError
+from ts_handlers.signature import Signature
+from ts_handlers.structure import unflatten
+
+FILE = "module.pt2"
+
+
+def build_module(
+    request: Request,
+    directory: Path,
+    phase: Phase,
+    signature: Signature,
+    ranges: Sequence[Any],
+    settings: Any,
+    description: Description,
+    partial: Any,
+) -> Built:
+    """Compile with Torch-TensorRT's partitioner and save its module.
+
+    Parameters
+    ----------
+    ranges:
+        One element: a module has one set of ranges.
+    partial:
+        The `PartialConversionError` that says how much converts.
+    """
+    import torch_tensorrt
+
+    from ts_handlers.backends.aot_inductor_export import FlatModel
+    from ts_handlers.backends.eager import eager_run
+    from ts_handlers.backends.tensorrt import export_range, input_ranges
+    from ts_handlers.warmup import compare_outputs
+
+    if len(ranges) > 1:
+        raise BuildError("tensorrt.ranges with several elements needs a graph that converts whole; this one does not")
+    flat = FlatModel(request.eager(), signature.names).eval()
+    with phase("export"):
+        program = export_range(flat, signature, ranges[0], request.device)
+    specs = input_ranges(signature, ranges[0], program)
+    inputs = [
+        torch_tensorrt.Input(shape=spec.max, dtype=spec.dtype, name=spec.name)
+        if spec.min == spec.max
+        else torch_tensorrt.Input(
+            min_shape=spec.min, opt_shape=spec.opt, max_shape=spec.max, dtype=spec.dtype, name=spec.name
+        )
+        for spec in specs
+    ]
+    examples = [
+        tensor.to(request.device) for tensor in signature.generate({n: r.opt for n, r in ranges[0].items()}, seed=1)
+    ]
+    options = {name: value for name, value in vars(settings).items() if name not in ("dryrun",)}
+    with phase("convert"):
+        compiled = torch_tensorrt.dynamo.compile(program, arg_inputs=inputs, **options)
+        torch_tensorrt.save(compiled, str(directory / FILE), output_format="exported_program", arg_inputs=examples)
+    description["plans"] = []
+    description["module"] = FILE
+    description["in_tensorrt"] = [partial.converted, partial.total]
+    description["ranges"] = {name: [r.min, r.opt, r.max] for name, r in ranges[0].items()}
+    loaded = load_module(request, directory, description)
+    eager = eager_run(request, signature.names)
+    with phase("verify"):
+        for sizes in signature.corner_sizes():
+            tensors = [tensor.to(request.device) for tensor in signature.generate(sizes, seed=2)]
+            try:
+                compare_outputs(loaded.run(tensors), eager(tensors), request.settings.canary.tolerance)
+            except (CanaryError, RuntimeError) as error:
+                raise BuildError(f"at {sizes} Torch-TensorRT's module differs from eager: {error}") from error
+    return Built(description)
+
+
+def load_module(request: Request, directory: Path, description: Description) -> Loaded:
+    """Load what `build_module` saved."""
+    from ts_handlers.backends.tensorrt_import import import_torch_tensorrt
+
+    import_torch_tensorrt()
+    module = torch.export.load(directory / description["module"]).module()
+    output = description["output"]
+
+    def run(tensors: list[torch.Tensor]) -> Any:
+        with torch.inference_mode():
+            answers = module(*tensors)
+        return unflatten(list(answers) if isinstance(answers, (tuple, list)) else [answers], output)
+
+    facts = {"module": True, "in_tensorrt": description["in_tensorrt"]}
+    return Loaded(run=run, signature=request.require_signature(), facts=facts)

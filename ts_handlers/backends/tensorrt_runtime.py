@@ -1,0 +1,242 @@
+"""Runs TensorRT plans: the adapter between `ts_handlers.serving` and the TensorRT Python API, in either flavour.
+
+Contexts are created without scratch memory (``USER_MANAGED``) and get theirs from torch's allocator. TensorRT for RTX
+compiles its kernels when they first run and keeps them in a *runtime cache*, which is stored beside the plan.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ts_handlers.backends.tensorrt_library import import_tensorrt, trt_logger
+from ts_handlers.errors import LoadError
+
+logger = logging.getLogger(__name__)
+
+# By the name of TensorRT's DataType, whose numbers change between versions.
+_DTYPES = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "INT64": torch.int64,
+    "INT32": torch.int32,
+    "INT8": torch.int8,
+    "UINT8": torch.uint8,
+    "BOOL": torch.bool,
+    "FP8": torch.float8_e4m3fn,
+}
+
+
+class TensorRTEngine:
+    """A deserialised plan; see `ts_handlers.serving.engine.Engine`.
+
+    Parameters
+    ----------
+    flavour, plan:
+        The TensorRT flavour and the serialised engine.
+    name:
+        Shown in messages.
+    inputs, outputs:
+        Names of its tensors in the order of the model.
+    device:
+        A CUDA device.
+    runtime_cache:
+        File with TensorRT for RTX's compiled kernels; None, or one that does not exist, starts without.
+    cuda_graphs:
+        Contexts record their launches once for each shape and replay them.
+
+    Raises
+    ------
+    LoadError
+        TensorRT does not accept the plan: it is damaged, or another version's, flavour's or GPU's.
+    """
+
+    profiles = 1
+
+    def __init__(
+        self,
+        flavour: str,
+        plan: bytes,
+        *,
+        name: str,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        device: torch.device,
+        runtime_cache: Path | None = None,
+        cuda_graphs: bool = False,
+    ) -> None:
+        self.trt = import_tensorrt(flavour)
+        self.name = name
+        self.inputs, self.outputs = tuple(inputs), tuple(outputs)
+        self.device = device
+        self.cuda_graphs = cuda_graphs
+        self._runtime = self.trt.Runtime(trt_logger(flavour))
+        self.engine = self._runtime.deserialize_cuda_engine(plan)
+        if self.engine is None:
+            raise LoadError(f"{flavour} does not accept the plan {name!r}; its log says why")
+        present = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
+        if present != {*self.inputs, *self.outputs}:
+            raise LoadError(f"the plan has the tensors {sorted(present)}, expected {[*self.inputs, *self.outputs]}")
+        self.dtypes = {tensor: _dtype(self.engine.get_tensor_dtype(tensor)) for tensor in present}
+        self._config: Any = None
+        self._cache: Any = None
+        if hasattr(self.engine, "create_runtime_config") and hasattr(self.trt, "IRuntimeCache"):
+            self._config, self._cache = self._runtime_config(runtime_cache)
+        self._largest = self._largest_outputs()
+
+    def _runtime_config(self, path: Path | None) -> tuple[Any, Any]:
+        config = self.engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(self.trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        cache = config.create_runtime_cache()
+        if path is not None and path.exists() and not cache.deserialize(path.read_bytes()):
+            logger.warning("the runtime cache %s is not accepted; kernels are compiled again", path.name)
+        config.set_runtime_cache(cache)
+        return config, cache
+
+    def runtime_cache(self) -> bytes | None:
+        """The kernels compiled so far, for `runtime_cache` of a later engine; None where the flavour has no such."""
+        return None if self._cache is None else bytes(memoryview(self._cache.serialize()))
+
+    def create_context(self) -> Any:
+        """A TensorRT execution context without scratch memory."""
+        strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self.engine.create_execution_context(self._config if self._config is not None else strategy)
+        if context is None:
+            raise LoadError(f"TensorRT creates no execution context for the plan {self.name!r}; its log says why")
+        return context
+
+    def _largest_outputs(self) -> dict[str, int]:
+        """Bytes of each output at the largest input shapes."""
+        context = self.create_context()
+        for name in self.inputs:
+            context.set_input_shape(name, self.largest_shape(name))
+        return {name: _nbytes(context.get_tensor_shape(name), self.dtypes[name]) for name in self.outputs}
+
+    def largest_shape(self, name: str) -> tuple[int, ...]:
+        """The largest shape of an input."""
+        shape = tuple(self.engine.get_tensor_shape(name))
+        return tuple(self.engine.get_tensor_profile_shape(name, 0)[2]) if -1 in shape else shape
+
+    def output_buffers(self) -> dict[str, int]:
+        """Bytes of the preallocated buffer of each output."""
+        return dict(self._largest)
+
+    def input_buffers(self) -> dict[str, int]:
+        """Bytes of the preallocated buffer of each input, which CUDA graphs need."""
+        if not self.cuda_graphs:
+            return {}
+        return {name: _nbytes(self.largest_shape(name), self.dtypes[name]) for name in self.inputs}
+
+    def scratch_bytes(self, profile: int) -> int:
+        """Scratch memory of a context."""
+        return int(self.engine.get_device_memory_size_for_profile_v2(profile))
+
+    def buffer_bytes(self, profile: int) -> int:
+        """Preallocated outputs, and inputs where CUDA graphs are on."""
+        return sum(self.output_buffers().values()) + sum(self.input_buffers().values())
+
+    def new_context(self, profile: int, stream: torch.cuda.Stream) -> TensorRTContext:
+        """A context for use on `stream` only."""
+        return TensorRTContext(self, stream)
+
+
+class TensorRTContext:
+    """One execution context with its preallocated buffers; see `ts_handlers.serving.engine.Context`."""
+
+    def __init__(self, engine: TensorRTEngine, stream: torch.cuda.Stream) -> None:
+        self._engine = engine
+        self._stream = stream
+        self._context = engine.create_context()
+        self._shapes: tuple[torch.Size, ...] | None = None
+        self._graphs: dict[tuple[torch.Size, ...], torch.cuda.CUDAGraph] = {}
+        with torch.cuda.stream(stream):
+            buffers = {**engine.output_buffers(), **engine.input_buffers()}
+            self._buffers = {
+                name: torch.empty(max(nbytes, 1), dtype=torch.uint8, device=engine.device)
+                for name, nbytes in buffers.items()
+            }
+        self._answers: list[torch.Tensor] = []
+
+    def use_scratch(self, address: int, nbytes: int) -> None:
+        """Bind scratch memory."""
+        self._context.set_device_memory(address, nbytes)
+
+    def enqueue(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Put one inference on the stream; the outputs are copies of the preallocated ones."""
+        with torch.cuda.stream(self._stream):
+            shapes = tuple(tensor.shape for tensor in inputs)
+            if shapes != self._shapes:
+                self._bind_shapes(shapes)
+            if self._engine.cuda_graphs:
+                for name, tensor in zip(self._engine.inputs, inputs, strict=True):
+                    _view(self._buffers[name], tensor.shape, tensor.dtype).copy_(tensor)
+                self._replay(shapes)
+                return [answer.clone() for answer in self._answers]
+            held = [tensor.contiguous() for tensor in inputs]
+            for name, tensor in zip(self._engine.inputs, held, strict=True):
+                self._context.set_tensor_address(name, tensor.data_ptr())
+            self._execute()
+            return [answer.clone() for answer in self._answers]
+
+    def _bind_shapes(self, shapes: tuple[torch.Size, ...]) -> None:
+        """Tell TensorRT the inputs' shapes, and lay the outputs into their buffers."""
+        engine, context = self._engine, self._context
+        self._shapes = None
+        for name, shape in zip(engine.inputs, shapes, strict=True):
+            if not context.set_input_shape(name, tuple(shape)):
+                raise RuntimeError(f"the plan {engine.name!r} does not take {name} of shape {tuple(shape)}")
+        answers = []
+        for name in engine.outputs:
+            found = tuple(context.get_tensor_shape(name))
+            dtype = engine.dtypes[name]
+            if _nbytes(found, dtype) > self._buffers[name].nbytes:  # an output that grows as its input shrinks
+                self._buffers[name] = torch.empty(
+                    _nbytes(found, dtype), dtype=torch.uint8, device=self._buffers[name].device
+                )
+                self._graphs.clear()
+            answers.append(_view(self._buffers[name], found, dtype))
+            context.set_tensor_address(name, self._buffers[name].data_ptr())
+        if engine.cuda_graphs:
+            for name in engine.inputs:
+                context.set_tensor_address(name, self._buffers[name].data_ptr())
+        self._answers = answers
+        self._shapes = shapes
+
+    def _execute(self) -> None:
+        if not self._context.execute_async_v3(self._stream.cuda_stream):
+            raise RuntimeError(f"TensorRT did not run the plan {self._engine.name!r}; its log says why")
+
+    def _replay(self, shapes: tuple[torch.Size, ...]) -> None:
+        graph = self._graphs.get(shapes)
+        if graph is None:
+            self._execute()  # compiles and allocates what a capture must not
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._execute()
+            finally:
+                graph.capture_end()
+            self._graphs[shapes] = graph
+        graph.replay()
+
+
+def _dtype(kind: Any) -> torch.dtype:
+    if kind.name not in _DTYPES:
+        raise LoadError(f"the plan has a tensor of TensorRT's type {kind.name}, which torch does not have")
+    return _DTYPES[kind.name]
+
+
+def _nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _view(buffer: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """The beginning of a byte buffer as a tensor of this shape."""
+    return buffer[: _nbytes(shape, dtype)].view(dtype).view(tuple(shape))
