@@ -36,7 +36,7 @@ class TorchDevice:
 
     def new_stream(self) -> torch.cuda.Stream:
         """A stream of its own, from torch's pool of streams."""
-        return torch.cuda.Stream(self._device)
+        return torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def current_stream(self) -> torch.cuda.Stream:
         """The calling thread's stream."""
