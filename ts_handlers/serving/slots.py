@@ -38,6 +38,7 @@ class ModuleSlots:
         streams: list[Any] = [None] * settings.count
         if device.type == "cuda" and settings.count > 1:
             streams = [torch.cuda.Stream(device) for _ in streams]  # type: ignore[no-untyped-call]
+        self._device = device
         self.pool: ContextPool[Any] = ContextPool(streams, settings.wait_seconds)
 
     def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -49,9 +50,12 @@ class ModuleSlots:
             No slot came free in time.
         """
         with self.pool.lend() as stream:
-            if stream is None:
+            if stream is not None:
+                return _call_on(stream, function, *args, **kwargs)
+            if self._device.type != "cuda":
                 return function(*args, **kwargs)
-            return _call_on(stream, function, *args, **kwargs)
+            with torch.cuda.device(self._device):  # CUDA's current device is one for each thread
+                return function(*args, **kwargs)
 
     def wrap(self, loaded: Loaded) -> Loaded:
         """The same artifact with `run` in a slot; as it is when its backend has a pool of its own."""
