@@ -10,8 +10,9 @@ import torch
 
 from ts_handlers.backends.base import Loaded, Request, Run
 from ts_handlers.backends.eager import eager_run
-from ts_handlers.errors import InputError
+from ts_handlers.errors import BusyError, InputError
 from ts_handlers.metrics import Metrics
+from ts_handlers.serving.slots import ModuleSlots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +35,21 @@ class Outcome:
 class CompiledModel:
     """A model that is ready to serve.
 
-    Call it as the eager module is called, with the declared inputs by position or by name. Attributes of the eager
-    module are reachable too, at the cost of building it at the first use.
+    Call it as the eager module is called, with the declared inputs by position or by name, from any number of threads:
+    `contexts.count` calls run at once. Attributes of the eager module are reachable too, at the cost of building it at
+    the first use.
 
     Raises
     ------
     InputError
         The call does not fit the declared signature and `outside` is ``refuse``.
+    BusyError
+        As many calls as can run at once were under way for `contexts.wait_seconds`.
     """
 
-    def __init__(self, request: Request, loaded: Loaded, outcome: Outcome, metrics: Metrics) -> None:
+    def __init__(
+        self, request: Request, loaded: Loaded, outcome: Outcome, metrics: Metrics, slots: ModuleSlots
+    ) -> None:
         self._request = request
         self._loaded = loaded
         self._signature = loaded.signature
@@ -51,6 +57,7 @@ class CompiledModel:
         self._device = request.device
         self._checked = bool(loaded.signature.inputs)
         self._outside_eager = request.settings.outside == "eager"
+        self._slots = slots
         self._eager: Run | None = None
         self._lock = threading.Lock()
         self.outcome = outcome
@@ -71,15 +78,21 @@ class CompiledModel:
         except InputError:
             self.metrics.count("refused")
             raise
+        except BusyError:
+            self.metrics.count("busy")
+            raise
         self.metrics.count("outside_eager")
         with self._lock:
             if self._eager is None:
                 self._eager = eager_run(self._request, signature.names)
-        return self._eager(tensors)
+        return self._slots.call(self._eager, tensors)
 
     def _call_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._slots.call(self._run_eager, _to(args, self._device), _to(kwargs, self._device))
+
+    def _run_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.inference_mode():
-            return self._request.eager()(*_to(args, self._device), **_to(kwargs, self._device))
+            return self._request.eager()(*args, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> CompiledModel:
         """Does nothing: the device and dtype were settled when the artifact was loaded."""
@@ -103,6 +116,7 @@ class CompiledModel:
         facts["build_ms"] = {name: round(value, 1) for name, value in self.metrics.build_ms.items()}
         facts["counters"] = dict(self.metrics.counters)
         facts["artifact"] = dict(self._loaded.facts)
+        facts["contexts"] = dataclasses.asdict((self._loaded.pool or self._slots.pool).stats())
         facts["device"] = str(self._device)
         facts["graphs_in_process"] = compiled_graphs()
         return facts

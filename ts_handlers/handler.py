@@ -8,10 +8,11 @@ answers `_load_pickled_model` with a model that comes from the store, and it hid
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import sys
+import time
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from typing import Any
 import torch
 
 from ts_handlers.compiled_model import CompiledModel
-from ts_handlers.errors import InputError, ModelError, SettingsError
+from ts_handlers.errors import BusyError, InputError, ModelError, SettingsError
+from ts_handlers.json_tensors import read_tensors, rows_of
+from ts_handlers.micro_batching import MicroBatches, check_contexts, read_section
 from ts_handlers.model_source import ArchiveSource, ExportedSource, ModelSource, ModuleSource
+from ts_handlers.request_batch import REFUSALS, CurrentBatch, RequestBatch
 from ts_handlers.settings import SECTION, Settings, parse_settings
 from ts_handlers.startup import start_model
 
@@ -59,10 +63,40 @@ class CompiledHandlerMixin:
 
     `preprocess`, `inference`, `postprocess`, `initialize` and `handle` can be overridden as before. `load_model` can be
     overridden to build the eager model in another way than from the archive's model file.
+
+    With TorchServe's section ``micro_batching`` in model-config.yaml, parts of a batch pass `preprocess`, `inference`
+    and `postprocess` in threads of their own. What belongs to a batch must then stand in `batch_state` and not on
+    `self`.
     """
 
     model: Any
-    context: Any
+    _current: CurrentBatch
+    _micro_batches: MicroBatches | None = None
+    _last_context: Any = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Works for handlers that do not call their base class's constructor."""
+        made = super().__new__(cls)
+        made._current = CurrentBatch()
+        return made
+
+    @property
+    def context(self) -> Any:
+        """TorchServe's context of the requests that this thread works on; the first of them has index 0."""
+        batch = self._current.batch
+        return self._last_context if batch is None else batch.context
+
+    @context.setter
+    def context(self, value: Any) -> None:
+        if self._current.batch is None:
+            self._last_context = value
+        else:
+            self._current.batch.context = value
+
+    @property
+    def batch_state(self) -> types.SimpleNamespace:
+        """A place for values that go from `preprocess` to `postprocess`: each batch, or part of one, has its own."""
+        return self._current.state
 
     def initialize(self, context: Any) -> None:
         """Make the model ready: from the store, or by building and publishing it.
@@ -100,6 +134,12 @@ class CompiledHandlerMixin:
         if isinstance(model, torch.nn.Module) and not isinstance(model, torch.jit.ScriptModule):
             # The handler below built the model in a way of its own.
             self.model = self._start(ModuleSource(context.model_name, model.eval()))
+        micro_batching = read_section(config)
+        if micro_batching is not None:
+            size, parallelism = micro_batching
+            check_contexts(parallelism, self.settings.contexts.count)
+            device = self.device  # type: ignore[attr-defined]
+            self._micro_batches = MicroBatches(self, self._current, torch.device(device), size, parallelism)
         if isinstance(self.model, CompiledModel):
             self._check_startup_timeout()
             self.model.metrics.emit(getattr(context, "metrics", None))
@@ -198,25 +238,41 @@ class CompiledHandlerMixin:
         return self.model(data, *args, **kwargs)
 
     def handle(self, data: Any, context: Any) -> Any:
-        """Answer a batch; a request that the model cannot answer gets HTTP 400 and leaves the others alone."""
+        """Answer a batch. A request that the model cannot answer gets HTTP 400 and leaves the others alone; requests
+        for which no execution context came free get HTTP 503."""
+        self.context = context
+        batch = RequestBatch(data, context)
+        if self._micro_batches is not None and data and not self._asks_for_more():
+            started = time.perf_counter()
+            answers = self._micro_batches.answer(batch, self._answer_one_by_one)
+            context.metrics.add_time("HandlerTime", round((time.perf_counter() - started) * 1000, 2), None, "ms")
+            return answers
         try:
-            return self._handle_below(data, context)
+            return self._answer_below(batch)
+        except BusyError as error:
+            return batch.refuse(error)
         except InputError as error:
             if data is None or len(data) == 1:
-                return [_refuse(context, 0, error)]
-        return self._handle_one_by_one(data, context)
+                return batch.refuse(error)
+        return self._answer_one_by_one(batch)
 
-    def _handle_below(self, data: Any, context: Any) -> Any:
-        return super().handle(data, context)  # type: ignore[misc]
+    def _asks_for_more(self) -> bool:
+        """Whether the base class has to answer: describe, explain, or a run under its profiler."""
+        below: Any = self
+        return bool(os.environ.get("ENABLE_TORCH_PROFILER")) or below._is_describe() or below._is_explain()
 
-    def _handle_one_by_one(self, data: Sequence[Any], context: Any) -> list[Any]:
-        """Answer each request of a batch alone, so that only the bad ones are refused."""
+    def _answer_below(self, batch: RequestBatch) -> Any:
+        with self._current.use(batch):
+            return super().handle(batch.rows, batch.context)  # type: ignore[misc]
+
+    def _answer_one_by_one(self, batch: RequestBatch) -> list[Any]:
+        """Answer each request alone, so that only the bad ones are refused."""
         answers: list[Any] = []
-        for index, row in enumerate(data):
+        for part in batch.split():
             try:
-                answers.extend(self._handle_below([row], context))
-            except InputError as error:
-                answers.append(_refuse(context, index, error))
+                answers.extend(self._answer_below(part))
+            except REFUSALS as error:
+                answers.extend(part.refuse(error))
         return answers
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -265,12 +321,6 @@ def _refusing(preprocess: Any) -> Any:
     return wrapped
 
 
-def _refuse(context: Any, index: int, error: InputError) -> str:
-    context.set_response_status(400, "Bad Request", index)
-    context.set_response_header(index, "content-type", "application/json")
-    return json.dumps({"code": 400, "type": "InputError", "message": str(error)})
-
-
 CompiledHandlerMixin.preprocess = _refusing(CompiledHandlerMixin.preprocess)  # type: ignore[method-assign]
 
 
@@ -287,8 +337,8 @@ class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
         specs = self.settings.inputs
         if not specs:
             raise SettingsError(f"{SECTION}.inputs: needed by the default preprocess; declare them or override it")
-        rows = [self._read(self.request_body(row), specs) for row in data]
-        self._counts = [row[specs[0].name].shape[0] if row[specs[0].name].dim() else 1 for row in rows]
+        rows = [read_tensors(self.request_body(row), specs) for row in data]
+        self.batch_state.counts = [row[specs[0].name].shape[0] if row[specs[0].name].dim() else 1 for row in rows]
         if len(rows) == 1:
             return rows[0]
         shapes = {tuple(tensor.shape[1:] for tensor in row.values()) for row in rows}
@@ -296,51 +346,10 @@ class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
             raise InputError("the requests of this batch have different shapes")  # each is then answered alone
         return {spec.name: torch.cat([row[spec.name] for row in rows]) for spec in specs}
 
-    def _read(self, body: Any, specs: Sequence[Any]) -> dict[str, torch.Tensor]:
-        if isinstance(body, (bytes, bytearray, str)):
-            try:
-                body = json.loads(body)
-            except RecursionError as error:
-                raise InputError("the request is nested too deeply") from error
-        if not isinstance(body, dict):
-            if len(specs) != 1:
-                names = ", ".join(spec.name for spec in specs)
-                raise InputError(f"expected a JSON object with the inputs {names}, found {type(body).__name__}")
-            body = {specs[0].name: body}
-        unknown = sorted(set(body) - {spec.name for spec in specs})
-        if unknown:
-            raise InputError(f"unknown input {unknown[0]!r}; expected {', '.join(spec.name for spec in specs)}")
-        row = {}
-        for spec in specs:
-            if spec.name not in body:
-                raise InputError(f"input {spec.name!r} is missing")
-            dtype = getattr(torch, spec.dtype)
-            value = body[spec.name]
-            try:
-                tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise InputError(f"input {spec.name!r} is not a nested list of numbers: {error}") from error
-            if tensor.is_floating_point() and not dtype.is_floating_point and tensor.numel():
-                raise InputError(f"input {spec.name!r}: expected {spec.dtype} values, found fractions")
-            row[spec.name] = tensor.to(dtype)
-            if not dtype.is_floating_point and not torch.equal(row[spec.name].to(tensor.dtype), tensor):
-                raise InputError(f"input {spec.name!r}: a value does not fit {spec.dtype}")
-        return row
-
     def postprocess(self, data: Any) -> list[Any]:
         """One answer per request: the model's output for its rows, tensors as nested lists."""
         answers, start = [], 0
-        for count in self._counts:
-            answers.append(_rows(data, start, start + count))
+        for count in self.batch_state.counts:
+            answers.append(rows_of(data, start, start + count))
             start += count
         return answers
-
-
-def _rows(value: Any, start: int, stop: int) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value[start:stop].tolist() if value.dim() else value.tolist()
-    if hasattr(value, "keys"):
-        return {key: _rows(value[key], start, stop) for key in value}
-    if isinstance(value, (tuple, list)):
-        return [_rows(item, start, stop) for item in value]
-    return value

@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+
+_LOCK = threading.Lock()
 
 PHASES = (
     "process",  # age of the process when the handler was asked to initialise: interpreter, torch, handler imports
@@ -35,6 +38,7 @@ COUNTERS = (
     "canary_recorded",
     "outside_eager",
     "refused",
+    "busy",
     "compile_after_ready",
 )
 
@@ -61,7 +65,8 @@ class Metrics:
 
     def count(self, name: str, amount: int = 1) -> None:
         """Increase a declared counter."""
-        self.counters[name] += amount
+        with _LOCK:  # requests come in several threads
+            self.counters[name] += amount
 
     def emit(self, torchserve_metrics: Any) -> None:
         """Hand the phases and counters of a start to TorchServe's metrics cache, if there is one."""

@@ -28,6 +28,7 @@ from ts_handlers.errors import MissError, ModelError, SettingsError, StoreError
 from ts_handlers.key import CacheKey, compute_key
 from ts_handlers.metrics import Metrics, process_age_ms
 from ts_handlers.model_source import ModelSource
+from ts_handlers.serving.slots import ModuleSlots
 from ts_handlers.settings import Settings
 from ts_handlers.store.base import Address, Corrupt, Hit, Miss, Store
 from ts_handlers.store.entry import Manifest, list_files
@@ -90,6 +91,7 @@ class _Start:
         self._fallbacks: list[dict[str, str]] = []
         self._notes: list[str] = []
         self._store: Store | None = None
+        self._slots = ModuleSlots(request.settings.contexts, request.device)
 
     def run(self) -> CompiledModel:
         ladder = [get_backend(name) for name in self._settings.backends]
@@ -248,6 +250,7 @@ class _Start:
         result: str,
         missed: tuple[str, ...],
     ) -> CompiledModel:
+        loaded = self._slots.wrap(loaded)
         with one_thread(loaded):
             with self._metrics.phase("canary"):
                 canary = check_canary(store, address, self._request, loaded)
@@ -278,7 +281,8 @@ class _Start:
         )
         if backend.name == "aot_inductor":
             self._request.source.release()  # the artifact does not need the eager module
-        model = CompiledModel(self._request, loaded, outcome, self._metrics)
+        loaded = self._slots.wrap(loaded)
+        model = CompiledModel(self._request, loaded, outcome, self._metrics, self._slots)
         if self._store is not None:
             model.store_root = str(self._store.root)  # type: ignore[attr-defined]
         return model

@@ -154,11 +154,15 @@ def _record(request: Request, loaded: Loaded) -> dict[str, Any]:
 
 
 def run_warmup(request: Request, loaded: Loaded, done: Sequence[Sizes] = ()) -> int:
-    """Run the declared warm-up sizes once each, except those in `done`; returns how many were run."""
+    """Run the declared warm-up sizes on each slot, except those in `done`, which ran on one; returns the runs."""
     if not request.settings.inputs or loaded.warmed_up:
         return 0
     wanted = [{**loaded.signature.example_sizes(), **sizes} for sizes in request.settings.warmup]
-    remaining = [sizes for sizes in wanted if sizes not in done]
+    # A GPU's first run in each context allocates and may compile kernels. The pool lends its slots in turn.
+    slots = loaded.pool.size if loaded.pool is not None and request.device.type == "cuda" else 1
+    remaining = [sizes for sizes in wanted if slots > 1 or sizes not in done]
     for sizes in remaining:
-        loaded.run([tensor.to(request.device) for tensor in loaded.signature.generate(sizes)])
-    return len(remaining)
+        tensors = [tensor.to(request.device) for tensor in loaded.signature.generate(sizes)]
+        for _ in range(slots):
+            loaded.run(tensors)
+    return len(remaining) * slots

@@ -25,7 +25,7 @@ class Handler(CompiledHandler):
     def preprocess(self, data):
         """Requests to one padded batch; remembers how many rows each request has."""
         requests = [read_texts(self.request_body(row)) for row in data]
-        self.rows = [(len(texts), many) for texts, many in requests]
+        self.batch_state.rows = [(len(texts), many) for texts, many in requests]
         encodings = self.tokenizer.encode_batch([text for texts, _ in requests for text in texts])
         return {
             "input_ids": torch.tensor([e.ids for e in encodings], device=self.device),
@@ -40,7 +40,7 @@ class Handler(CompiledHandler):
     def postprocess(self, data):
         vectors = iter(data.float().cpu().tolist())
         answers = [[next(vectors) for _ in range(count)] for count, _ in self.rows]
-        return [answer if many else answer[0] for answer, (_, many) in zip(answers, self.rows, strict=True)]
+        return [answer if many else answer[0] for answer, (_, many) in zip(answers, self.batch_state.rows, strict=True)]
 
 
 def read_texts(body):

@@ -164,7 +164,7 @@ def _build_step(
             files = compile_program(program, request, directory / name, baked=False)
         constants = {**program.state_dict, **program.constants}
         description["variants"].append({"name": name, "fixed": fixed, "ranges": ranges, **files})
-        runner = _open_runner(request.device, directory / name / files["library"], files)
+        runner = _open_runner(request.device, directory / name / files["library"])
         fqns = set(runner.get_constant_names_to_original_fqns().values())
         refuse_folded_weights(program, fqns)
         for fqn in sorted(fqns):
@@ -292,20 +292,24 @@ def _constants(request: Request, directory: Path, description: Description) -> T
     return constants
 
 
-def _open_runner(device: torch.device, library: Path, variant: Description) -> Any:
-    """torch's container runner on a shared library where it lies: nothing is unpacked into the temporary folder."""
+def _open_runner(device: torch.device, library: Path, count: int = 1) -> Any:
+    """torch's container runner on a shared library where it lies: nothing is unpacked into the temporary folder.
+
+    `count` is the number of inferences that it can run at once; they share the weights.
+    """
     ensure_loadable()
     runners = torch._C._aoti
     if device.type == "cpu":
-        return runners.AOTIModelContainerRunnerCpu(str(library), 1)
+        return runners.AOTIModelContainerRunnerCpu(str(library), count)
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
-        return runners.AOTIModelContainerRunnerCuda(str(library), 1, f"cuda:{index}", str(library.parent))
+        return runners.AOTIModelContainerRunnerCuda(str(library), count, f"cuda:{index}", str(library.parent))
     raise LoadError(f"no AOTInductor runner for device {device.type!r}; use the backend 'inductor' or 'eager'")
 
 
 def _load_runner(request: Request, directory: Path, variant: Description, constants: Tensors) -> Any:
-    runner = _open_runner(request.device, directory / variant["name"] / variant["library"], variant)
+    library = directory / variant["name"] / variant["library"]
+    runner = _open_runner(request.device, library, request.settings.contexts.count)
     names = runner.get_constant_names_to_original_fqns()
     if constants:
         missing = sorted(set(names.values()) - set(constants))

@@ -18,6 +18,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -207,9 +208,31 @@ def _mark_dynamic(signature: Signature, tensors: list[torch.Tensor]) -> None:
                 torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
 
-def _stance(sealed: bool) -> contextlib.AbstractContextManager[Any]:
-    """After warm-up a shape that would compile runs eagerly instead: right, and no request waits for a compiler."""
-    return torch.compiler.set_stance("eager_on_recompile") if sealed else contextlib.nullcontext()
+_stance_lock = threading.Lock()
+_sealed_calls = 0
+
+
+@contextlib.contextmanager
+def _stance(sealed: bool) -> Iterator[None]:
+    """After warm-up a shape that would compile runs eagerly instead: right, and no request waits for a compiler.
+
+    Dynamo's stance is one for the whole process: the first of the calls under way sets it, the last one resets it.
+    """
+    global _sealed_calls
+    if not sealed:
+        yield
+        return
+    with _stance_lock:
+        if _sealed_calls == 0:
+            torch.compiler.set_stance("eager_on_recompile")
+        _sealed_calls += 1
+    try:
+        yield
+    finally:
+        with _stance_lock:
+            _sealed_calls -= 1
+            if _sealed_calls == 0:
+                torch.compiler.set_stance("default")
 
 
 def _warmup_sizes(request: Request) -> list[Sizes]:

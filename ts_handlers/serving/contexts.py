@@ -54,13 +54,17 @@ class PoolStats:
 
 
 class Ticket(Generic[S]):
-    """A request for a slot: granted at once, granted later when a slot comes back, or cancelled."""
+    """A request for a slot: granted at once, granted later when a slot comes back, or refused.
 
-    __slots__ = ("granted", "slot")
+    `settled` is set with the grant, or when the pool is closed; `slot` is valid once `granted` is true.
+    """
+
+    __slots__ = ("granted", "settled", "slot")
+    slot: S
 
     def __init__(self) -> None:
-        self.slot: S | None = None
-        self.granted = threading.Event()
+        self.granted = False
+        self.settled = threading.Event()
 
 
 class ContextPool(Generic[S]):
@@ -127,7 +131,7 @@ class ContextPool(Generic[S]):
     def cancel(self, ticket: Ticket[S]) -> bool:
         """Leave the queue; False if the ticket has been granted meanwhile (its slot is then the caller's)."""
         with self._lock:
-            if ticket.slot is not None:
+            if ticket.granted:
                 return False
             if ticket in self._queue:  # absent after `close`
                 self._queue.remove(ticket)
@@ -147,18 +151,18 @@ class ContextPool(Generic[S]):
         self._lent += 1
         self._high_water = max(self._high_water, self.size - len(self._free))
         ticket.slot = slot
-        ticket.granted.set()
+        ticket.granted = True
+        ticket.settled.set()
 
     def _take(self) -> S:
         ticket = self.request()
-        if ticket.slot is not None:
+        if ticket.granted:
             return ticket.slot
         started = time.perf_counter()
         try:
-            ticket.granted.wait(self.wait_seconds)
+            ticket.settled.wait(self.wait_seconds)
         except BaseException:  # an interrupt; a slot granted meanwhile must not be lost
             if not self.cancel(ticket):
-                assert ticket.slot is not None
                 self.give_back(ticket.slot)
             raise
         refused = self.cancel(ticket)
@@ -171,7 +175,6 @@ class ContextPool(Generic[S]):
                 else f"no execution context came free within {self.wait_seconds:g} s ({self.size} in use); send the "
                 "request again later, or raise contexts.count or contexts.wait_seconds in model-config.yaml"
             )
-        assert ticket.slot is not None
         return ticket.slot
 
     def close(self, timeout: float | None = None) -> bool:
@@ -184,7 +187,7 @@ class ContextPool(Generic[S]):
         with self._lock:
             self._closed = True
             while self._queue:
-                self._queue.popleft().granted.set()  # without a slot: refused
+                self._queue.popleft().settled.set()  # without a slot: refused
             return self._idle.wait_for(lambda: len(self._free) == self.size, timeout)
 
     def stats(self) -> PoolStats:
