@@ -19,8 +19,8 @@ from typing import Any
 
 import msgspec
 
-from ts_handlers.fingerprint import digest_file, digest_text
-from ts_handlers.key import FORMAT, CacheKey
+from ts_handlers.cache_key import FORMAT, CacheKey
+from ts_handlers.digests import digest_file, digest_text
 
 MANIFEST = "manifest.json"
 

@@ -25,10 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ts_handlers.cache_key import explain
 from ts_handlers.errors import StoreError
-from ts_handlers.key import explain
 from ts_handlers.locked_directory import collect_directories, make_locked_directory
 from ts_handlers.store.base import Address, Corrupt, Hit, Miss
 from ts_handlers.store.entry import MANIFEST, Manifest, fsync, read_manifest, verify_files, write_manifest
@@ -211,11 +209,15 @@ class LocalStore:
         if hashlib.sha256(payload).hexdigest().encode() != digest:
             logger.warning("the canary of %s is damaged and will be recorded again", address.key.digest)
             return None
+        import torch
+
         record: dict[str, Any] = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
         return record
 
     def write_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> bool:
         """Record a canary by writing beside and renaming; False when the store cannot be written."""
+        import torch
+
         path = self._canary(address, weights_digest)
         buffer = io.BytesIO()
         torch.save(record, buffer)
