@@ -12,6 +12,7 @@ from ts_handlers.backends.base import Loaded, Request, Run
 from ts_handlers.backends.eager import eager_run
 from ts_handlers.errors import InputError
 from ts_handlers.metrics import Metrics
+from ts_handlers.store.base import Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,13 @@ class CompiledModel:
     Call it as the eager module is called, with the declared inputs by position or by name. Attributes of the eager
     module are reachable too, at the cost of building it at the first use.
 
+    Attributes
+    ----------
+    outcome, metrics:
+        How the start ended, and its phases and counters.
+    store:
+        The store that the artifact came from, if any; it keeps the artifact's files while this object lives.
+
     Raises
     ------
     InputError
@@ -55,6 +63,7 @@ class CompiledModel:
         self._lock = threading.Lock()
         self.outcome = outcome
         self.metrics = metrics
+        self.store: Store | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._checked:

@@ -36,6 +36,7 @@ COUNTERS = (
     "outside_eager",
     "refused",
     "compile_after_ready",
+    "evicted",
 )
 
 

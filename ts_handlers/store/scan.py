@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ts_handlers.store.entry import Manifest, read_manifest
+from ts_handlers.store.pins import is_pinned
+from ts_handlers.store.usage import read_use
 
 ENTRY_DEPTH = 4  # entries/<model>/<model digest>/<device>/<key>
 
@@ -92,7 +94,7 @@ def scan_entry(root: Path, directory: Path) -> EntryInfo | None:
         problem = str(error)
     size, inodes = measure(directory)
     canary_size, canary_inodes = measure(root / "canaries" / directory.name)
-    last_used, uses = None, 0
+    last_used, uses = read_use(root, directory.name)
     return EntryInfo(
         directory=directory,
         model=directory.parts[-4],
@@ -105,7 +107,7 @@ def scan_entry(root: Path, directory: Path) -> EntryInfo | None:
         published=published,
         last_used=last_used,
         uses=uses,
-        pinned=(root / "pins" / directory.name).exists(),
+        pinned=is_pinned(root, directory.name),
     )
 
 
