@@ -13,6 +13,7 @@ from ts_handlers.backends.eager import eager_run
 from ts_handlers.errors import BusyError, InputError
 from ts_handlers.metrics import Metrics
 from ts_handlers.serving.slots import ModuleSlots
+from ts_handlers.store.base import Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,13 @@ class CompiledModel:
     `contexts.count` calls run at once. Attributes of the eager module are reachable too, at the cost of building it at
     the first use.
 
+    Attributes
+    ----------
+    outcome, metrics:
+        How the start ended, and its phases and counters.
+    store:
+        The store that the artifact came from, if any; it keeps the artifact's files while this object lives.
+
     Raises
     ------
     InputError
@@ -62,6 +70,7 @@ class CompiledModel:
         self._lock = threading.Lock()
         self.outcome = outcome
         self.metrics = metrics
+        self.store: Store | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._checked:

@@ -19,22 +19,8 @@ from typing import Any
 
 import torch
 
-CHUNK = 1 << 20
-
-
-def digest_text(text: str) -> str:
-    """SHA-256 of a string, as 64 hexadecimal digits."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def digest_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal digits; the GIL is free while it is computed."""
-    with open(path, "rb", buffering=0) as file:
-        digest = hashlib.sha256()
-        buffer = memoryview(bytearray(CHUNK))
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-        return digest.hexdigest()
+from ts_handlers.digests import digest_file as digest_file
+from ts_handlers.digests import digest_text as digest_text
 
 
 def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:

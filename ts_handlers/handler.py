@@ -13,7 +13,6 @@ import os
 import sys
 import time
 import types
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from ts_handlers.model_source import ArchiveSource, ExportedSource, ModelSource,
 from ts_handlers.request_batch import REFUSALS, CurrentBatch, RequestBatch
 from ts_handlers.settings import SECTION, Settings, parse_settings
 from ts_handlers.startup import start_model
+from ts_handlers.store.opening import weights_digester
 
 
 def _base_handler() -> Any:
@@ -152,7 +152,7 @@ class CompiledHandlerMixin:
         name = self._context.model_name
         if model_file == _EXPORTED:
             assert model_pt_path is not None
-            return self._start(ExportedSource(name, model_pt_path))
+            return self._start(ExportedSource(name, model_pt_path, digest_file=weights_digester(self.settings)))
         directory = Path(model_dir)
         weights = None if model_pt_path is None else os.path.relpath(model_pt_path, model_dir)
         build, extra = self._custom_build(model_dir, model_file, model_pt_path)
@@ -168,6 +168,7 @@ class CompiledHandlerMixin:
             build=build,
             ignored_files=ignored,
             mmap=self._may_map(directory),
+            digest_file=weights_digester(self.settings),
         )
         return self._start(source)
 

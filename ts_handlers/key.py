@@ -9,10 +9,6 @@ keyed. Environment variables enter by the allow-list `ENVIRONMENT`.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import hashlib
-import json
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -20,11 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from ts_handlers import fingerprint
+from ts_handlers.cache_key import FORMAT as FORMAT
+from ts_handlers.cache_key import CacheKey as CacheKey
+from ts_handlers.cache_key import explain as explain
 
 if TYPE_CHECKING:
     from ts_handlers.backends.base import Backend, Request
-
-FORMAT = "1"
 
 # Variables that change what the compiler generates; everything else in the environment is ignored.
 ENVIRONMENT = (
@@ -37,30 +34,6 @@ ENVIRONMENT = (
     "TORCHINDUCTOR_SHAPE_PADDING",
     "NVIDIA_TF32_OVERRIDE",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheKey:
-    """Named parts in the order of `PARTS`.
-
-    Examples
-    --------
-    >>> a = CacheKey((("backend", "inductor"), ("model", "1f")))
-    >>> b = CacheKey((("backend", "inductor"), ("model", "2e")))
-    >>> len(a.digest), a.digest == b.digest, explain(a, b)
-    (32, False, [('model', '1f', '2e')])
-    """
-
-    parts: tuple[tuple[str, str], ...]
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """128 bits of SHA-256 over the parts, as 32 hexadecimal digits."""
-        text = json.dumps(self.parts, separators=(",", ":"), ensure_ascii=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-    def __getitem__(self, name: str) -> str:
-        return dict(self.parts)[name]
 
 
 def _options(backend: Backend, request: Request) -> str:
@@ -92,10 +65,3 @@ PARTS: tuple[tuple[str, Callable[[Backend, Request], str]], ...] = (
 def compute_key(backend: Backend, request: Request) -> CacheKey:
     """The key under which `backend`'s artifact for `request` is stored."""
     return CacheKey(tuple((name, part(backend, request)) for name, part in PARTS))
-
-
-def explain(a: CacheKey, b: CacheKey) -> list[tuple[str, str, str]]:
-    """The parts in which two keys differ, as (name, value in a, value in b)."""
-    left, right = dict(a.parts), dict(b.parts)
-    names = list(dict.fromkeys([*left, *right]))
-    return [(n, left.get(n, ""), right.get(n, "")) for n in names if left.get(n) != right.get(n)]

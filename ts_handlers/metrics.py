@@ -40,6 +40,7 @@ COUNTERS = (
     "refused",
     "busy",
     "compile_after_ready",
+    "evicted",
 )
 
 

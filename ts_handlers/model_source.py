@@ -115,6 +115,8 @@ class ArchiveSource(_EagerOnce):
         Glob patterns of further files that do not shape the model.
     mmap:
         Map the weights file (its pages are then shared between workers) instead of reading it.
+    digest_file:
+        Computes, or remembers, the SHA-256 of the weights file; see `ts_handlers.store.verified.known_digest`.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class ArchiveSource(_EagerOnce):
         extra_source: Sequence[str] = (),
         ignored_files: Sequence[str] = (),
         mmap: bool = True,
+        digest_file: Callable[[Path], str] = fingerprint.digest_file,
     ) -> None:
         super().__init__()
         self.name = name
@@ -151,7 +154,7 @@ class ArchiveSource(_EagerOnce):
                 f"the archive has no model file {model_file!r}; name it with --model-file when the archive is built"
             )
         if self._weights_path is not None:
-            self._weights_digest = _Background(functools.partial(fingerprint.digest_file, self._weights_path))
+            self._weights_digest = _Background(functools.partial(digest_file, self._weights_path))
 
     def digest(self) -> str:
         """Digest over the archive's model-shaping files, the imported libraries' versions and the tensor names."""
@@ -263,9 +266,14 @@ class ModuleSource(_EagerOnce):
 
 
 class ExportedSource(_EagerOnce):
-    """An exported program (``torch.export.save``, ``.pt2``). Weights are part of the artifact."""
+    """An exported program (``torch.export.save``, ``.pt2``). Weights are part of the artifact.
 
-    def __init__(self, name: str, path: str | Path) -> None:
+    `digest_file` computes, or remembers, the SHA-256 of the file.
+    """
+
+    def __init__(
+        self, name: str, path: str | Path, *, digest_file: Callable[[Path], str] = fingerprint.digest_file
+    ) -> None:
         super().__init__()
         self.name = name
         self.weights_by_name = False
@@ -282,7 +290,7 @@ class ExportedSource(_EagerOnce):
                 f"{self.path.name} is a compiled AOTInductor package, which fits one machine only and does not check "
                 "its inputs; archive the exported program (torch.export.save) instead"
             )
-        self._digest = _Background(functools.partial(fingerprint.digest_file, self.path))
+        self._digest = _Background(functools.partial(digest_file, self.path))
 
     def digest(self) -> str:
         """Digest of the whole file."""

@@ -33,6 +33,7 @@ from ts_handlers.settings import Settings
 from ts_handlers.store.base import Address, Corrupt, Hit, Miss, Store
 from ts_handlers.store.entry import Manifest, list_files
 from ts_handlers.store.opening import open_store
+from ts_handlers.store.space import Report, make_room_in_background
 from ts_handlers.warmup import check_canary, one_thread, run_warmup
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,13 @@ def start_model(source: ModelSource, settings: Settings, device: torch.device | 
     start = _Start(request, metrics)
     model = start.run()
     _log(source.name, model)
+    if metrics.counters["build"] and model.store is not None:
+        make_room_in_background(model.store.root, settings.space, lambda report: _count_evictions(metrics, report))
     return model
+
+
+def _count_evictions(metrics: Metrics, report: Report) -> None:
+    metrics.count("evicted", sum(step.kind == "evict" for step in report.done))
 
 
 class _Start:
@@ -283,8 +290,7 @@ class _Start:
             self._request.source.release()  # the artifact does not need the eager module
         loaded = self._slots.wrap(loaded)
         model = CompiledModel(self._request, loaded, outcome, self._metrics, self._slots)
-        if self._store is not None:
-            model.store_root = str(self._store.root)  # type: ignore[attr-defined]
+        model.store = self._store  # keeps the entry from being evicted while the model is served
         return model
 
 

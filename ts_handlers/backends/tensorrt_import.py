@@ -1,8 +1,8 @@
 """Importing torch_tensorrt without letting it take the worker along.
 
 A broken installation does not raise ImportError: seen were a bare Exception (no libnvinfer), AssertionError (torch
-without CUDA), OSError (its C++ library) and KeyError (a user id without a name), and native code can end the process. So
-the import is tried in a child process first, and every exception becomes a `BuildError` with the reason.
+without CUDA), OSError (its C++ library) and KeyError (a user id without a name), and native code can end the process.
+So the import is tried in a child process first, and every exception becomes a `BuildError` with the reason.
 """
 
 from __future__ import annotations

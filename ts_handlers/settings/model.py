@@ -109,6 +109,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         reads files that somebody else may overwrite in place (``no-archive`` folders).
     key_files_ignored:
         Glob patterns of archive files that do not change the compiled model, beside the built-in list.
+    verify:
+        ``changed`` hashes entries and weights again only when they may have changed since they were last hashed;
+        ``always`` hashes them at every start.
     guard, background, remote, trust, space, tensorrt, contexts:
         See `ts_handlers.settings.sections`.
     """
@@ -124,6 +127,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
     mmap: Literal["auto", "always", "never"] = "auto"
     key_files_ignored: tuple[str, ...] = ()
+    verify: Literal["changed", "always"] = "changed"
     canary: CanarySettings = CanarySettings()
     compile: CompileSettings = CompileSettings()
     guard: GuardSettings = GuardSettings()

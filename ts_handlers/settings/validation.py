@@ -6,6 +6,8 @@ import math
 
 from ts_handlers.errors import SettingsError
 from ts_handlers.settings.model import ALL_BACKENDS, PT2_SECTION, SECTION, Settings
+from ts_handlers.settings.quantities import parse_bytes
+from ts_handlers.settings.sections import Quota
 
 
 def validate(settings: Settings) -> None:
@@ -43,6 +45,8 @@ def validate(settings: Settings) -> None:
             raise SettingsError(
                 f"{where}: min {dimension.min} is above max {dimension.max}; swap them or widen the range"
             )
+    _validate_quota(f"{SECTION}.space.store", settings.space.store)
+    _validate_quota(f"{SECTION}.space.per_model", settings.space.per_model)
     _validate_inputs(settings)
     used = {size for spec in settings.inputs for size in spec.shape if isinstance(size, str)}
     for index, sizes in enumerate(settings.warmup):
@@ -85,6 +89,17 @@ def _validate_inputs(settings: Settings) -> None:
             raise SettingsError(
                 f"{where}.values: {list(spec.values)} holds no {spec.dtype}; expected [low, high) with low below high"
             )
+
+
+def _validate_quota(where: str, quota: Quota) -> None:
+    if quota.bytes is not None:
+        try:
+            parse_bytes(quota.bytes)
+        except ValueError as error:
+            raise SettingsError(f"{where}.bytes: {error}") from error
+    for name, limit in (("entries", quota.entries), ("inodes", quota.inodes)):
+        if limit is not None and limit < 0:
+            raise SettingsError(f"{where}.{name}: expected at least 0, found {limit}; remove it for no bound")
 
 
 def _has_values(dtype: str, low: float, high: float) -> bool:

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Protocol
 
-from ts_handlers.key import CacheKey
+from ts_handlers.cache_key import CacheKey
 from ts_handlers.store.entry import Manifest
 
 

@@ -14,13 +14,14 @@ digest, before anything is loaded: an entry is code.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from ts_handlers.fingerprint import digest_file, digest_text
-from ts_handlers.key import FORMAT, CacheKey
+from ts_handlers.cache_key import FORMAT, CacheKey
+from ts_handlers.digests import digest_file, digest_text
 
 MANIFEST = "manifest.json"
 
@@ -126,8 +127,13 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def verify_files(directory: Path, manifest: Manifest) -> None:
+def verify_files(directory: Path, manifest: Manifest, digest: Callable[[Path], str] = digest_file) -> None:
     """Check every listed file's size and digest.
+
+    Parameters
+    ----------
+    digest:
+        Computes, or remembers, a file's SHA-256; see `ts_handlers.store.verified`.
 
     Raises
     ------
@@ -143,5 +149,5 @@ def verify_files(directory: Path, manifest: Manifest) -> None:
         size = path.stat().st_size
         if size != record.size:
             raise ValueError(f"{name}: expected {record.size} bytes, found {size}")
-        if digest_file(path) != record.sha256:
+        if digest(path) != record.sha256:
             raise ValueError(f"{name}: its digest differs from the manifest's")

@@ -7,6 +7,10 @@ Layout::
     <root>/leases/<key>.lock, <key>.json                    build leases and what their holders are doing
     <root>/staging/<key>-<random>/                          entries being built; locked by the builder while it lives
     <root>/trash/<key>-<random>/                            damaged entries, moved aside with the reason
+    <root>/trash/evicted-<key>-<random>/                    evicted entries on their way out (see store/eviction.py)
+    <root>/usage/<key>                                      one byte per use (see store/usage.py)
+    <root>/pins/<key>                                       keys that are never evicted; the file holds a note
+    <root>/verified/<name>                                  digests computed before (see store/verified.py)
 """
 
 from __future__ import annotations
@@ -21,24 +25,38 @@ import shutil
 import stat
 import tempfile
 import uuid
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-
+from ts_handlers.cache_key import explain
 from ts_handlers.errors import StoreError
-from ts_handlers.key import explain
 from ts_handlers.locked_directory import collect_directories, make_locked_directory
 from ts_handlers.store.base import Address, Corrupt, Hit, Miss
 from ts_handlers.store.entry import MANIFEST, Manifest, fsync, read_manifest, verify_files, write_manifest
 from ts_handlers.store.lease import Lease, hold_lease
+from ts_handlers.store.usage import InUse, record_use
+from ts_handlers.store.verified import KnownDigests
 
 logger = logging.getLogger(__name__)
+
+PUBLISH_ATTEMPTS = 3
 
 
 class LocalStore:
     """Entries below `root`, which is made if it does not exist.
+
+    The entries that a store object has found or published stay locked against eviction until it is garbage-collected,
+    so keep it for as long as their files may be read.
+
+    Parameters
+    ----------
+    root:
+        The folder.
+    verify:
+        ``changed`` hashes a file again only when it may have changed since its digest was computed; ``always`` hashes
+        every file at every lookup.
 
     Raises
     ------
@@ -47,9 +65,12 @@ class LocalStore:
         whoever can write here can run code in the worker.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, *, verify: Literal["always", "changed"] = "changed") -> None:
         self.keep_alive: Any = None  # what removes a temporary root when the store is dropped
         self.root = Path(root).expanduser().absolute()
+        self._verify = verify
+        self._in_use = InUse()
+        weakref.finalize(self, self._in_use.close)
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = self.root.stat()
@@ -75,7 +96,10 @@ class LocalStore:
         return self.root.joinpath("entries", *map(_safe_name, names))
 
     def lookup(self, address: Address) -> Hit | Miss | Corrupt:
-        """Find an entry and verify every byte of it; a damaged one is moved aside."""
+        """Find an entry and verify every byte of it; a damaged one is moved aside.
+
+        A hit is locked against eviction, and its use recorded. An entry that is being evicted is a miss.
+        """
         directory = self._entry(address)
         if not os.path.exists(directory / MANIFEST):  # False also where a folder above may not be entered
             if os.path.exists(directory):  # published by one rename, so this was never complete here
@@ -83,16 +107,30 @@ class LocalStore:
                 return Corrupt("the entry has no manifest")
             return Miss(self._nearest(address))
         try:
+            if not self._in_use.acquire(directory):
+                return Miss(self._nearest(address))
             manifest = read_manifest(directory)
             if manifest.cache_key != address.key:
                 raise ValueError("the manifest's key is another one than its folder's")
-            verify_files(directory, manifest)
+            self._verify_files(directory, manifest)
         except ValueError as error:
+            if not self._in_use.holds(directory):  # somebody has moved it aside, and perhaps published a new one
+                return Miss(self._nearest(address))
             self.discard(address, str(error))
             return Corrupt(str(error))
         except OSError as error:
+            self._in_use.release(directory)
             return Corrupt(f"the entry cannot be read: {error}")
+        record_use(self.root, address.key.digest)
         return Hit(directory, manifest)
+
+    def _verify_files(self, directory: Path, manifest: Manifest) -> None:
+        if self._verify == "always":
+            verify_files(directory, manifest)
+            return
+        known = KnownDigests(self.root, directory)
+        verify_files(directory, manifest, known.digest_file)
+        known.save()
 
     def _manifests(self, address: Address) -> list[Path]:
         """Manifests of every entry of this model, as far as they can be read."""
@@ -167,16 +205,23 @@ class LocalStore:
         target = self._entry(address)
         try:
             write_manifest(staging, manifest)
-            _make_private(target.parent, self.root)
-            try:
-                os.rename(staging, target)
-            except OSError:
-                # What stands there was written by somebody else and may be damaged: it is used as any entry is.
-                found = self.lookup(address)
-                if not isinstance(found, Hit):
-                    raise
-                return found.directory
+            self._in_use.acquire(staging)  # from its first moment no eviction takes it from this process
+            for attempt in range(PUBLISH_ATTEMPTS):
+                try:
+                    _make_private(target.parent, self.root)
+                    os.rename(staging, target)
+                    break
+                except OSError:
+                    # What stands there was written by somebody else and may be damaged: it is used as any entry is.
+                    found = self.lookup(address)
+                    if isinstance(found, Hit):
+                        self._in_use.release(staging)
+                        return found.directory
+                    # An eviction may have taken the entry that stood there, or the empty folders above it.
+                    if isinstance(found, Corrupt) or attempt + 1 == PUBLISH_ATTEMPTS:
+                        raise
         except OSError as error:
+            self._in_use.release(staging)
             raise StoreError(f"the entry could not be published in {self.root}: {error}") from error
         with contextlib.suppress(OSError):  # it is visible and complete; only its survival of a power cut is open
             fsync(target.parent)
@@ -184,6 +229,7 @@ class LocalStore:
 
     def discard(self, address: Address, reason: str) -> None:
         """Move an entry aside, with its reason, so that it is not found again."""
+        self._in_use.release(self._entry(address))
         trash = self.root / "trash" / f"{address.key.digest}-{uuid.uuid4().hex[:8]}"
         logger.warning("entry %s is not used: %s", address.key.digest, reason)
         try:
@@ -211,11 +257,15 @@ class LocalStore:
         if hashlib.sha256(payload).hexdigest().encode() != digest:
             logger.warning("the canary of %s is damaged and will be recorded again", address.key.digest)
             return None
+        import torch
+
         record: dict[str, Any] = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
         return record
 
     def write_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> bool:
         """Record a canary by writing beside and renaming; False when the store cannot be written."""
+        import torch
+
         path = self._canary(address, weights_digest)
         buffer = io.BytesIO()
         torch.save(record, buffer)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
+from ts_handlers.digests import digest_file
 from ts_handlers.errors import StoreError
 from ts_handlers.settings import Settings, default_store_root
 from ts_handlers.store.base import Store
 from ts_handlers.store.local import LocalStore
+from ts_handlers.store.verified import known_digest
 
 logger = logging.getLogger(__name__)
+
+
+def weights_digester(settings: Settings) -> Callable[[Path], str]:
+    """What digests an archive's weights: remembered in the store between processes, unless ``verify: always``."""
+    if settings.verify == "always":
+        return digest_file
+    return functools.partial(known_digest, Path(settings.store or default_store_root()).expanduser())
 
 
 def open_store(settings: Settings) -> tuple[Store, str | None]:
@@ -23,7 +35,7 @@ def open_store(settings: Settings) -> tuple[Store, str | None]:
         The store cannot be used and `strict` is set.
     """
     try:
-        return LocalStore(settings.store or default_store_root()), None
+        return LocalStore(settings.store or default_store_root(), verify=settings.verify), None
     except StoreError as error:
         if settings.strict:
             raise

@@ -1,0 +1,76 @@
+"""What verbs print: JSON for programs, tables for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def print_json(value: Any) -> None:
+    """Print JSON-compatible data."""
+    print(json.dumps(value, indent=2))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
+    """Print rows under column names; a column whose name starts with ``>`` is aligned to the right.
+
+    In a pipe nothing is cut off, whatever the terminal's width.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(_plain, row))
+    Console(width=None if sys.stdout.isatty() else 4096, highlight=False).print(table)
+
+
+def _plain(value: object) -> Any:
+    from rich.text import Text
+
+    return Text("" if value is None else str(value))  # a text: brackets in names are no markup
+
+
+def human_bytes(count: int | float) -> str:
+    """A size in bytes for people.
+
+    Examples
+    --------
+    >>> human_bytes(17), human_bytes(1536), human_bytes(20 * 2**30)
+    ('17 B', '1.5 KiB', '20.0 GiB')
+    """
+    if count < 1024:
+        return f"{int(count)} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        count /= 1024
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1024:.1f} TiB"
+
+
+def human_age(then: float | None, now: float | None = None) -> str:
+    """How long ago a time (seconds since the epoch) was.
+
+    Examples
+    --------
+    >>> human_age(1000, 1030), human_age(1000, 1000 + 7200), human_age(0, 86400 * 3), human_age(None)
+    ('30 s', '2 h', '3 d', 'never')
+    """
+    if then is None:
+        return "never"
+    seconds = max(0.0, (time.time() if now is None else now) - then)
+    for limit, unit, size in ((120, "s", 1), (7200, "min", 60), (172800, "h", 3600)):
+        if seconds < limit:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86400:.0f} d"
+
+
+def timestamp(seconds: float | None) -> str | None:
+    """ISO 8601 in UTC, for JSON."""
+    return None if seconds is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

@@ -1,0 +1,1 @@
+"""One module for each verb; see `ts_handlers.cli`."""

@@ -1,0 +1,76 @@
+"""`ts-handlers ls`."""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import Annotated
+
+import typer
+
+from ts_handlers.cli.exit_codes import ExitCode
+from ts_handlers.cli.options import JsonOption, StoreOption, open_existing_store
+from ts_handlers.cli.output import human_age, human_bytes, print_json, print_table, timestamp
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Only models whose name fits this pattern.")] = "*",
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> ExitCode:
+    """List the entries: model, backend, device, key, size, age, last use, uses, state.
+
+    Ends with 1 when an entry is not `ok`. Digests are not computed; see `ts-handlers verify`.
+    """
+    from ts_handlers.store.scan import scan_entries, scan_trash
+
+    opened = open_existing_store(store)
+    entries = [entry for entry in scan_entries(opened.root) if fnmatch.fnmatchcase(entry.model, model)]
+    trash = scan_trash(opened.root)
+    total = {
+        "entries": len(entries),
+        "bytes": sum(entry.bytes for entry in entries),
+        "inodes": sum(entry.inodes for entry in entries),
+    }
+    if as_json:
+        rows = [
+            {
+                "model": entry.model,
+                "backend": entry.backend,
+                "device": entry.device,
+                "key": entry.key,
+                "bytes": entry.bytes,
+                "inodes": entry.inodes,
+                "published": timestamp(entry.published),
+                "last_used": timestamp(entry.last_used),
+                "uses": entry.uses,
+                "pinned": entry.pinned,
+                "state": entry.state,
+                "problem": entry.problem,
+            }
+            for entry in entries
+        ]
+        aside = [{"name": item.name, "reason": item.reason, "bytes": item.bytes} for item in trash]
+        print_json({"store": str(opened.root), "entries": rows, "moved_aside": aside, "total": total})
+    else:
+        print_table(
+            ("model", "backend", "device", "key", ">size", ">age", ">last use", ">uses", "pinned", "state"),
+            (
+                (
+                    entry.model,
+                    entry.backend,
+                    entry.device,
+                    entry.key[:12],
+                    human_bytes(entry.bytes),
+                    human_age(entry.published),
+                    human_age(entry.last_used),
+                    entry.uses,
+                    "pinned" if entry.pinned else "",
+                    entry.state if entry.problem is None else f"{entry.state}: {entry.problem}",
+                )
+                for entry in entries
+            ),
+        )
+        print(f"{total['entries']} entries, {human_bytes(total['bytes'])}, {total['inodes']} inodes in {opened.root}")
+        if trash:
+            print(f"{len(trash)} moved aside, {human_bytes(sum(item.bytes for item in trash))}; `ts-handlers gc`")
+    return ExitCode.OK if all(entry.state == "ok" for entry in entries) else ExitCode.FINDINGS

@@ -1,0 +1,28 @@
+"""`ts-handlers pin`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ts_handlers.cli.options import JsonOption, KeyArgument, StoreOption, find_entries, open_existing_store
+from ts_handlers.cli.output import print_json
+
+
+def command(
+    key: KeyArgument,
+    note: Annotated[str, typer.Option(help="Why; shown by `unpin`.")] = "",
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Keep an entry from being evicted."""
+    from ts_handlers.store.pins import pin
+
+    opened = open_existing_store(store)
+    entry = find_entries(opened, key)[0]
+    pin(opened.root, entry.key, note)
+    if as_json:
+        print_json({"key": entry.key, "pinned": True, "note": note})
+    else:
+        print(f"{entry.key} of {entry.model} is pinned")
