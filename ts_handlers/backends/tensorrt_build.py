@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import operator
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -119,7 +120,13 @@ def compilation_settings(settings: TensorRTSettings, device_index: int) -> Any:
     return CompilationSettings(**{name: value for name, value in chosen.items() if name in known})
 
 
-def convert(program: Any, inputs: Sequence[InputRange], settings: Any, timing_cache: Path | None) -> Plan:
+def convert(
+    program: Any,
+    inputs: Sequence[InputRange],
+    profiles: Sequence[Sequence[InputRange]],
+    settings: Any,
+    timing_cache: Path | None,
+) -> Plan:
     """Build the plan of an exported program.
 
     Parameters
@@ -127,7 +134,9 @@ def convert(program: Any, inputs: Sequence[InputRange], settings: Any, timing_ca
     program:
         A `torch.export.ExportedProgram` with flat tensors in and out.
     inputs:
-        Its inputs in order; their names are replaced by those in the graph.
+        Its inputs in order, with the ranges over all profiles.
+    profiles:
+        The inputs of each optimization profile. All share the plan's weights; TensorRT chooses kernels for each.
     settings:
         From `compilation_settings`.
     timing_cache:
@@ -150,6 +159,7 @@ def convert(program: Any, inputs: Sequence[InputRange], settings: Any, timing_ca
     if len(names) != len(inputs):
         raise BuildError(f"the lowered graph has {len(names)} inputs, the model {len(inputs)}")
     specs = [_input(Input, name, spec) for name, spec in zip(names, inputs, strict=True)]
+    dynamic = [spec.min != spec.max for spec in inputs]
     converted, total = _count_convertible(graph, settings)
     interpreter = TRTInterpreter(
         graph, specs, output_dtypes=infer_module_output_dtypes(graph), compilation_settings=settings
@@ -160,6 +170,13 @@ def convert(program: Any, inputs: Sequence[InputRange], settings: Any, timing_ca
     interpreter._construct_trt_network_def()
     if interpreter.ctx.requires_output_allocator:
         raise BuildError("the shapes of this model's outputs depend on its data, which a plan cannot preallocate")
+    if any(dynamic):  # Torch-TensorRT makes one profile only
+        interpreter.optimization_profiles = [
+            _profile(
+                interpreter.builder, [(n, r) for n, r, varies in zip(names, ranges, dynamic, strict=True) if varies]
+            )
+            for ranges in profiles
+        ]
     config = interpreter._populate_trt_builder_config()
     with _timing_cache(config, timing_cache), _collected_errors() as errors:
         data = interpreter.builder.build_serialized_network(interpreter.ctx.net, config)
@@ -182,7 +199,55 @@ def lower(program: Any, settings: Any) -> Any:
     }
     known = inspect.signature(get_decompositions).parameters
     program = program.run_decompositions(get_decompositions(**{k: v for k, v in wanted.items() if k in known}))
-    return post_lowering(program.module(), settings)
+    graph = post_lowering(program.module(), settings)
+    normalise_in_float32(graph)
+    return graph
+
+
+def _tensor_arguments() -> dict[Any, tuple[int, ...]]:
+    """The operators that torch's kernels compute in float32 for half-precision values, and their tensor arguments."""
+    aten = torch.ops.aten
+    return {aten.native_layer_norm.default: (0, 2, 3), aten.native_group_norm.default: (0, 1, 2)}
+
+
+def normalise_in_float32(graph: Any) -> None:
+    """Compute layer and group normalisations of half-precision values in float32, as torch's kernels do.
+
+    TensorRT would take the values' own precision, in which BERT's epsilon of 1e-12 is zero.
+    """
+    operators = _tensor_arguments()
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or node.target not in operators:
+            continue
+        dtype = node.args[0].meta["val"].dtype
+        if dtype not in (torch.float16, torch.bfloat16):
+            continue
+        arguments = list(node.args)
+        with graph.graph.inserting_before(node):
+            for index in operators[node.target]:
+                if index < len(arguments) and isinstance(arguments[index], torch.fx.Node):
+                    arguments[index] = _cast(graph, arguments[index], torch.float32)
+        node.args = tuple(arguments)
+        for user in list(node.users):
+            if user.target is operator.getitem and user.args[1] == 0:
+                _narrow(graph, user, dtype)
+    graph.graph.lint()
+    graph.recompile()
+
+
+def _narrow(graph: Any, node: torch.fx.Node, dtype: torch.dtype) -> None:
+    """Let every user of a node see it in `dtype`; the node itself is in float32 from now on."""
+    node.meta["val"] = node.meta["val"].to(torch.float32)
+    with graph.graph.inserting_after(node):
+        narrowed = _cast(graph, node, dtype)
+    node.replace_all_uses_with(narrowed, delete_user_cb=lambda user: user is not narrowed)
+
+
+def _cast(graph: Any, node: torch.fx.Node, dtype: torch.dtype) -> torch.fx.Node:
+    cast: torch.fx.Node = graph.graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": dtype})
+    if "val" in node.meta:
+        cast.meta["val"] = node.meta["val"].to(dtype)
+    return cast
 
 
 def _count_convertible(graph: Any, settings: Any) -> tuple[int, int]:
@@ -190,6 +255,13 @@ def _count_convertible(graph: Any, settings: Any) -> tuple[int, int]:
 
     converted, total = get_graph_converter_support(graph, settings.torch_executed_ops)
     return int(converted), int(total)
+
+
+def _profile(builder: Any, inputs: Sequence[tuple[str, InputRange]]) -> Any:
+    profile = builder.create_optimization_profile()
+    for name, spec in inputs:
+        profile.set_shape(name, spec.min, spec.opt, spec.max)
+    return profile
 
 
 def _input(kind: Any, name: str, spec: InputRange) -> Any:

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from types import ModuleType
 
+from ts_handlers.backends.tensorrt_library import ready_for_torch_tensorrt
 from ts_handlers.errors import BuildError
 
 NAME = "torch_tensorrt"
@@ -72,7 +73,12 @@ def probe() -> str | None:
 
     The child is a fresh interpreter with the same search path, so a crash in native code ends only the child.
     """
-    code = f"import sys; sys.path[:] = {sys.path!r}; import {NAME}; print({_MARK!r})"
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}\n"
+        "from ts_handlers.backends.tensorrt_library import ready_for_torch_tensorrt\n"
+        f"with ready_for_torch_tensorrt(): import {NAME}\n"
+        f"print({_MARK!r})"
+    )
     with tempfile.TemporaryFile() as errors:
         try:
             child = subprocess.run(
@@ -105,7 +111,8 @@ def _import_here() -> str | None:
     capturing = logging._warnings_showwarning is not None  # type: ignore[attr-defined]
     reason = None
     try:
-        importlib.import_module(NAME)
+        with ready_for_torch_tensorrt():
+            importlib.import_module(NAME)
     except Exception as error:
         reason = f"import {NAME} fails: {_summary(error)}; repair or remove the installation"
         for name in set(sys.modules) - before:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ts_handlers.errors import LoadError
+from ts_handlers.fingerprint import distribution_version
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 # The modules that can provide a flavour, best first: the meta package, then the bindings that it re-exports.
@@ -46,7 +47,7 @@ def choose_flavour(wanted: str) -> str:
     """
     installed = installed_flavours()
     if wanted == "auto" and installed:
-        return installed[0]
+        return builder_flavour() if builder_flavour() in installed else installed[0]
     if wanted in installed:
         return wanted
     extras = {"tensorrt": "ts-handlers[tensorrt]", "tensorrt_rtx": "ts-handlers[tensorrt-rtx]"}
@@ -78,13 +79,20 @@ def import_tensorrt(flavour: str) -> Any:
         raise LoadError(f"TensorRT ({name}) cannot be imported: {type(error).__name__}: {error}") from error
 
 
-@contextlib.contextmanager
-def ready_for_torch_tensorrt(flavour: str) -> Iterator[None]:
-    """Open the flavour's library for Torch-TensorRT, and hide the flavour's plugins while it is imported.
+def builder_flavour() -> str:
+    """The flavour for which the installed Torch-TensorRT builds plans."""
+    return "tensorrt_rtx" if distribution_version("torch-tensorrt-rtx") else "tensorrt"
 
-    Torch-TensorRT looks for ``tensorrt.plugin`` and dies when that cannot be imported, as in TensorRT for RTX 1.4.
+
+@contextlib.contextmanager
+def ready_for_torch_tensorrt() -> Iterator[None]:
+    """Open the library that Torch-TensorRT needs, and hide the flavour's plugins while it is imported.
+
+    Torch-TensorRT looks for ``tensorrt.plugin`` and dies when that cannot be imported, as in TensorRT for RTX 1.4. A
+    library that cannot be opened is left to Torch-TensorRT's own message.
     """
-    import_tensorrt(flavour)
+    with contextlib.suppress(LoadError):
+        import_tensorrt(builder_flavour())
     name = "tensorrt.plugin"
     hidden = name not in sys.modules
     if hidden:

@@ -6,7 +6,6 @@ Torch-TensorRT, which takes seconds; `partial: module` is for models that no oth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ def build_module(
     request: Request,
     directory: Path,
     phase: Phase,
-    signature: Signature,
-    ranges: Sequence[Any],
+    program: Any,
+    ranges: Any,
     settings: Any,
     description: Description,
     partial: Any,
@@ -34,24 +33,21 @@ def build_module(
 
     Parameters
     ----------
-    ranges:
-        One element: a module has one set of ranges.
+    program, ranges:
+        What was exported, and for which ranges; a module has one profile.
     partial:
         The `PartialConversionError` that says how much converts.
     """
     import torch_tensorrt
 
-    from ts_handlers.backends.aot_inductor_export import FlatModel
     from ts_handlers.backends.eager import eager_run
-    from ts_handlers.backends.tensorrt import export_range, input_ranges
+    from ts_handlers.backends.tensorrt import input_ranges
     from ts_handlers.warmup import compare_outputs
 
-    if len(ranges) > 1:
+    if len(description["profiles"]) > 1:
         raise BuildError("tensorrt.ranges with several elements needs a graph that converts whole; this one does not")
-    flat = FlatModel(request.eager(), signature.names).eval()
-    with phase("export"):
-        program = export_range(flat, signature, ranges[0], request.device)
-    specs = input_ranges(signature, ranges[0], program)
+    signature = request.require_signature()
+    specs = input_ranges(signature, ranges, program)
     inputs = [
         torch_tensorrt.Input(shape=spec.max, dtype=spec.dtype, name=spec.name)
         if spec.min == spec.max
@@ -61,16 +57,20 @@ def build_module(
         for spec in specs
     ]
     examples = [
-        tensor.to(request.device) for tensor in signature.generate({n: r.opt for n, r in ranges[0].items()}, seed=1)
+        tensor.to(request.device) for tensor in signature.generate({n: r.opt for n, r in ranges.items()}, seed=1)
     ]
     options = {name: value for name, value in vars(settings).items() if name not in ("dryrun",)}
     with phase("convert"):
         compiled = torch_tensorrt.dynamo.compile(program, arg_inputs=inputs, **options)
-        torch_tensorrt.save(compiled, str(directory / FILE), output_format="exported_program", arg_inputs=examples)
-    description["plans"] = []
+        torch_tensorrt.save(
+            compiled,
+            str(directory / FILE),
+            output_format="exported_program",
+            arg_inputs=examples,
+            dynamic_shapes=_dynamic_shapes(signature, ranges, program),
+        )
     description["module"] = FILE
     description["in_tensorrt"] = [partial.converted, partial.total]
-    description["ranges"] = {name: [r.min, r.opt, r.max] for name, r in ranges[0].items()}
     loaded = load_module(request, directory, description)
     eager = eager_run(request, signature.names)
     with phase("verify"):
@@ -81,6 +81,15 @@ def build_module(
             except (CanaryError, RuntimeError) as error:
                 raise BuildError(f"at {sizes} Torch-TensorRT's module differs from eager: {error}") from error
     return Built(description)
+
+
+def _dynamic_shapes(signature: Signature, ranges: Any, program: Any) -> dict[str, dict[int, Any]]:
+    """The dynamic axes of each input of the program, by its name in the graph."""
+    dims = {name: torch.export.Dim(name, min=r.min, max=r.max) for name, r in ranges.items() if r.min != r.max}
+    return {
+        name: {axis: dims[size] for axis, size in enumerate(spec.shape) if size in dims}
+        for name, spec in zip(program.graph_signature.user_inputs, signature.inputs, strict=True)
+    }
 
 
 def load_module(request: Request, directory: Path, description: Description) -> Loaded:

@@ -57,8 +57,6 @@ class TensorRTEngine:
         TensorRT does not accept the plan: it is damaged, or another version's, flavour's or GPU's.
     """
 
-    profiles = 1
-
     def __init__(
         self,
         flavour: str,
@@ -83,12 +81,13 @@ class TensorRTEngine:
         present = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
         if present != {*self.inputs, *self.outputs}:
             raise LoadError(f"the plan has the tensors {sorted(present)}, expected {[*self.inputs, *self.outputs]}")
+        self.profiles = max(int(self.engine.num_optimization_profiles), 1)
         self.dtypes = {tensor: _dtype(self.engine.get_tensor_dtype(tensor)) for tensor in present}
         self._config: Any = None
         self._cache: Any = None
         if hasattr(self.engine, "create_runtime_config") and hasattr(self.trt, "IRuntimeCache"):
             self._config, self._cache = self._runtime_config(runtime_cache)
-        self._largest = self._largest_outputs()
+        self._largest = [self._largest_outputs(profile) for profile in range(self.profiles)]
 
     def _runtime_config(self, path: Path | None) -> tuple[Any, Any]:
         config = self.engine.create_runtime_config()
@@ -103,35 +102,37 @@ class TensorRTEngine:
         """The kernels compiled so far, for `runtime_cache` of a later engine; None where the flavour has no such."""
         return None if self._cache is None else bytes(memoryview(self._cache.serialize()))
 
-    def create_context(self) -> Any:
-        """A TensorRT execution context without scratch memory."""
+    def create_context(self, profile: int, stream: int) -> Any:
+        """A TensorRT execution context without scratch memory, for a CUDA stream's handle."""
         strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self.engine.create_execution_context(self._config if self._config is not None else strategy)
-        if context is None:
+        if context is None or (profile and not context.set_optimization_profile_async(profile, stream)):
             raise LoadError(f"TensorRT creates no execution context for the plan {self.name!r}; its log says why")
         return context
 
-    def _largest_outputs(self) -> dict[str, int]:
-        """Bytes of each output at the largest input shapes."""
-        context = self.create_context()
+    def _largest_outputs(self, profile: int) -> dict[str, int]:
+        """Bytes of each output at a profile's largest input shapes."""
+        stream = torch.cuda.current_stream(self.device)
+        context = self.create_context(profile, stream.cuda_stream)
+        stream.synchronize()  # the profile is switched on the stream
         for name in self.inputs:
-            context.set_input_shape(name, self.largest_shape(name))
+            context.set_input_shape(name, self.largest_shape(name, profile))
         return {name: _nbytes(context.get_tensor_shape(name), self.dtypes[name]) for name in self.outputs}
 
-    def largest_shape(self, name: str) -> tuple[int, ...]:
-        """The largest shape of an input."""
+    def largest_shape(self, name: str, profile: int) -> tuple[int, ...]:
+        """The largest shape of an input in a profile."""
         shape = tuple(self.engine.get_tensor_shape(name))
-        return tuple(self.engine.get_tensor_profile_shape(name, 0)[2]) if -1 in shape else shape
+        return tuple(self.engine.get_tensor_profile_shape(name, profile)[2]) if -1 in shape else shape
 
-    def output_buffers(self) -> dict[str, int]:
+    def output_buffers(self, profile: int) -> dict[str, int]:
         """Bytes of the preallocated buffer of each output."""
-        return dict(self._largest)
+        return dict(self._largest[profile])
 
-    def input_buffers(self) -> dict[str, int]:
+    def input_buffers(self, profile: int) -> dict[str, int]:
         """Bytes of the preallocated buffer of each input, which CUDA graphs need."""
         if not self.cuda_graphs:
             return {}
-        return {name: _nbytes(self.largest_shape(name), self.dtypes[name]) for name in self.inputs}
+        return {name: _nbytes(self.largest_shape(name, profile), self.dtypes[name]) for name in self.inputs}
 
     def scratch_bytes(self, profile: int) -> int:
         """Scratch memory of a context."""
@@ -139,24 +140,24 @@ class TensorRTEngine:
 
     def buffer_bytes(self, profile: int) -> int:
         """Preallocated outputs, and inputs where CUDA graphs are on."""
-        return sum(self.output_buffers().values()) + sum(self.input_buffers().values())
+        return sum(self.output_buffers(profile).values()) + sum(self.input_buffers(profile).values())
 
     def new_context(self, profile: int, stream: torch.cuda.Stream) -> TensorRTContext:
         """A context for use on `stream` only."""
-        return TensorRTContext(self, stream)
+        return TensorRTContext(self, profile, stream)
 
 
 class TensorRTContext:
     """One execution context with its preallocated buffers; see `ts_handlers.serving.engine.Context`."""
 
-    def __init__(self, engine: TensorRTEngine, stream: torch.cuda.Stream) -> None:
+    def __init__(self, engine: TensorRTEngine, profile: int, stream: torch.cuda.Stream) -> None:
         self._engine = engine
         self._stream = stream
-        self._context = engine.create_context()
+        self._context = engine.create_context(profile, stream.cuda_stream)
         self._shapes: tuple[torch.Size, ...] | None = None
         self._graphs: dict[tuple[torch.Size, ...], torch.cuda.CUDAGraph] = {}
         with torch.cuda.stream(stream):
-            buffers = {**engine.output_buffers(), **engine.input_buffers()}
+            buffers = {**engine.output_buffers(profile), **engine.input_buffers(profile)}
             self._buffers = {
                 name: torch.empty(max(nbytes, 1), dtype=torch.uint8, device=engine.device)
                 for name, nbytes in buffers.items()

@@ -77,7 +77,7 @@ class SpaceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Sizes of one dimension for one TensorRT plan: the smallest, the one to optimise for and the largest."""
+    """Sizes of one dimension in one TensorRT profile: the smallest, the one to optimise for and the largest."""
 
     min: int
     opt: int
@@ -103,13 +103,12 @@ class TensorRTSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hardware_compatible:
         Build a plan that also runs on GPUs of later generations, where the flavour can.
     ranges:
-        One plan for each element, which maps dimension names to ``{min, opt, max}``; empty builds one plan from the
-        declared dimensions and the first warm-up sizes.
+        One optimization profile of the plan for each element, which maps dimension names to ``{min, opt, max}``; they
+        share the plan's weights. Empty takes one for exactly each of the first four warm-up sizes and one for the
+        declared dimensions.
     partial:
         What happens when not every operator converts: ``next`` takes the next backend, ``module`` keeps
         Torch-TensorRT's own module, whose remaining operators run in torch. The fraction in TensorRT is reported.
-    refit:
-        Build a plan whose weights can be replaced, so that an update of the weights needs no new build.
     options:
         Further fields of Torch-TensorRT's `CompilationSettings`, by name.
     """
@@ -122,7 +121,6 @@ class TensorRTSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hardware_compatible: bool = False
     ranges: tuple[dict[str, Range], ...] = ()
     partial: Literal["next", "module"] = "next"
-    refit: bool = False
     options: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
