@@ -1,6 +1,6 @@
 """Process start to first output, and steady state, on a GPU: eager against cold and warm artifacts, fresh processes.
 
-    python benchmarks/gpu_start.py --models resnet50 bert_base --rounds 3 --json FILE
+    python benchmarks/gpu_start.py --models resnet50 bert_base --rows eager aot_inductor tensorrt --rounds 3 --json FILE
 
 Rows of one round run one after the other, rounds repeat them (A B C A B C), ratios are taken per round and their median
 is reported. ResNet-50 is torchvision's in fp16 at batch 8, BERT-base is transformers' in fp16 at 8 x 128; weights are
@@ -51,9 +51,9 @@ INPUTS: dict[str, list[dict[str, Any]]] = {
         {"name": "attention_mask", "dtype": "int64", "shape": ["batch", 128], "values": [1, 2]},
     ],
 }
-ROWS = ("eager", "inductor", "aot_inductor")
+ROWS = ("eager", "inductor", "aot_inductor", "tensorrt")
 STEADY_CALLS = 200
-HEAVY = ("sympy", "torch._inductor", "torch._dynamo", "transformers", "torchvision")
+HEAVY = ("sympy", "torch._inductor", "torch._dynamo", "torch_tensorrt", "transformers", "torchvision")
 
 Facts = dict[str, Any]
 
@@ -174,7 +174,7 @@ def main() -> None:
     """Run the rounds and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SOURCES), choices=list(SOURCES))
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
+    parser.add_argument("--rows", nargs="+", default=["eager", "inductor", "aot_inductor"], choices=ROWS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
