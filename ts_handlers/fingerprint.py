@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+import ts_handlers
 from ts_handlers.digests import digest_file as digest_file
 from ts_handlers.digests import digest_text as digest_text
 
@@ -106,6 +107,36 @@ def _libc() -> str:
         return (os.confstr("CS_GNU_LIBC_VERSION") or "unknown").replace(" ", "-")
     except (ValueError, OSError):
         return "-".join(platform.libc_ver())
+
+
+@functools.cache
+def runtime_identity() -> dict[str, str]:
+    """What loaded native code meets beside its own toolchain: a crash with one of them says nothing of another."""
+    return {
+        "torch": f"{torch.__version__} {str(torch.version.git_version)[:12]}",
+        "libc": _libc(),
+        "libstdc++": _mapped_library("libstdc++"),
+        "driver": _first_line(Path("/sys/module/nvidia/version")),
+        "python": python_identity(),
+        "ts_handlers": ts_handlers.__version__,
+    }
+
+
+def _mapped_library(name: str) -> str:
+    """File name of a shared library of this process, which ends in its full version, or ``none``."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return "none"
+    match = re.search(rf"/({re.escape(name)}[^/\n]*)$", maps, re.MULTILINE)
+    return match[1] if match else "none"
+
+
+def _first_line(path: Path) -> str:
+    try:
+        return path.read_text().partition("\n")[0].strip()
+    except OSError:
+        return "none"
 
 
 def python_identity() -> str:
