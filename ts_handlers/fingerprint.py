@@ -112,24 +112,25 @@ def _libc() -> str:
 @functools.cache
 def runtime_identity() -> dict[str, str]:
     """What loaded native code meets beside its own toolchain: a crash with one of them says nothing of another."""
+    libstdcxx = mapped_library("libstdc++")
     return {
         "torch": f"{torch.__version__} {str(torch.version.git_version)[:12]}",
         "libc": _libc(),
-        "libstdc++": _mapped_library("libstdc++"),
+        "libstdc++": "none" if libstdcxx is None else libstdcxx.name,
         "driver": _first_line(Path("/sys/module/nvidia/version")),
         "python": python_identity(),
         "ts_handlers": ts_handlers.__version__,
     }
 
 
-def _mapped_library(name: str) -> str:
-    """File name of a shared library of this process, which ends in its full version, or ``none``."""
+def mapped_library(name: str) -> Path | None:
+    """Path of a shared library of this process, by the beginning of its file name; its end is its full version."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
-        return "none"
-    match = re.search(rf"/({re.escape(name)}[^/\n]*)$", maps, re.MULTILINE)
-    return match[1] if match else "none"
+        return None
+    match = re.search(rf"(/\S*/{re.escape(name)}[^/\s]*)$", maps, re.MULTILINE)
+    return Path(match[1]) if match else None
 
 
 def _first_line(path: Path) -> str:

@@ -129,7 +129,7 @@ def write_quarantine(root: Path, record: Quarantine) -> bool:
     return False
 
 
-def read_quarantines(root: Path, key: str = "") -> list[Quarantine]:
+def read_quarantines(root: str | Path, key: str = "") -> list[Quarantine]:
     """The records of a store, oldest first.
 
     Parameters
@@ -139,12 +139,12 @@ def read_quarantines(root: Path, key: str = "") -> list[Quarantine]:
 
     Examples
     --------
-    >>> import pathlib, tempfile
-    >>> read_quarantines(pathlib.Path(tempfile.mkdtemp()))
+    >>> import tempfile
+    >>> read_quarantines(tempfile.mkdtemp())
     []
     """
     records = []
-    for path in _paths(root, RECORDS, key):
+    for path in _paths(Path(root), RECORDS, key):
         try:
             records.append(msgspec.json.decode(path.read_bytes(), type=Quarantine))
         except FileNotFoundError:
@@ -154,7 +154,7 @@ def read_quarantines(root: Path, key: str = "") -> list[Quarantine]:
     return sorted(records, key=lambda record: record.time)
 
 
-def lift_quarantine(root: Path, key: str) -> list[Quarantine]:
+def lift_quarantine(root: str | Path, key: str) -> list[Quarantine]:
     """Remove the records of a key (or of all keys that begin so), with what dead processes left; returns the records.
 
     Raises
@@ -162,6 +162,7 @@ def lift_quarantine(root: Path, key: str) -> list[Quarantine]:
     OSError
         A record cannot be removed.
     """
+    root = Path(root)
     lifted = read_quarantines(root, key)
     for path in _paths(root, RECORDS, key):
         path.unlink(missing_ok=True)
