@@ -192,7 +192,7 @@ def test_an_entry_that_answers_wrongly_is_tried_once_for_these_weights(
     assert "CanaryError: output 0: relative error 0.01" in again["fallbacks"][0]["reason"]
     (record,) = read_quarantines(tmp_path / "store")
     assert (record.phase, record.model, record.key in again["fallbacks"][0]["reason"]) == ("canary", "model", True)
-    with pytest.raises(QuarantinedError, match="lift_quarantine"):
+    with pytest.raises(QuarantinedError, match="ts-handlers unquarantine"):
         start(strict=True)
     write_weights(archive, 7)
     assert check(start(), archive)["result"] == "hit"

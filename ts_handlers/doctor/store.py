@@ -14,8 +14,10 @@ from ts_handlers.doctor.base import Finding, Question
 from ts_handlers.errors import SettingsError
 from ts_handlers.fingerprint import runtime_identity
 from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS
-from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest
+from ts_handlers.store.entry import Manifest
+from ts_handlers.store.eviction import EVICTED
 from ts_handlers.store.quarantine import read_quarantines
+from ts_handlers.store.scan import scan_entries, scan_trash
 
 FREE_BYTES = 2 << 30
 
@@ -83,17 +85,13 @@ def check_quarantine(question: Question) -> Iterator[Finding]:
     records = read_quarantines(question.store)
     for record in records:
         here = "" if record.runtime == runtime_identity() else " (in another runtime than this one)"
-        remedy = (
-            "remove the cause or rebuild the entry, then "
-            f"ts_handlers.store.quarantine.lift_quarantine({str(question.store)!r}, {record.key!r})"
-        )
+        remedy = f"remove the cause, then ts-handlers unquarantine {record.key[:12]} --store {question.store}"
         found = f"{record.model}, {record.backend}, key {record.key}, {record.time}{here}: {record.reason}"
         yield Finding("quarantine", "ok" if here else "warn", found, remedy)
-    trash = question.store / "trash"
-    aside = len(list(trash.iterdir())) if trash.is_dir() and os.access(trash, os.R_OK | os.X_OK) else 0
+    aside = [item for item in scan_trash(question.store) if not item.name.startswith(EVICTED)]
     if aside:
-        remedy = f"look at reason.txt in them; the disk or a copy damaged them; then remove {trash}"
-        yield Finding("damage", "warn", f"{aside} damaged entries were moved aside", remedy)
+        found = f"{len(aside)} damaged entries were moved aside: {aside[0].reason}"
+        yield Finding("damage", "warn", found, "find out what damages them (disk, a copy); ts-handlers gc removes them")
     if not records and not aside:
         yield Finding("quarantine", "ok", "none")
 
@@ -139,12 +137,7 @@ def check_model_config(question: Question) -> Iterator[Finding]:
         yield Finding("startup time", "warn", found, "make startupTimeout longer than load_seconds")
 
 
-def _manifests(root: Path) -> Iterator[tuple[str, Manifest]]:
-    """(model name, manifest) of the entries that can be read; of a model's several builds the slowest comes last."""
-    found = []
-    for path in root.glob(f"entries/*/*/*/*/{MANIFEST}"):
-        try:
-            found.append((path.relative_to(root).parts[1], read_manifest(path.parent)))
-        except (OSError, ValueError):  # lookup moves a damaged one aside
-            continue
-    yield from sorted(found, key=lambda pair: sum(pair[1].build_ms.values()))
+def _manifests(root: Path) -> list[tuple[str, Manifest]]:
+    """(model name, manifest) of the sound entries; of a model's several builds the slowest comes last."""
+    found = [(info.model, info.manifest) for info in scan_entries(root) if info.manifest is not None]
+    return sorted(found, key=lambda pair: sum(pair[1].build_ms.values()))

@@ -167,8 +167,8 @@ class Guard:
                 what = f"entry {self._key.digest}" if seal else f"building key {self._key.digest}"
                 raise QuarantinedError(
                     f"{what} is quarantined since {record.time}: {record.reason}; it is tried again with another "
-                    "torch, C or C++ library or driver, with a rebuilt entry, or after "
-                    f"ts_handlers.store.quarantine.lift_quarantine({str(self._root)!r}, {self._key.digest!r})"
+                    "torch, C or C++ library or driver, with a rebuilt entry, or after `ts-handlers unquarantine "
+                    f"{self._key.digest[:12]} --store {self._root}`"
                 )
 
     def quarantine_canary(self, seal: str, error: Exception) -> None:

@@ -10,7 +10,6 @@ The home is the store's root or, where that cannot be written, `fallback_home`. 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import stat
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from ts_handlers.fingerprint import digest_text
+from ts_handlers.digests import digest_text
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ class Quarantine(msgspec.Struct, frozen=True):
 
 def fallback_home(root: Path) -> Path:
     """Where the guard of a store that cannot be written keeps its files: a folder of this user and this store."""
-    name = hashlib.sha256(str(root).encode()).hexdigest()[:12]
+    name = digest_text(str(root))[:12]
     return Path(tempfile.gettempdir()) / f"ts_handlers-guard-{os.geteuid()}" / name
 
 
