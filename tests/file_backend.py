@@ -6,11 +6,13 @@ from the archive. Environment variables steer it in a child process:
 - ``BUILD_LOG``: a file that gets one line for each build begun and each one finished
 - ``BUILD_SECONDS``: how long a build sleeps
 - ``KILL_AT``: the process sends itself SIGKILL at this phase (see `PHASES`)
+- ``CRASH_AT``: a segmentation fault in ``build`` or ``load``, as soon as ``CRASHES`` processes (1) have come so far
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -48,6 +50,7 @@ class FileBackend:
             (directory / "part").mkdir()
             (directory / "part" / "first.json").write_text(json.dumps({"weight": "layer.weight"}))
             kill_at("during build")
+            crash_at("build")
             time.sleep(float(os.environ.get("BUILD_SECONDS", "0")))
             (directory / "second.json").write_text(json.dumps({"bias": "layer.bias"}))
         log_line("end")
@@ -57,6 +60,7 @@ class FileBackend:
     def load(self, request: Request, directory: Path, description: Description) -> Loaded:
         if description != {"kind": "linear"}:
             raise LoadError("not an artifact of the test backend")
+        crash_at("load")
         weights = request.source.weights()
         names = json.loads((directory / "part" / "first.json").read_text())
         names |= json.loads((directory / "second.json").read_text())
@@ -79,6 +83,15 @@ def kill_at(phase: str) -> None:
     assert phase in PHASES
     if os.environ.get("KILL_AT") == phase:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def crash_at(step: str) -> None:
+    """A segmentation fault, when ``CRASH_AT`` says so."""
+    if os.environ.get("CRASH_AT") == step:
+        log_line("crash")
+        while Path(os.environ["BUILD_LOG"]).read_text().count("crash") < int(os.environ.get("CRASHES", "1")):
+            time.sleep(0.01)
+        ctypes.string_at(0)
 
 
 def use_file_backend() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -74,6 +75,7 @@ def test_unknown_keys_are_named_at_every_level(section: dict[str, Any], parts: l
         ({"dimensions": {"batch": 3}}, ["handler.ts_handlers.dimensions.batch", "object", "3"]),
         ({"dimensions": {"batch": {"min": "1", "max": 8}}}, ["handler.ts_handlers.dimensions.batch.min", "'1'"]),
         ({"warmup": {"batch": 1}}, ["handler.ts_handlers.warmup", "array"]),
+        ({"guard": {"load_seconds": "soon"}}, ["guard.load_seconds", "'soon'", "auto"]),
         ({"dtype": "int8"}, ["handler.ts_handlers.dtype", "'int8'", "float16"]),
         ({"compile": {"mode": "default"}}, ["handler.ts_handlers.compile", "pt2: {compile:"]),
     ],
@@ -92,6 +94,9 @@ def test_wrong_types_and_values_are_named(section: Any, parts: list[str]) -> Non
         ({"backends": ["eager", "inductor"]}, ["backends", "never reached", "put it last"]),
         ({"on_miss": "eager", "strict": True}, ["on_miss", "strict"]),
         ({"canary": {"tolerance": -1}}, ["canary.tolerance", "-1"]),
+        ({"guard": {"load_seconds": 0}}, ["guard.load_seconds", "0", "null for no limit"]),
+        ({"guard": {"load_seconds": math.inf}}, ["guard.load_seconds", "inf"]),
+        ({"guard": {"load_memory_mb": 0}}, ["guard.load_memory_mb", "found 0"]),
         ({"dimensions": {"batch": {"min": 0, "max": 8}}, "inputs": [INPUT]}, ["dimensions.batch.min", "0"]),
         ({"dimensions": {"batch": {"min": 9, "max": 8}}, "inputs": [INPUT]}, ["dimensions.batch", "9", "8"]),
         ({"dimensions": DIMENSIONS}, ["dimensions.batch", "no input uses"]),

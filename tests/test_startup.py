@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,11 +25,13 @@ from ts_handlers.errors import (
     LoadError,
     MissError,
     ModelError,
+    QuarantinedError,
     SettingsError,
     StoreError,
 )
 from ts_handlers.store.base import Miss
 from ts_handlers.store.local import LocalStore
+from ts_handlers.store.quarantine import lift_quarantine, read_quarantines
 
 ROWS = torch.arange(8.0).reshape(2, 4)
 
@@ -142,9 +147,117 @@ def test_wrong_answers_are_never_served(
     facts = check(start(), archive)
     assert facts["backend"] == "eager"
     assert "CanaryError" in facts["fallbacks"][0]["reason"]
+    assert start(canary={"tolerance": 0.1}).outcome.backend == "aot_inductor"
+    write_weights(archive, 7)
     with pytest.raises(CanaryError, match=r"relative error 0\.01"):
         start(strict=True)
-    assert start(canary={"tolerance": 0.1}).outcome.backend == "aot_inductor"
+
+
+def count_calls(backend: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the backend's methods, as they are called from now on."""
+    calls: list[str] = []
+    for name in ("build", "load"):
+        method = getattr(backend, name)
+
+        def counted(*arguments: Any, name: str = name, method: Any = method) -> Any:
+            calls.append(name)
+            return method(*arguments)
+
+        monkeypatch.setattr(backend, name, counted)
+    return calls
+
+
+def make_wrong(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Artifacts answer wrongly from now on."""
+    load = backend.load
+
+    def wrong(*arguments: Any) -> Any:
+        loaded = load(*arguments)
+        return dataclasses.replace(loaded, run=lambda tensors: loaded.run(tensors) * 1.01)
+
+    monkeypatch.setattr(backend, "load", wrong)
+
+
+def test_an_entry_that_answers_wrongly_is_tried_once_for_these_weights(
+    start: Start, archive: Path, backend: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    start()
+    with monkeypatch.context() as patched:
+        make_wrong(backend, patched)
+        start()
+        calls = count_calls(backend, patched)
+        again = check(start(), archive)
+    assert calls == []
+    assert counters(again) == {"quarantined": 1, "fallback": 1}
+    assert "CanaryError: output 0: relative error 0.01" in again["fallbacks"][0]["reason"]
+    (record,) = read_quarantines(tmp_path / "store")
+    assert (record.phase, record.model, record.key in again["fallbacks"][0]["reason"]) == ("canary", "model", True)
+    with pytest.raises(QuarantinedError, match="ts-handlers unquarantine"):
+        start(strict=True)
+    write_weights(archive, 7)
+    assert check(start(), archive)["result"] == "hit"
+    write_weights(archive, 0)
+    assert check(start(), archive)["backend"] == "eager"
+    assert lift_quarantine(tmp_path / "store", record.key) == [record]
+    assert check(start(), archive)["result"] == "hit"
+
+
+def test_a_build_that_answers_wrongly_is_neither_published_nor_repeated(
+    start: Start, archive: Path, backend: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patched:
+        make_wrong(backend, patched)
+        assert check(start(), archive)["backend"] == "eager"
+    assert list((tmp_path / "store").rglob("manifest.json")) == []
+    calls = count_calls(backend, monkeypatch)
+    again = check(start(), archive)
+    assert calls == []
+    assert counters(again) == {"miss": 1, "quarantined": 1, "fallback": 1}
+    write_weights(archive, 7)
+    assert check(start(), archive)["result"] == "built"
+    write_weights(archive, 0)
+    assert check(start(), archive)["result"] == "hit"
+
+
+def test_a_quarantined_entry_does_not_make_the_next_miss_final(
+    start: Start, archive: Path, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start()
+    make_wrong(backend, monkeypatch)
+    start()
+    facts = check(start(on_miss="fail", backends=["aot_inductor", "inductor", "eager"]), archive)
+    assert [(fallback["backend"], fallback["reason"][:10]) for fallback in facts["fallbacks"]] == [
+        ("aot_inductor", "Quarantine"),
+        ("inductor", "MissError:"),
+    ]
+    assert facts["backend"] == "eager"
+
+
+def test_a_store_without_a_place_for_markers_is_served_from_and_says_so(
+    start: Start, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
+    shutil.rmtree(tmp_path / "store" / "guards")
+    (tmp_path / "store" / "guards").write_text("in the way")
+    facts = check(start(), archive)
+    assert facts["result"] == "hit"
+    assert [note.partition(":")[0] for note in facts["notes"]] == ["no crash guard"]
+
+
+def test_what_was_built_is_loaded_from_where_it_was_published(
+    start: Start, archive: Path, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, seen = backend.load, []
+
+    def recorded(request: Any, directory: Path, description: Any) -> Any:
+        seen.append("entries" if "entries" in directory.parts else "staging")
+        return load(request, directory, description)
+
+    monkeypatch.setattr(backend, "load", recorded)
+    start()
+    assert seen == ["staging", "entries"]
 
 
 @pytest.mark.parametrize(

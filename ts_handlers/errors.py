@@ -34,6 +34,10 @@ class CanaryError(WarmStartError, RuntimeError):
     """An artifact did not reproduce the eager model's output; it is not served."""
 
 
+class QuarantinedError(WarmStartError, RuntimeError):
+    """An artifact has ended a process here, or answered wrongly; it is not tried again until that is lifted."""
+
+
 class StoreError(WarmStartError, OSError):
     """The store cannot be used as configured (missing, foreign, unreadable or full)."""
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+import ts_handlers
 from ts_handlers.digests import digest_file as digest_file
 from ts_handlers.digests import digest_text as digest_text
 
@@ -106,6 +107,37 @@ def _libc() -> str:
         return (os.confstr("CS_GNU_LIBC_VERSION") or "unknown").replace(" ", "-")
     except (ValueError, OSError):
         return "-".join(platform.libc_ver())
+
+
+@functools.cache
+def runtime_identity() -> dict[str, str]:
+    """What loaded native code meets beside its own toolchain: a crash with one of them says nothing of another."""
+    libstdcxx = mapped_library("libstdc++")
+    return {
+        "torch": f"{torch.__version__} {str(torch.version.git_version)[:12]}",
+        "libc": _libc(),
+        "libstdc++": "none" if libstdcxx is None else libstdcxx.name,
+        "driver": _first_line(Path("/sys/module/nvidia/version")),
+        "python": python_identity(),
+        "ts_handlers": ts_handlers.__version__,
+    }
+
+
+def mapped_library(name: str) -> Path | None:
+    """Path of a shared library of this process, by the beginning of its file name; its end is its full version."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    match = re.search(rf"(/\S*/{re.escape(name)}[^/\s]*)$", maps, re.MULTILINE)
+    return Path(match[1]) if match else None
+
+
+def _first_line(path: Path) -> str:
+    try:
+        return path.read_text().partition("\n")[0].strip()
+    except OSError:
+        return "none"
 
 
 def python_identity() -> str:

@@ -24,7 +24,7 @@ from ts_handlers.json_tensors import read_tensors, rows_of
 from ts_handlers.micro_batching import MicroBatches, check_contexts, read_section
 from ts_handlers.model_source import ArchiveSource, ExportedSource, ModelSource, ModuleSource
 from ts_handlers.request_batch import REFUSALS, CurrentBatch, RequestBatch
-from ts_handlers.settings import SECTION, Settings, parse_settings
+from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS, SECTION, Settings, parse_settings
 from ts_handlers.startup import start_model
 from ts_handlers.store.opening import weights_digester
 
@@ -51,7 +51,6 @@ BaseHandler: Any = _base_handler()
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_STARTUP_TIMEOUT_SECONDS = 120
 _EXPORTED = "exported program"
 
 

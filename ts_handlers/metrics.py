@@ -33,6 +33,7 @@ COUNTERS = (
     "miss",
     "build",
     "corrupt",
+    "quarantined",
     "fallback",
     "publish_failed",
     "canary_recorded",

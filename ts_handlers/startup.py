@@ -3,7 +3,9 @@
 One way through::
 
     settings -> key -> lookup --+-- hit --> load --> canary --> warm-up --> ready
-                                +-- miss -> lease --> build --> publish --> load ...
+                                +-- miss -> lease --> build --> load --> canary --> publish --> load ...
+
+Native code runs under the crash guard, see `ts_handlers.store.guard`.
 
 Nothing here knows TorchServe; `start_model` works in any Python server.
 """
@@ -24,14 +26,15 @@ from ts_handlers import fingerprint
 from ts_handlers.backends import get_backend
 from ts_handlers.backends.base import Backend, Loaded, Request
 from ts_handlers.compiled_model import CompiledModel, Outcome
-from ts_handlers.errors import MissError, ModelError, SettingsError, StoreError
+from ts_handlers.errors import CanaryError, MissError, ModelError, QuarantinedError, SettingsError, StoreError
 from ts_handlers.key import CacheKey, compute_key
 from ts_handlers.metrics import Metrics, process_age_ms
 from ts_handlers.model_source import ModelSource
 from ts_handlers.serving.slots import ModuleSlots
 from ts_handlers.settings import Settings
 from ts_handlers.store.base import Address, Corrupt, Hit, Miss, Store
-from ts_handlers.store.entry import Manifest, list_files
+from ts_handlers.store.entry import Manifest, list_files, read_manifest
+from ts_handlers.store.guard import Guard
 from ts_handlers.store.opening import open_store
 from ts_handlers.store.space import Report, make_room_in_background
 from ts_handlers.warmup import check_canary, one_thread, run_warmup
@@ -108,10 +111,10 @@ class _Start:
         for backend in ladder:
             try:
                 return self._try(backend)
-            except _FINAL:
-                raise
             except Exception as error:
-                if self._settings.strict:
+                # A miss is final with `on_miss: fail`, unless the backend stands in for a quarantined one.
+                stands_in = isinstance(error, MissError) and self._metrics.counters["quarantined"] > 0
+                if self._settings.strict or (isinstance(error, _FINAL) and not stands_in):
                     raise
                 last = error
                 reason = f"{type(error).__name__}: {_one_line(error)}"
@@ -140,10 +143,11 @@ class _Start:
                 key=key,
             )
         store = self._open_store()
+        guard = Guard(store.root, self._settings, key, address.model, self._request.source.weights_digest)
         with self._metrics.phase("lookup"):
             found = store.lookup(address)
         if isinstance(found, Hit):
-            served = self._from_entry(backend, store, address, found, "hit", ())
+            served = self._from_entry(backend, store, guard, address, found, "hit", ())
             if isinstance(served, CompiledModel):
                 return served
             found = served
@@ -156,7 +160,7 @@ class _Start:
             )
         if self._settings.on_miss == "eager":
             return self._try(get_backend("eager"))
-        return self._build(backend, store, address, missed)
+        return self._build(backend, store, guard, address, missed)
 
     def _count_miss(self, found: Miss | Corrupt) -> tuple[str, ...]:
         self._metrics.count("miss")
@@ -174,27 +178,33 @@ class _Start:
                 self._fallbacks.append({"backend": "store", "reason": problem})
         return self._store
 
-    def _build(self, backend: Backend, store: Store, address: Address, missed: tuple[str, ...]) -> CompiledModel:
+    def _build(
+        self, backend: Backend, store: Store, guard: Guard, address: Address, missed: tuple[str, ...]
+    ) -> CompiledModel:
         estimate = store.build_estimate(address)
         waiting = time.perf_counter()
         with store.lease(address, estimate) as lease:
             self._metrics.phases_ms["wait"] = (time.perf_counter() - waiting) * 1000
             found = store.lookup(address)  # somebody may have published while this process waited
             if isinstance(found, Hit):
-                served = self._from_entry(backend, store, address, found, "waited", missed)
+                served = self._from_entry(backend, store, guard, address, found, "waited", missed)
                 if isinstance(served, CompiledModel):
                     return served
                 missed = self._count_miss(served)
+            self._refuse(guard)
             expected = f", about {estimate:.0f} s" if estimate else ""
             logger.info("%s: building with %s%s", self._request.source.name, backend.name, expected)
             lease.report(phase="build")
             self._request.shared_folder = store.root / "shared"
             with store.staging(address) as staging:
-                with self._metrics.phase("build"):
+                with self._metrics.phase("build"), guard.marked("build"):
                     built = backend.build(self._request, staging, self._metrics.build_phase)
                 self._metrics.count("build")
-                lease.report(phase="publish")
                 manifest = self._manifest(backend, address.key, built.description, staging)
+                # Only what has loaded and answered rightly is published.
+                lease.report(phase="load")
+                loaded, canary = self._load(backend, store, guard, address, staging, manifest, "", built.loaded)
+                lease.report(phase="publish")
                 directory = staging
                 with self._metrics.phase("publish"):
                     try:
@@ -203,12 +213,12 @@ class _Start:
                         logger.warning("%s; serving it unpublished", error)
                         self._metrics.count("publish_failed")
                         self._notes.append(_one_line(error))
-                lease.report(phase="load")
-                loaded = built.loaded
-                if loaded is None:
-                    with self._metrics.phase("load"):
-                        loaded = backend.load(self._request, directory, manifest.artifact)
-                return self._finish(backend, store, address, loaded, "built", missed)
+                if built.loaded is None and directory != staging:
+                    # What was loaded may open further files of its directory later, and that has moved.
+                    del loaded
+                    manifest = read_manifest(directory)  # another process may have published the same key first
+                    loaded, _ = self._load(backend, store, guard, address, directory, manifest, manifest.seal, None)
+                return self._ready(backend, loaded, address.key.digest, "built", missed, canary)
 
     def _manifest(self, backend: Backend, key: CacheKey, artifact: dict[str, object], staging: Path) -> Manifest:
         recorded = {
@@ -224,20 +234,29 @@ class _Start:
         plain = json.loads(json.dumps(artifact))
         return Manifest(key["format"], key.parts, backend.name, plain, list_files(staging), recorded, build_ms)
 
+    def _refuse(self, guard: Guard, seal: str = "") -> None:
+        try:
+            guard.refuse(seal)
+        except QuarantinedError:
+            self._metrics.count("quarantined")
+            raise
+
     def _from_entry(
         self,
         backend: Backend,
         store: Store,
+        guard: Guard,
         address: Address,
         hit: Hit,
         result: str,
         missed: tuple[str, ...],
     ) -> CompiledModel | Corrupt:
         """Serve an entry; one that does not load although its bytes are right is moved aside, to be built again."""
+        self._refuse(guard, hit.manifest.seal)
         try:
-            with self._metrics.phase("load"):
-                loaded = backend.load(self._request, hit.directory, hit.manifest.artifact)
-            model = self._finish(backend, store, address, loaded, result, missed)
+            loaded, canary = self._load(
+                backend, store, guard, address, hit.directory, hit.manifest, hit.manifest.seal, None
+            )
         except _FINAL:
             raise
         except Exception as error:
@@ -246,27 +265,45 @@ class _Start:
             store.discard(address, f"{type(error).__name__}: {_one_line(error)}")
             return Corrupt(_one_line(error))
         self._metrics.count("hit")
-        return model
+        return self._ready(backend, loaded, address.key.digest, result, missed, canary)
 
-    def _finish(
+    def _load(
         self,
         backend: Backend,
         store: Store,
+        guard: Guard,
         address: Address,
-        loaded: Loaded,
-        result: str,
-        missed: tuple[str, ...],
-    ) -> CompiledModel:
-        loaded = self._slots.wrap(loaded)
-        with one_thread(loaded):
-            with self._metrics.phase("canary"):
-                canary = check_canary(store, address, self._request, loaded)
-            with self._metrics.phase("warmup"):
-                run_warmup(self._request, loaded, canary["cases"])
+        directory: Path,
+        manifest: Manifest,
+        seal: str,
+        live: Loaded | None,
+    ) -> tuple[Loaded, dict[str, object]]:
+        """Load an artifact unless it is live already, check and warm it up, all of it guarded.
+
+        `seal` is what a quarantine names: the entry, or nothing while it is not published.
+        """
+        loaded = live
+        with guard.marked("load", seal, sum(manifest.build_ms.values()) / 1000):
+            if guard.problem is not None and guard.problem not in self._notes:
+                self._notes.append(guard.problem)
+            if loaded is None:
+                with self._metrics.phase("load"), guard.limited():
+                    loaded = backend.load(self._request, directory, manifest.artifact)
+            loaded = self._slots.wrap(loaded)
+            limited = guard.limit(loaded)
+            with one_thread(loaded):
+                with self._metrics.phase("canary"):
+                    try:
+                        canary = check_canary(store, address, self._request, limited)
+                    except CanaryError as error:
+                        guard.quarantine_canary(seal, error)
+                        raise
+                with self._metrics.phase("warmup"):
+                    run_warmup(self._request, limited, canary["cases"])
         if canary["source"] == "eager":
             self._metrics.count("canary_recorded")
         loaded.seal()
-        return self._ready(backend, loaded, address.key.digest, result, missed, canary)
+        return loaded, canary
 
     def _ready(
         self,
@@ -296,8 +333,6 @@ class _Start:
 
 def _is_damage(error: Exception) -> bool:
     """Whether an error while loading a verified entry says that the entry is at fault, not the model or the weights."""
-    from ts_handlers.errors import CanaryError
-
     return not isinstance(error, (CanaryError, MemoryError))
 
 

@@ -13,6 +13,8 @@ from file_backend import PHASES, START
 from models import eager_model
 from subprocesses import finish, run_python, start_python
 
+from ts_handlers.store.quarantine import lift_quarantine, read_quarantines
+
 pytestmark = pytest.mark.processes
 
 
@@ -93,3 +95,30 @@ def test_process_without_a_usable_store_serves_and_says_so(archive: Path, tmp_pa
     facts = check(run_python(START, archive, tmp_path / "file"), archive)
     assert facts["result"] == "built"
     assert [fallback["backend"] for fallback in facts["fallbacks"]] == ["store"]
+
+
+def test_workers_that_an_artifact_kills_together_restart_on_the_next_backend(archive: Path, tmp_path: Path) -> None:
+    store, log = tmp_path / "store", tmp_path / "builds"
+    run_python(START, archive, store, BUILD_LOG=str(log))
+    crash = {"BUILD_LOG": str(log), "CRASH_AT": "load", "CRASHES": "2"}
+    for child in [start_python(START, archive, store, **crash) for _ in range(2)]:
+        finish(child, -signal.SIGSEGV)
+    for child in [start_python(START, archive, store, **crash) for _ in range(2)]:
+        facts = check(finish(child), archive)
+        assert (facts["backend"], facts["counters"]["quarantined"]) == ("eager", 1)
+        assert "Segmentation fault while loading" in facts["fallbacks"][0]["reason"]
+    assert log.read_text().count("crash") == 2
+    (record,) = read_quarantines(store)
+    assert "file_backend.py" in record.details
+    lift_quarantine(store, record.key)
+    assert check(run_python(START, archive, store, BUILD_LOG=str(log)), archive)["result"] == "hit"
+
+
+def test_a_build_that_kills_its_process_is_not_repeated(archive: Path, tmp_path: Path) -> None:
+    store, log = tmp_path / "store", tmp_path / "builds"
+    crash = {"BUILD_LOG": str(log), "CRASH_AT": "build"}
+    finish(start_python(START, archive, store, **crash), -signal.SIGSEGV)
+    facts = check(run_python(START, archive, store, **crash), archive)
+    assert facts["backend"] == "eager"
+    assert "Segmentation fault while building" in facts["fallbacks"][0]["reason"]
+    assert begun(log) == 1

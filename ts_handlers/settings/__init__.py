@@ -3,6 +3,7 @@
 from ts_handlers.settings.location import default_store_root as default_store_root
 from ts_handlers.settings.model import ALL_BACKENDS as ALL_BACKENDS
 from ts_handlers.settings.model import BACKENDS as BACKENDS
+from ts_handlers.settings.model import DEFAULT_STARTUP_TIMEOUT_SECONDS as DEFAULT_STARTUP_TIMEOUT_SECONDS
 from ts_handlers.settings.model import DTYPES as DTYPES
 from ts_handlers.settings.model import PT2_SECTION as PT2_SECTION
 from ts_handlers.settings.model import SECTION as SECTION

@@ -32,6 +32,8 @@ DTYPES = (
 )
 SECTION = "handler.ts_handlers"
 PT2_SECTION = "pt2.compile"
+DEFAULT_STARTUP_TIMEOUT_SECONDS = 120
+"""How long TorchServe waits for a worker when model-config.yaml does not say it."""
 
 BackendName = Literal["tensorrt", "aot_inductor", "inductor", "eager"]
 DtypeName = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]

@@ -10,11 +10,12 @@ import msgspec
 class GuardSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Limits on loading an artifact, which is native code.
 
-    A load that is not done and canary-checked after `load_seconds` ends the process, which quarantines the entry; None
-    sets no limit. `load_memory_mb` bounds what the process may allocate in the meantime, in MiB; None sets no bound.
+    Loading, or one call while it is checked and warmed up, that takes longer than `load_seconds` ends the process, and
+    the entry is quarantined; ``auto`` is 120 s, or twice what the build took where that is longer, None sets no limit.
+    `load_memory_mb` bounds what the process may allocate in the meantime, in MiB; None sets no bound.
     """
 
-    load_seconds: float | None = 120.0
+    load_seconds: float | Literal["auto"] | None = "auto"
     load_memory_mb: int | None = None
 
 

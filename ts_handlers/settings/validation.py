@@ -9,6 +9,9 @@ from ts_handlers.settings.model import ALL_BACKENDS, PT2_SECTION, SECTION, Setti
 from ts_handlers.settings.quantities import parse_bytes
 from ts_handlers.settings.sections import Quota
 
+_LONGEST_SECONDS = 7 * 24 * 3600
+_LARGEST_MB = 2**30
+
 
 def validate(settings: Settings) -> None:
     """Raise `SettingsError` with the path of the first setting that cannot stand beside the others."""
@@ -32,6 +35,7 @@ def validate(settings: Settings) -> None:
             f"{SECTION}.canary.tolerance: expected a relative error of at least 0, found {tolerance}; "
             "remove it to take the one that fits the dtype"
         )
+    _validate_guard(settings)
     if settings.compile.mode is not None and settings.compile.options:
         raise SettingsError(
             f"{PT2_SECTION}: torch.compile takes either mode ({settings.compile.mode!r}) or options "
@@ -67,6 +71,20 @@ def validate(settings: Settings) -> None:
             raise SettingsError(
                 f"{SECTION}.dimensions.{name}: no input uses this dimension; name it in a shape or remove it"
             )
+
+
+def _validate_guard(settings: Settings) -> None:
+    seconds, megabytes = settings.guard.load_seconds, settings.guard.load_memory_mb
+    if isinstance(seconds, (int, float)) and not 0 < seconds <= _LONGEST_SECONDS:
+        raise SettingsError(
+            f"{SECTION}.guard.load_seconds: expected seconds above 0 and up to {_LONGEST_SECONDS}, found {seconds}; "
+            "write null for no limit, or 'auto'"
+        )
+    if megabytes is not None and not 0 < megabytes <= _LARGEST_MB:
+        raise SettingsError(
+            f"{SECTION}.guard.load_memory_mb: expected MiB from 1 to {_LARGEST_MB}, found {megabytes}; "
+            "write null for no bound"
+        )
 
 
 def _validate_inputs(settings: Settings) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
-from typing import Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import typer
 
 from ts_handlers.cli.exit_codes import ExitCode
 from ts_handlers.cli.options import JsonOption, StoreOption, open_existing_store
 from ts_handlers.cli.output import human_age, human_bytes, print_json, print_table, timestamp
+
+if TYPE_CHECKING:
+    from ts_handlers.store.scan import EntryInfo
 
 
 def command(
@@ -17,15 +22,19 @@ def command(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> ExitCode:
-    """List the entries: model, backend, device, key, size, age, last use, uses, state.
+    """List the entries: model, backend, device, key, size, age, last use, uses, state; and what is quarantined.
 
-    Ends with 1 when an entry is not `ok`. Digests are not computed; see `ts-handlers verify`.
+    Ends with 1 when an entry is not `ok` or something is quarantined. Digests are not computed; see
+    `ts-handlers verify`.
     """
+    from ts_handlers.store.quarantine import read_quarantines
     from ts_handlers.store.scan import scan_entries, scan_trash
 
     opened = open_existing_store(store)
     entries = [entry for entry in scan_entries(opened.root) if fnmatch.fnmatchcase(entry.model, model)]
     trash = scan_trash(opened.root)
+    records = [record for record in read_quarantines(opened.root) if fnmatch.fnmatchcase(record.model, model)]
+    reasons = {(record.key, record.seal): record.reason for record in records}
     total = {
         "entries": len(entries),
         "bytes": sum(entry.bytes for entry in entries),
@@ -50,7 +59,8 @@ def command(
             for entry in entries
         ]
         aside = [{"name": item.name, "reason": item.reason, "bytes": item.bytes} for item in trash]
-        print_json({"store": str(opened.root), "entries": rows, "moved_aside": aside, "total": total})
+        facts = {"store": str(opened.root), "entries": rows, "moved_aside": aside, "total": total}
+        print_json({**facts, "quarantined": msgspec.to_builtins(records)})
     else:
         print_table(
             ("model", "backend", "device", "key", ">size", ">age", ">last use", ">uses", "pinned", "state"),
@@ -65,7 +75,7 @@ def command(
                     human_age(entry.last_used),
                     entry.uses,
                     "pinned" if entry.pinned else "",
-                    entry.state if entry.problem is None else f"{entry.state}: {entry.problem}",
+                    _state(entry, reasons),
                 )
                 for entry in entries
             ),
@@ -73,4 +83,17 @@ def command(
         print(f"{total['entries']} entries, {human_bytes(total['bytes'])}, {total['inodes']} inodes in {opened.root}")
         if trash:
             print(f"{len(trash)} moved aside, {human_bytes(sum(item.bytes for item in trash))}; `ts-handlers gc`")
-    return ExitCode.OK if all(entry.state == "ok" for entry in entries) else ExitCode.FINDINGS
+        if records:
+            print("\nquarantined: not tried again with the same libraries; `ts-handlers unquarantine KEY` lifts it")
+            print_table(
+                ("model", "backend", "key", "since", "phase", "reason"),
+                [(r.model, r.backend, r.key[:12], r.time, r.phase, r.reason) for r in records],
+            )
+    return ExitCode.OK if all(entry.state == "ok" for entry in entries) and not records else ExitCode.FINDINGS
+
+
+def _state(entry: EntryInfo, reasons: Mapping[tuple[str, str], str]) -> str:
+    if entry.problem is not None:
+        return f"{entry.state}: {entry.problem}"
+    seal = "" if entry.manifest is None else entry.manifest.seal
+    return "quarantined" if (entry.key, seal) in reasons else entry.state

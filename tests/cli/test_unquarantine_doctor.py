@@ -1,0 +1,82 @@
+"""`ls` and `unquarantine` of what a crash left, and `doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from subprocesses import run_python
+
+import ts_handlers.doctor
+from ts_handlers.cache_key import CacheKey
+from ts_handlers.cli.exit_codes import ExitCode
+from ts_handlers.settings import Settings
+from ts_handlers.store.entry import read_manifest
+from ts_handlers.store.guard import Guard
+
+Run = Callable[..., Any]
+
+
+def quarantine(store: Path) -> tuple[str, str]:
+    """Quarantine the entry of ``linear``, and a build; returns both keys."""
+    (manifest,) = (store / "entries").rglob("manifest.json")
+    entry = read_manifest(manifest.parent)
+    other = CacheKey((("backend", "inductor"),))
+    for key, seal, model in ((entry.cache_key, entry.seal, "linear"), (other, "", "other")):
+        Guard(store, Settings(), key, model, lambda: "w1").quarantine_canary(seal, ValueError("it is off"))
+    return entry.cache_key.digest, other.digest
+
+
+def test_ls_shows_what_is_quarantined_and_unquarantine_lifts_it(run: Run, filled: Path) -> None:
+    key, other = quarantine(filled)
+    listed = run("ls", "--store", filled, "--json")
+    assert listed.code == ExitCode.FINDINGS
+    assert {(record["key"], record["model"], record["reason"]) for record in listed.json["quarantined"]} == {
+        (key, "linear", "ValueError: it is off"),
+        (other, "other", "ValueError: it is off"),
+    }
+    table = run("ls", "--store", filled).out
+    assert " quarantined" in next(line for line in table.splitlines() if line.startswith("linear"))
+    assert table.count("ValueError: it is off") == 2
+    assert other[:12] not in run("ls", "linear", "--store", filled).out
+    lifted = run("unquarantine", key[:6], "--store", filled, "--json")
+    assert [record["key"] for record in lifted.json] == [key]
+    assert other in run("unquarantine", other, "--store", filled).out
+    assert run("ls", "--store", filled).code == 0
+    again = run("unquarantine", key, "--store", filled)
+    assert (again.code, "no quarantined key" in again.err) == (ExitCode.USAGE, True)
+
+
+def test_several_keys_are_not_lifted_at_once(run: Run, filled: Path) -> None:
+    quarantine(filled)
+    result = run("unquarantine", "", "--store", filled)
+    assert (result.code, "2 quarantined keys" in result.err) == (ExitCode.USAGE, True)
+    assert len(run("ls", "--store", filled, "--json").json["quarantined"]) == 2
+
+
+def test_quarantines_are_read_without_torch(filled: Path) -> None:
+    quarantine(filled)
+    code = """
+        import sys
+        from ts_handlers.store.quarantine import read_quarantines
+        print(len(read_quarantines(sys.argv[1])), "torch" in sys.modules)
+    """
+    assert run_python(code, filled).split() == ["2", "False"]
+
+
+def test_doctor_prints_findings_and_ends_by_the_worst(run: Run, filled: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("ts_handlers.doctor.CHECKS", ts_handlers.doctor.CHECKS[8:])
+    assert (run("doctor", "--store", filled).code, run("doctor", "--store", filled, "--json").json["status"]) == (
+        0,
+        "ok",
+    )
+    quarantine(filled)
+    found = run("doctor", "--store", filled)
+    assert found.code == ExitCode.FINDINGS
+    assert "ts-handlers unquarantine" in found.out
+    config = tmp_path / "model-config.yaml"
+    config.write_text("startupTimeout: 0.00001")
+    failed = run("doctor", "--store", filled, "--config", config, "--model", "linear", "--json")
+    assert (failed.code, failed.json["status"]) == (ExitCode.FAILED, "fail")
+    assert "building linear took" in failed.json["findings"][-1]["found"]

@@ -1,0 +1,26 @@
+"""`ts-handlers unquarantine`."""
+
+from __future__ import annotations
+
+import msgspec
+import typer
+
+from ts_handlers.cli.options import JsonOption, KeyArgument, StoreOption, open_existing_store
+from ts_handlers.cli.output import print_json
+
+
+def command(key: KeyArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Let what is quarantined under a key be tried again by the next start."""
+    from ts_handlers.store.quarantine import lift_quarantine, read_quarantines
+
+    root = open_existing_store(store).root
+    keys = sorted({record.key for record in read_quarantines(root, key.lower())})
+    if len(keys) != 1:
+        found = f"{len(keys)} quarantined keys start with {key!r}: {', '.join(keys[:8])}; give more digits"
+        raise typer.BadParameter(found if keys else f"no quarantined key in {root} starts with {key!r}")
+    lifted = lift_quarantine(root, keys[0])
+    if as_json:
+        print_json(msgspec.to_builtins(lifted))
+    else:
+        for record in lifted:
+            print(f"{record.key} of {record.model} is tried again; was: {record.reason}")
