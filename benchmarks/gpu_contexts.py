@@ -133,9 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["resnet50", "bert_base"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--max-autotune", action="store_true", help="measure that mode too (minutes)"
-    )
+    parser.add_argument("--max-autotune", action="store_true", help="measure that mode too (minutes)")
     parser.add_argument("--json")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -323,7 +323,7 @@ class _Start:
             canary=canary,
             notes=tuple(self._notes),
         )
-        if backend.name == "aot_inductor":
+        if backend.name in ("aot_inductor", "tensorrt"):
             self._request.source.release()  # the artifact does not need the eager module
         loaded = self._slots.wrap(loaded)
         model = CompiledModel(self._request, loaded, outcome, self._metrics, self._slots)

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 
 from ts_handlers import fingerprint
@@ -28,7 +27,7 @@ from ts_handlers.backends import tensorrt_library
 from ts_handlers.backends.base import Built, Description, Loaded, Phase, Request
 from ts_handlers.errors import BuildError, CanaryError, InputError
 from ts_handlers.settings import Dimension
-from ts_handlers.settings.sections import ContextSettings, Range, TensorRTSettings
+from ts_handlers.settings.sections import Range, TensorRTSettings
 from ts_handlers.signature import Signature, Sizes
 from ts_handlers.structure import unflatten
 
@@ -112,8 +111,8 @@ class TensorRTBackend:
         description["in_tensorrt"] = [plan.converted, plan.total]
         del module, flat, program
         with phase("verify"):
-            _verify(request, signature, directory, description)
-        return Built(description)
+            loaded = _verify(request, signature, directory, description)
+        return Built(description, loaded)
 
     def load(self, request: Request, directory: Path, description: Description) -> Loaded:
         """Deserialise the plans and create the execution contexts."""
@@ -122,8 +121,7 @@ class TensorRTBackend:
             from ts_handlers.backends.tensorrt_module import load_module
 
             return load_module(request, directory, description)
-        loaded, _ = _load(request, directory, description, request.settings.contexts)
-        return loaded
+        return _load(request, directory, description)[0]
 
 
 def profile_ranges(request: Request) -> list[Ranges]:
@@ -209,6 +207,7 @@ def _load(request: Request, directory: Path, description: Description, contexts:
     from ts_handlers.serving.torch_device import TorchDevice
 
     signature = request.require_signature()
+    contexts = request.settings.contexts
     profiles = description["profiles"]
     engine: Any = TensorRTEngine(
         description["flavour"],
@@ -292,13 +291,12 @@ def _canary_sizes(profiles: Sequence[Bounds]) -> list[Sizes]:
     return sizes if smallest in sizes else [*sizes, smallest]
 
 
-def _verify(request: Request, signature: Signature, directory: Path, description: Description) -> None:
+def _verify(request: Request, signature: Signature, directory: Path, description: Description) -> Loaded:
     """Compare the plan with eager at the ends of every profile, and keep the kernels compiled on the way."""
     from ts_handlers.backends.eager import eager_run
     from ts_handlers.warmup import compare_outputs
 
-    one = msgspec.structs.replace(request.settings.contexts, count=1, scratch="private", cuda_graphs=False)
-    loaded, engine = _load(request, directory, description, one)
+    loaded, engine = _load(request, directory, description)
     eager = eager_run(request, signature.names)
     for ranges in description["profiles"]:
         for corner in itertools.product(*(sorted(set(bounds)) for bounds in ranges.values())):
@@ -311,6 +309,7 @@ def _verify(request: Request, signature: Signature, directory: Path, description
     cache = engine.runtime_cache()
     if cache:
         (directory / CACHE).write_bytes(cache)
+    return loaded
 
 
 BACKEND = TensorRTBackend()
