@@ -200,7 +200,7 @@ def _timing_cache(request: Request, flavour: str) -> Path | None:
     return request.shared_folder / "timing" / f"{tensorrt_library.version(flavour)}-{device}.cache"
 
 
-def _load(request: Request, directory: Path, description: Description, contexts: ContextSettings) -> tuple[Loaded, Any]:
+def _load(request: Request, directory: Path, description: Description) -> tuple[Loaded, Any]:
     """The plan on the device, and its engine."""
     from ts_handlers.backends.tensorrt_runtime import TensorRTEngine
     from ts_handlers.serving.runner import EngineRunner
