@@ -24,6 +24,18 @@ find_python() {
     return 1
 }
 
+# TensorRT for RTX with Torch-TensorRT, for the tests of the plan builder (tests/rtx). In a folder of its own: TorchServe's
+# handlers import torch_tensorrt wherever it is installed, and it dies without a GPU.
+install_tensorrt() {
+    if [ "$(uname -sm)" != "Linux x86_64" ]; then
+        return
+    fi
+    "$VENV_PYTHON" -m pip install --quiet --no-deps --target "$ENVIRONMENT/tensorrt" \
+        tensorrt-rtx-cu13-libs==1.4.0.76 tensorrt-rtx-cu13-bindings==1.4.0.76 tensorrt-rtx-cu13==1.4.0.76 \
+        tensorrt-rtx==1.4.0.76 torch-tensorrt-rtx==2.13.0 dllist==2.0.0 ||
+        echo "TensorRT for RTX could not be installed; its tests will be skipped" >&2
+}
+
 make_environment() {
     local python stamp
     python="$(find_python)"
@@ -43,6 +55,7 @@ make_environment() {
     # shellcheck disable=SC2086  # TORCH_SPEC may hold options.
     "$VENV_PYTHON" -m pip install --quiet ${TORCH_SPEC:-torch==2.13.0}
     "$VENV_PYTHON" -m pip install --quiet --editable '.[serve,dev]'
+    install_tensorrt
     echo "$stamp" >"$ENVIRONMENT/stamp"
 }
 

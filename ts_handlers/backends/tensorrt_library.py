@@ -117,7 +117,8 @@ def _module_name(flavour: str) -> str | None:
             if module is not None and getattr(module, "_package_name", name) in (name, ""):
                 return name
             continue
-        if importlib.util.find_spec(name) is not None:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None:  # a mere folder of that name is no package
             return name
     return None
 

@@ -52,6 +52,7 @@ def validate(settings: Settings) -> None:
     _validate_quota(f"{SECTION}.space.store", settings.space.store)
     _validate_quota(f"{SECTION}.space.per_model", settings.space.per_model)
     _validate_inputs(settings)
+    _validate_tensorrt(settings)
     used = {size for spec in settings.inputs for size in spec.shape if isinstance(size, str)}
     for index, sizes in enumerate(settings.warmup):
         for name, size in sizes.items():
@@ -124,3 +125,29 @@ def _has_values(dtype: str, low: float, high: float) -> bool:
     if not (math.isfinite(low) and math.isfinite(high)):
         return False
     return low < high if "float" in dtype else int(low) < int(high)
+
+
+def _validate_tensorrt(settings: Settings) -> None:
+    section = settings.tensorrt
+    where = f"{SECTION}.tensorrt"
+    if section.workspace_mb is not None and section.workspace_mb < 1:
+        raise SettingsError(
+            f"{where}.workspace_mb: expected at least 1 MiB, found {section.workspace_mb}; remove it for the default"
+        )
+    if section.optimization_level is not None and not 0 <= section.optimization_level <= 5:
+        raise SettingsError(f"{where}.optimization_level: expected 0 to 5, found {section.optimization_level}")
+    for index, ranges in enumerate(section.ranges):
+        for name, sizes in ranges.items():
+            path = f"{where}.ranges[{index}].{name}"
+            if name not in settings.dimensions:
+                raise SettingsError(f"{path}: unknown dimension; declared are {sorted(settings.dimensions)}")
+            if not sizes.min <= sizes.opt <= sizes.max:
+                raise SettingsError(
+                    f"{path}: expected min <= opt <= max, found {sizes.min}, {sizes.opt}, {sizes.max}; reorder them"
+                )
+            declared = settings.dimensions[name]
+            if sizes.min < declared.min or sizes.max > declared.max:
+                raise SettingsError(
+                    f"{path}: {sizes.min}..{sizes.max} is outside {declared.min}..{declared.max}; "
+                    f"widen {SECTION}.dimensions.{name} or narrow the range"
+                )

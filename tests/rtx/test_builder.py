@@ -1,0 +1,219 @@
+"""The real builder of TensorRT for RTX and Torch-TensorRT's real converters, without a GPU: plans are built, never run.
+
+No figure and no numeric claim comes from here; plans are executed in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from subprocesses import run_python
+
+pytestmark = pytest.mark.compile
+
+PRELUDE = """
+import sys, json
+sys.path.insert(0, sys.argv[1])
+import without_gpu
+import torch
+from ts_handlers.backends import tensorrt_build as build
+from ts_handlers.errors import BuildError, LoadError, SettingsError
+from ts_handlers.settings.sections import TensorRTSettings
+from ts_handlers.backends.tensorrt_import import import_torch_tensorrt
+assert import_torch_tensorrt().__name__ == "torch_tensorrt"
+
+settings = build.compilation_settings(TensorRTSettings(), 0)
+
+def ranges(low, best, high, rest=(4,), dtype=torch.float32):
+    return build.InputRange("x", dtype, (low, *rest), (best, *rest), (high, *rest))
+
+def export(function, rest=(4,), dtype=torch.float32):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            for name, module in getattr(function, "modules", {}).items():
+                setattr(self, name, module.to(dtype))
+        def forward(self, x):
+            return function(self, x)
+    batch = torch.export.Dim("batch", min=1, max=16)
+    model = Model().eval()
+    return torch.export.export(model, (torch.ones(3, *rest, dtype=dtype),), dynamic_shapes=({0: batch},), strict=False)
+
+def plan(function, profiles=None, rest=(4,), dtype=torch.float32, settings=settings):
+    whole = ranges(1, 4, 16, rest, dtype)
+    return build.convert(export(function, rest, dtype), [whole], profiles or [[whole]], settings, None)
+
+found = {}
+"""
+
+
+def in_child(folder: Path, code: str) -> Any:
+    """What `code` left in `found`."""
+    here = str(Path(__file__).parent)
+    out = run_python(PRELUDE + code + "\nprint('FOUND ' + json.dumps(found))", here, PYTHONPATH=_path(folder))
+    return json.loads(next(line for line in out.splitlines() if line.startswith("FOUND "))[6:])
+
+
+def _path(folder: Path) -> str:
+    import os
+
+    from subprocesses import environment
+
+    return os.pathsep.join([str(folder), environment()["PYTHONPATH"]])
+
+
+def test_plans_are_built_and_options_are_checked(tensorrt_folder: Path) -> None:
+    found = in_child(
+        tensorrt_folder,
+        """
+def conv(self, x):
+    return self.head(self.conv(x).relu().mean((2, 3)))
+conv.modules = {"conv": torch.nn.Conv2d(3, 8, 3), "head": torch.nn.Linear(8, 4)}
+image = (3, 8, 8)
+one = plan(conv, rest=image)
+two = plan(conv, [[ranges(8, 8, 8, image)], [ranges(1, 4, 16, image)]], rest=image)
+found["converted"] = [one.converted, one.total]
+found["tensors"] = [one.inputs, one.outputs]
+found["bytes"] = [len(one.data), len(two.data)]
+
+def refusal(**options):
+    try:
+        build.compilation_settings(TensorRTSettings(options=options), 0)
+    except SettingsError as error:
+        return str(error)
+found["unknown"] = refusal(use_fp32_acx=True)
+found["governed"] = refusal(workspace_size=1)
+found["accepted"] = build.compilation_settings(TensorRTSettings(options={"use_fp32_acc": True}), 0).use_fp32_acc
+found["workspace"] = build.compilation_settings(TensorRTSettings(workspace_mb=3), 0).workspace_size
+found["tf32"] = build.compilation_settings(TensorRTSettings(tf32=False), 0).disable_tf32
+""",
+    )
+    assert found["converted"][0] == found["converted"][1] > 0
+    assert found["tensors"] == [["x"], ["output0"]]
+    assert 0 < found["bytes"][0] < found["bytes"][1]  # a profile adds to the plan
+    assert "options.use_fp32_acx" in found["unknown"]
+    assert "did you mean 'use_fp32_acc'" in found["unknown"]
+    assert "governed by: workspace_mb" in found["governed"]
+    assert found["accepted"] is True
+    assert found["workspace"] == 3 << 20
+    assert found["tf32"] is True
+
+
+def test_graphs_that_share_operators_get_plans_of_their_own(tensorrt_folder: Path) -> None:
+    """Torch-TensorRT's own engine cache takes each of these pairs for the same engine."""
+    found = in_child(
+        tensorrt_folder,
+        """
+import hashlib
+pairs = {
+    "softmax": (lambda self, x: torch.softmax(x, 0), lambda self, x: torch.softmax(x, 1)),
+    "add": (lambda self, x: x + 1, lambda self, x: x + 2),
+    "edges": (lambda self, x: x - torch.relu(x), lambda self, x: torch.relu(x) - x),
+}
+for name, pair in pairs.items():
+    found[name] = [hashlib.sha256(plan(function).data).hexdigest() for function in pair]
+""",
+    )
+    assert len(found) == 3
+    for name, (left, right) in found.items():
+        assert left != right, name
+
+
+def test_what_does_not_convert_is_said_with_the_fraction(tensorrt_folder: Path) -> None:
+    found = in_child(
+        tensorrt_folder,
+        """
+def partial(self, x):
+    return self.b(torch.erfinv(torch.tanh(self.a(x)) * 0.9))
+partial.modules = {"a": torch.nn.Linear(4, 4), "b": torch.nn.Linear(4, 2)}
+try:
+    plan(partial)
+except build.PartialConversionError as error:
+    found["partial"] = [error.converted, error.total, str(error)]
+
+try:
+    plan(lambda self, x: torch.nonzero(x))
+except Exception as error:
+    found["data"] = type(error).__name__
+""",
+    )
+    converted, total, message = found["partial"]
+    assert 0 < converted < total
+    assert "erfinv" in message
+    assert "tensorrt.partial" in message
+    assert "data" in found  # refused: its output's shape depends on the data
+
+
+def test_normalisations_of_half_precision_run_in_float32(tensorrt_folder: Path) -> None:
+    found = in_child(
+        tensorrt_folder,
+        """
+def norm(self, x):
+    return self.norm(self.layer(x)) + x
+norm.modules = {"layer": torch.nn.Linear(4, 4), "norm": torch.nn.LayerNorm(4, eps=1e-12)}
+for dtype in (torch.float32, torch.float16):
+    graph = build.lower(export(norm, dtype=dtype), settings)
+    (node,) = [n for n in graph.graph.nodes if "native_layer_norm" in str(n.target)]
+    inputs = [str(node.args[index].target) for index in (0, 2, 3)]
+    (first,) = [user for user in node.users if user.args[1] == 0]
+    found[str(dtype)] = [inputs, str(first.meta["val"].dtype), str([n for n in graph.graph.nodes][-1].args[0])]
+found["bytes"] = len(plan(norm, dtype=torch.float16).data)
+""",
+    )
+    inputs, dtype, _ = found["torch.float16"]
+    assert all("_to_copy" in target for target in inputs)
+    assert dtype == "torch.float32"
+    inputs, dtype, _ = found["torch.float32"]
+    assert not any("_to_copy" in target for target in inputs)
+    assert found["bytes"] > 0
+
+
+def test_the_api_has_every_name_that_the_runner_uses(tensorrt_folder: Path) -> None:
+    found = in_child(
+        tensorrt_folder,
+        """
+from ts_handlers.backends.tensorrt_library import choose_flavour, import_tensorrt, installed_flavours, version
+trt = import_tensorrt("tensorrt_rtx")
+found["flavours"] = [installed_flavours(), choose_flavour("auto"), version("tensorrt_rtx")]
+names = {
+    "Runtime": ["deserialize_cuda_engine"],
+    "ICudaEngine": ["create_execution_context", "create_runtime_config", "num_io_tensors", "num_optimization_profiles",
+        "get_tensor_name", "get_tensor_dtype", "get_tensor_shape", "get_tensor_profile_shape",
+        "get_device_memory_size_for_profile_v2"],
+    "IExecutionContext": ["set_input_shape", "get_tensor_shape", "set_tensor_address", "set_device_memory",
+        "set_optimization_profile_async", "execute_async_v3"],
+    "IRuntimeConfig": ["create_runtime_cache", "set_runtime_cache", "set_execution_context_allocation_strategy"],
+    "IRuntimeCache": ["serialize", "deserialize"],
+    "ExecutionContextAllocationStrategy": ["USER_MANAGED"],
+    "IBuilderConfig": ["create_timing_cache", "set_timing_cache", "get_timing_cache", "add_optimization_profile"],
+}
+found["missing"] = [f"{kind}.{name}" for kind, members in names.items() for name in members
+                    if not hasattr(getattr(trt, kind), name)]
+from ts_handlers.backends import tensorrt_runtime
+found["dtypes"] = [name for name in tensorrt_runtime._DTYPES if not hasattr(trt.DataType, name)]
+
+from ts_handlers.backends.tensorrt_runtime import TensorRTEngine
+good = plan(lambda self, x: x + 1).data
+refused = []
+for data in (b"", b"x" * 100, good[: len(good) // 2], good):  # without a GPU not even a good plan is accepted
+    try:
+        TensorRTEngine("tensorrt_rtx", data, name="n", inputs=["x"], outputs=["output0"], device=torch.device("cuda"))
+    except LoadError as error:
+        refused.append(str(error))
+found["refused"] = refused
+try:
+    choose_flavour("tensorrt")
+except LoadError as error:
+    found["absent"] = str(error)
+""",
+    )
+    assert found["flavours"] == [["tensorrt_rtx"], "tensorrt_rtx", "tensorrt_rtx-1.4.0.76"]
+    assert found["missing"] == []
+    assert found["dtypes"] == []
+    assert len(found["refused"]) == 4
+    assert all("does not accept the plan 'n'" in message for message in found["refused"])
+    assert "ts-handlers[tensorrt]" in found["absent"]
