@@ -148,30 +148,6 @@ except Exception as error:
     assert "data" in found  # refused: its output's shape depends on the data
 
 
-def test_normalisations_of_half_precision_run_in_float32(tensorrt_folder: Path) -> None:
-    found = in_child(
-        tensorrt_folder,
-        """
-def norm(self, x):
-    return self.norm(self.layer(x)) + x
-norm.modules = {"layer": torch.nn.Linear(4, 4), "norm": torch.nn.LayerNorm(4, eps=1e-12)}
-for dtype in (torch.float32, torch.float16):
-    graph = build.lower(export(norm, dtype=dtype), settings)
-    (node,) = [n for n in graph.graph.nodes if "native_layer_norm" in str(n.target)]
-    inputs = [str(node.args[index].target) for index in (0, 2, 3)]
-    (first,) = [user for user in node.users if user.args[1] == 0]
-    found[str(dtype)] = [inputs, str(first.meta["val"].dtype), str([n for n in graph.graph.nodes][-1].args[0])]
-found["bytes"] = len(plan(norm, dtype=torch.float16).data)
-""",
-    )
-    inputs, dtype, _ = found["torch.float16"]
-    assert all("_to_copy" in target for target in inputs)
-    assert dtype == "torch.float32"
-    inputs, dtype, _ = found["torch.float32"]
-    assert not any("_to_copy" in target for target in inputs)
-    assert found["bytes"] > 0
-
-
 def test_the_api_has_every_name_that_the_runner_uses(tensorrt_folder: Path) -> None:
     found = in_child(
         tensorrt_folder,

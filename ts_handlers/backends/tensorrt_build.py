@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import operator
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -199,55 +198,7 @@ def lower(program: Any, settings: Any) -> Any:
     }
     known = inspect.signature(get_decompositions).parameters
     program = program.run_decompositions(get_decompositions(**{k: v for k, v in wanted.items() if k in known}))
-    graph = post_lowering(program.module(), settings)
-    normalise_in_float32(graph)
-    return graph
-
-
-def _tensor_arguments() -> dict[Any, tuple[int, ...]]:
-    """The operators that torch's kernels compute in float32 for half-precision values, and their tensor arguments."""
-    aten = torch.ops.aten
-    return {aten.native_layer_norm.default: (0, 2, 3), aten.native_group_norm.default: (0, 1, 2)}
-
-
-def normalise_in_float32(graph: Any) -> None:
-    """Compute layer and group normalisations of half-precision values in float32, as torch's kernels do.
-
-    TensorRT would take the values' own precision, in which BERT's epsilon of 1e-12 is zero.
-    """
-    operators = _tensor_arguments()
-    for node in list(graph.graph.nodes):
-        if node.op != "call_function" or node.target not in operators:
-            continue
-        dtype = node.args[0].meta["val"].dtype
-        if dtype not in (torch.float16, torch.bfloat16):
-            continue
-        arguments = list(node.args)
-        with graph.graph.inserting_before(node):
-            for index in operators[node.target]:
-                if index < len(arguments) and isinstance(arguments[index], torch.fx.Node):
-                    arguments[index] = _cast(graph, arguments[index], torch.float32)
-        node.args = tuple(arguments)
-        for user in list(node.users):
-            if user.target is operator.getitem and user.args[1] == 0:
-                _narrow(graph, user, dtype)
-    graph.graph.lint()
-    graph.recompile()
-
-
-def _narrow(graph: Any, node: torch.fx.Node, dtype: torch.dtype) -> None:
-    """Let every user of a node see it in `dtype`; the node itself is in float32 from now on."""
-    node.meta["val"] = node.meta["val"].to(torch.float32)
-    with graph.graph.inserting_after(node):
-        narrowed = _cast(graph, node, dtype)
-    node.replace_all_uses_with(narrowed, delete_user_cb=lambda user: user is not narrowed)
-
-
-def _cast(graph: Any, node: torch.fx.Node, dtype: torch.dtype) -> torch.fx.Node:
-    cast: torch.fx.Node = graph.graph.call_function(torch.ops.aten._to_copy.default, (node,), {"dtype": dtype})
-    if "val" in node.meta:
-        cast.meta["val"] = node.meta["val"].to(dtype)
-    return cast
+    return post_lowering(program.module(), settings)
 
 
 def _count_convertible(graph: Any, settings: Any) -> tuple[int, int]:
