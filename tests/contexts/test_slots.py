@@ -18,6 +18,8 @@ from ts_handlers import CompiledModel, ModuleSource, start_model
 from ts_handlers.backends import inductor
 from ts_handlers.backends.base import Loaded
 from ts_handlers.errors import BusyError
+from ts_handlers.metrics import Metrics
+from ts_handlers.serving.contexts import ContextPool
 from ts_handlers.serving.slots import ModuleSlots
 from ts_handlers.settings.sections import ContextSettings
 from ts_handlers.signature import Signature
@@ -83,6 +85,33 @@ def test_a_call_beyond_the_wait_is_refused_and_counted() -> None:
         assert first.result(60).tolist() == [[1, 1, 1, 1]]
     facts = model.describe()
     assert (facts["counters"]["busy"], facts["contexts"]["refused"]) == (1, 1)
+
+
+def test_waits_and_refusals_reach_torchserve_once() -> None:
+    seen: list[tuple[str, float]] = []
+
+    class TorchServeMetrics:
+        def add_counter(self, name: str, value: float) -> None:
+            seen.append((name, value))
+
+        def add_time(self, name: str, value: float, idx: None, unit: str) -> None:
+            seen.append((name, value))
+
+    metrics, pool = Metrics(), ContextPool([1], wait_seconds=0)
+    with pool.lend():
+        metrics.emit_contexts(TorchServeMetrics(), pool.stats())
+        assert seen == []
+        for _ in range(2):
+            with pytest.raises(BusyError):
+                pool.lend().__enter__()
+    for _ in range(2):
+        metrics.emit_contexts(TorchServeMetrics(), pool.stats())
+    assert [name for name, _ in seen] == [
+        "ts_handlers_context_waits_total",
+        "ts_handlers_context_wait_ms",
+        "ts_handlers_context_refused_total",
+    ]
+    assert (seen[0][1], seen[2][1]) == (2, 2)
 
 
 def test_what_is_not_reentrant_runs_one_call_at_a_time() -> None:
