@@ -12,6 +12,7 @@ from ts_handlers.backends.base import Loaded, Request, Run
 from ts_handlers.backends.eager import eager_run
 from ts_handlers.errors import BusyError, InputError
 from ts_handlers.metrics import Metrics
+from ts_handlers.serving.contexts import PoolStats
 from ts_handlers.serving.slots import ModuleSlots
 from ts_handlers.store.base import Store
 
@@ -116,6 +117,10 @@ class CompiledModel:
         """The device on which the model runs."""
         return self._device
 
+    def context_stats(self) -> PoolStats:
+        """Gauges and counters of the pool from which calls are lent their slots."""
+        return (self._loaded.pool or self._slots.pool).stats()
+
     def describe(self) -> dict[str, Any]:
         """Backend, key, hit or miss with the missed part, phases, counters and fallback reasons, JSON-compatible."""
         from ts_handlers.backends.inductor import compiled_graphs
@@ -125,7 +130,7 @@ class CompiledModel:
         facts["build_ms"] = {name: round(value, 1) for name, value in self.metrics.build_ms.items()}
         facts["counters"] = dict(self.metrics.counters)
         facts["artifact"] = dict(self._loaded.facts)
-        facts["contexts"] = dataclasses.asdict((self._loaded.pool or self._slots.pool).stats())
+        facts["contexts"] = dataclasses.asdict(self.context_stats())
         facts["device"] = str(self._device)
         facts["graphs_in_process"] = compiled_graphs()
         return facts

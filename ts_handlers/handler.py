@@ -241,7 +241,14 @@ class CompiledHandlerMixin:
         """Answer a batch. A request that the model cannot answer gets HTTP 400 and leaves the others alone; requests
         for which no execution context came free get HTTP 503."""
         self.context = context
-        batch = RequestBatch(data, context)
+        try:
+            return self._answer(RequestBatch(data, context))
+        finally:
+            if isinstance(self.model, CompiledModel):
+                self.model.metrics.emit_contexts(getattr(context, "metrics", None), self.model.context_stats())
+
+    def _answer(self, batch: RequestBatch) -> Any:
+        data, context = batch.rows, batch.context
         if self._micro_batches is not None and data and not self._asks_for_more():
             started = time.perf_counter()
             answers = self._micro_batches.answer(batch, self._answer_one_by_one)

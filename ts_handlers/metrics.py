@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from ts_handlers.serving.contexts import PoolStats
+
 _LOCK = threading.Lock()
 
 PHASES = (
@@ -52,6 +54,7 @@ class Metrics:
     phases_ms: dict[str, float] = dataclasses.field(default_factory=dict)
     build_ms: dict[str, float] = dataclasses.field(default_factory=dict)
     counters: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
+    _contexts: PoolStats = dataclasses.field(default_factory=PoolStats)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -79,6 +82,17 @@ class Metrics:
         for name, count in self.counters.items():
             if count:
                 torchserve_metrics.add_counter(f"ts_handlers_{name}_total", count)
+
+    def emit_contexts(self, torchserve_metrics: Any, stats: PoolStats) -> None:
+        """Hand over how many calls waited for an execution context since the last time, and how long together."""
+        before, self._contexts = self._contexts, stats
+        if torchserve_metrics is None or stats.waited == before.waited:
+            return
+        torchserve_metrics.add_counter("ts_handlers_context_waits_total", stats.waited - before.waited)
+        waited_ms = (stats.wait_seconds - before.wait_seconds) * 1000
+        torchserve_metrics.add_time("ts_handlers_context_wait_ms", round(waited_ms, 2), None, "ms")
+        if stats.refused > before.refused:
+            torchserve_metrics.add_counter("ts_handlers_context_refused_total", stats.refused - before.refused)
 
 
 @contextlib.contextmanager

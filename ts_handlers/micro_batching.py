@@ -135,7 +135,7 @@ class _Phases:
         if batch.answers is not None:
             return batch
         try:
-            if self._device.type == "cuda":
+            if self._device.type == "cuda" and self._device.index is not None:
                 torch.cuda.set_device(self._device)
             with self._current.use(batch.requests):
                 batch.value = getattr(self._handler, phase)(batch.value)

@@ -23,7 +23,7 @@ class Handler(CompiledHandler):
         self.tokenizer.enable_padding()
 
     def preprocess(self, data):
-        """Requests to one padded batch; remembers how many rows each request has."""
+        """Requests to one padded batch; `batch_state` remembers how many rows each request has."""
         requests = [read_texts(self.request_body(row)) for row in data]
         self.batch_state.rows = [(len(texts), many) for texts, many in requests]
         encodings = self.tokenizer.encode_batch([text for texts, _ in requests for text in texts])
@@ -39,7 +39,7 @@ class Handler(CompiledHandler):
 
     def postprocess(self, data):
         vectors = iter(data.float().cpu().tolist())
-        answers = [[next(vectors) for _ in range(count)] for count, _ in self.rows]
+        answers = [[next(vectors) for _ in range(count)] for count, _ in self.batch_state.rows]
         return [answer if many else answer[0] for answer, (_, many) in zip(answers, self.batch_state.rows, strict=True)]
 
 

@@ -109,6 +109,8 @@ class Loaded:
     pool:
         The pool from which `run` lends by itself; None when calls have to be lent a slot, as `contexts.count` says,
         before they reach `run` (see `ts_handlers.serving.slots`).
+    reentrant:
+        Whether several threads may be in `run` at once; if not, one call at a time whatever `contexts.count` says.
     """
 
     run: Run
@@ -120,6 +122,7 @@ class Loaded:
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     seal: Callable[[], None] = lambda: None
     pool: ContextPool[Any] | None = None
+    reentrant: bool = True
 
 
 @dataclasses.dataclass

@@ -106,4 +106,5 @@ def load_module(request: Request, directory: Path, description: Description) -> 
         return unflatten(list(answers) if isinstance(answers, (tuple, list)) else [answers], output)
 
     facts = {"module": True, "in_tensorrt": description["in_tensorrt"]}
-    return Loaded(run=run, signature=request.require_signature(), facts=facts)
+    # Torch-TensorRT's runtime has one execution context for each engine, and no lock round all of it.
+    return Loaded(run=run, signature=request.require_signature(), facts=facts, reentrant=False)

@@ -43,28 +43,29 @@ class PoolStats:
         What all calls waited together, refused ones included.
     """
 
-    size: int
-    in_use: int
-    waiting: int
-    high_water: int
-    lent: int
-    waited: int
-    refused: int
-    wait_seconds: float
+    size: int = 0
+    in_use: int = 0
+    waiting: int = 0
+    high_water: int = 0
+    lent: int = 0
+    waited: int = 0
+    refused: int = 0
+    wait_seconds: float = 0.0
 
 
 class Ticket(Generic[S]):
     """A request for a slot: granted at once, granted later when a slot comes back, or refused.
 
-    `settled` is set with the grant, or when the pool is closed; `slot` is valid once `granted` is true.
+    `slot` is valid once `granted` is true. `settled` exists in tickets that had to queue; it is set with the grant, or
+    when the pool is closed.
     """
 
     __slots__ = ("granted", "settled", "slot")
     slot: S
+    settled: threading.Event
 
     def __init__(self) -> None:
         self.granted = False
-        self.settled = threading.Event()
 
 
 class ContextPool(Generic[S]):
@@ -125,6 +126,7 @@ class ContextPool(Generic[S]):
                 self._grant(ticket, self._free.popleft())
             else:
                 self._waited += 1
+                ticket.settled = threading.Event()
                 self._queue.append(ticket)
         return ticket
 
@@ -142,7 +144,9 @@ class ContextPool(Generic[S]):
         """Return a slot, which goes to the first in the queue."""
         with self._lock:
             if self._queue:
-                self._grant(self._queue.popleft(), slot)
+                first = self._queue.popleft()
+                self._grant(first, slot)
+                first.settled.set()
             else:
                 self._free.append(slot)
                 self._idle.notify_all()
@@ -152,7 +156,6 @@ class ContextPool(Generic[S]):
         self._high_water = max(self._high_water, self.size - len(self._free))
         ticket.slot = slot
         ticket.granted = True
-        ticket.settled.set()
 
     def _take(self) -> S:
         ticket = self.request()

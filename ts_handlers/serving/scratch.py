@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 from ts_handlers.errors import ContextMemoryError
@@ -125,15 +124,10 @@ class SharedScratch:
 
     Enqueueing is done under a lock, which is short; the inferences themselves are chained on the device: each waits for
     the event that the one before it left behind.
-
-    Parameters
-    ----------
-    lock:
-        Held round wait, enqueue and record.
     """
 
-    def __init__(self, lock: AbstractContextManager[Any] | None = None) -> None:
-        self._lock = lock or threading.Lock()
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._last: Any = None
         self._broken: BaseException | None = None
 

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import msgspec
 import torch
 
 from ts_handlers.backends.base import Loaded
@@ -38,7 +39,7 @@ class ModuleSlots:
         streams: list[Any] = [None] * settings.count
         if device.type == "cuda" and settings.count > 1:
             streams = [torch.cuda.Stream(device) for _ in streams]  # type: ignore[no-untyped-call]
-        self._device = device
+        self._settings, self._device = settings, device
         self.pool: ContextPool[Any] = ContextPool(streams, settings.wait_seconds)
 
     def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -61,8 +62,11 @@ class ModuleSlots:
         """The same artifact with `run` in a slot; as it is when its backend has a pool of its own."""
         if loaded.pool is not None:
             return loaded
-        run, call = loaded.run, self.call
-        return dataclasses.replace(loaded, run=lambda tensors: call(run, tensors), pool=self.pool)
+        slots = (
+            self if loaded.reentrant else ModuleSlots(msgspec.structs.replace(self._settings, count=1), self._device)
+        )
+        run, call = loaded.run, slots.call
+        return dataclasses.replace(loaded, run=lambda tensors: call(run, tensors), pool=slots.pool)
 
 
 def _call_on(stream: Any, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:

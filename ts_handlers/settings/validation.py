@@ -49,6 +49,17 @@ def validate(settings: Settings) -> None:
             raise SettingsError(
                 f"{where}: min {dimension.min} is above max {dimension.max}; swap them or widen the range"
             )
+    if settings.contexts.count < 1:
+        raise SettingsError(
+            f"{SECTION}.contexts.count: expected at least 1, found {settings.contexts.count}; it is how many calls run "
+            "at once"
+        )
+    wait = settings.contexts.wait_seconds
+    if not (math.isfinite(wait) and wait >= 0):
+        raise SettingsError(
+            f"{SECTION}.contexts.wait_seconds: expected seconds from 0, found {wait}; a call that waits longer gets "
+            "HTTP 503"
+        )
     _validate_quota(f"{SECTION}.space.store", settings.space.store)
     _validate_quota(f"{SECTION}.space.per_model", settings.space.per_model)
     _validate_inputs(settings)
