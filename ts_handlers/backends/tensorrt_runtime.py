@@ -16,6 +16,7 @@ import torch
 
 from ts_handlers.backends.tensorrt_library import import_tensorrt, trt_logger
 from ts_handlers.errors import LoadError
+from ts_handlers.serving.scratch import ALIGNMENT
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,8 @@ class TensorRTEngine:
 
     def buffer_bytes(self, profile: int) -> int:
         """Preallocated outputs, and inputs where CUDA graphs are on."""
-        return sum(self.output_buffers(profile).values()) + sum(self.input_buffers(profile).values())
+        sizes = [*self.output_buffers(profile).values(), *self.input_buffers(profile).values()]
+        return sum(-(-nbytes // ALIGNMENT) * ALIGNMENT for nbytes in sizes)  # each is an allocation of its own
 
     def new_context(self, profile: int, stream: torch.cuda.Stream) -> TensorRTContext:
         """A context for use on `stream` only."""
