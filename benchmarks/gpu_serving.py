@@ -1,6 +1,6 @@
 """One TorchServe worker with k execution contexts against k eager workers, on a GPU: throughput, p99 and memory.
 
-    python benchmarks/gpu_serving.py --workers 4 --seconds 8 --rounds 3 --json FILE
+    python benchmarks/gpu_serving.py --workers 4 --seconds 5 --rounds 3 --json FILE
 
 The model is gpu_start.py's BERT-base in fp16; a request is one sequence of 128 token ids (int16, 256 bytes) and its
 answer the first token's vector (float16, 1536 bytes). Both sides batch in TorchServe: eager workers take 8 requests at
@@ -193,53 +193,48 @@ def prepare(work: Path, workers: int) -> Path:
 
 
 def main() -> None:
-    """Measure both sides in turns and print a table."""
+    """Measure one side after the other and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=4, help="eager workers, and contexts of the one other worker")
     parser.add_argument("--clients", type=int, default=96)
-    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--load", type=float, default=0.8, help="rate for p99, as a fraction of the eager throughput")
     parser.add_argument("--json")
     arguments = parser.parse_args()
-    rounds: list[dict[str, Facts]] = []
+    found: dict[str, Facts] = {}
     with tempfile.TemporaryDirectory() as folder:
         model_store = prepare(Path(folder), arguments.workers)
         rate = 0.0
-        for _ in range(arguments.rounds):
-            found: dict[str, Facts] = {}
-            for side in ("eager", "tensorrt"):
+        for side in ("eager", "tensorrt"):
 
-                def measure(port: int) -> Facts:
-                    nonlocal rate
-                    closed = load(port, arguments.clients, arguments.seconds)
-                    rate = rate or arguments.load * closed["per_second"]
-                    return {"closed": closed, "equal": load(port, arguments.clients, arguments.seconds, rate)}
+            def measure(port: int) -> Facts:
+                nonlocal rate
+                closed = [load(port, arguments.clients, arguments.seconds) for _ in range(arguments.rounds)]
+                rate = rate or arguments.load * statistics.median(one["per_second"] for one in closed)
+                equal = [load(port, arguments.clients, arguments.seconds, rate) for _ in range(arguments.rounds)]
+                return {"closed": closed, "equal": equal}
 
-                found[side] = serve(side, model_store, arguments.workers, measure)
-                print(side, {k: v for k, v in found[side].items() if k != "describe"}, flush=True)
-            rounds.append(found)
-        results = {"rate": rate, "rounds": rounds, "arguments": vars(arguments)}
+            found[side] = serve(side, model_store, arguments.workers, measure)
+            print(side, {key: value for key, value in found[side].items() if key != "describe"}, flush=True)
+        results = {"rate": rate, "sides": found, "arguments": vars(arguments)}
         if arguments.json:
             Path(arguments.json).write_text(json.dumps({"environment": environment(), "results": results}, indent=1))
-    report(rounds, arguments.workers)
+    report(found, arguments.workers)
 
 
-def report(rounds: list[dict[str, Facts]], workers: int) -> None:
-    """Medians and ratios per round."""
+def report(found: dict[str, Facts], workers: int) -> None:
+    """Ratios of medians."""
 
-    def ratio(*path: str) -> float:
-        def value(facts: Any) -> float:
-            for name in path:
-                facts = facts[name]
-            return float(facts)
+    def ratio(kind: str, name: str) -> float:
+        values = {side: statistics.median(one[name] for one in facts[kind]) for side, facts in found.items()}
+        return values["tensorrt"] / values["eager"]
 
-        return statistics.median(value(found["tensorrt"]) / value(found["eager"]) for found in rounds)
-
+    ours, eager = found["tensorrt"], found["eager"]
     print(f"one worker with {workers} contexts / {workers} eager workers:")
     print(f"  throughput {ratio('closed', 'per_second'):.2f}, p99 at equal load {ratio('equal', 'p99'):.2f}")
-    print(f"  GPU memory {ratio('gpu_memory_mib'):.2f}, time to READY {ratio('ready_s'):.2f}")
-    memory = rounds[-1]["tensorrt"]["describe"]["artifact"]["memory"]
+    print(f"  GPU memory {ours['gpu_memory_mib']} / {eager['gpu_memory_mib']} MiB, READY {ours['ready_s']} s")
+    memory = ours["describe"]["artifact"]["memory"]
     print(f"  memory of the contexts: {json.dumps(memory['predicted'])} used {json.dumps(memory['used'])}")
 
 

@@ -174,8 +174,15 @@ def test_a_plan_that_is_not_accepted_is_rebuilt(archive_folder: Path, tmp_path: 
 def test_too_many_contexts_are_refused_with_the_figures(archive_folder: Path, store: Path) -> None:
     from ts_handlers.errors import ContextMemoryError
 
-    with pytest.raises(ContextMemoryError, match=r"contexts.count 100000000 with private scratch needs \d+ bytes"):
-        start(archive_folder, store, contexts={"count": 100_000_000})
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    taken = torch.empty(free - (200 << 20), dtype=torch.uint8, device="cuda")
+    try:
+        with pytest.raises(ContextMemoryError, match=r"contexts.count 64 with private scratch needs \d+ bytes"):
+            start(archive_folder, store, contexts={"count": 64})
+    finally:
+        del taken
+        torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("partial", ["next", "module"])
