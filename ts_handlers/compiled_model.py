@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,13 +16,17 @@ from ts_handlers.serving.contexts import PoolStats
 from ts_handlers.serving.slots import ModuleSlots
 from ts_handlers.store.base import Store
 
+if TYPE_CHECKING:
+    from ts_handlers.background import BackgroundBuild
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """How a start ended; the contents of `describe`.
 
     `result` is ``hit``, ``built`` (by this process), ``waited`` (built by another process of this host while this one
-    waited) or ``eager``. `missed` names the key parts that kept the nearest entry from being a hit.
+    waited), ``eager``, or with ``on_miss: background`` first ``background`` (served eagerly while a child process
+    builds) and then ``swapped``. `missed` names the key parts that kept the nearest entry from being a hit.
     """
 
     backend: str
@@ -47,6 +51,8 @@ class CompiledModel:
         How the start ended, and its phases and counters.
     store:
         The store that the artifact came from, if any; it keeps the artifact's files while this object lives.
+    background:
+        The build that goes on beside an eager model, or None.
 
     Raises
     ------
@@ -60,11 +66,8 @@ class CompiledModel:
         self, request: Request, loaded: Loaded, outcome: Outcome, metrics: Metrics, slots: ModuleSlots
     ) -> None:
         self._request = request
-        self._loaded = loaded
-        self._signature = loaded.signature
-        self._run: Run = loaded.run
+        self._loaded = loaded  # `swap` replaces it, so a call reads it once
         self._device = request.device
-        self._checked = bool(loaded.signature.inputs)
         self._outside_eager = request.settings.outside == "eager"
         self._slots = slots
         self._eager: Run | None = None
@@ -72,16 +75,18 @@ class CompiledModel:
         self.outcome = outcome
         self.metrics = metrics
         self.store: Store | None = None
+        self.background: BackgroundBuild | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._checked:
+        loaded = self._loaded
+        signature = loaded.signature
+        if not signature.inputs:
             return self._call_eager(args, kwargs)
-        signature = self._signature
         try:
             tensors = signature.bind(args, kwargs, self._device)
             try:
                 signature.check(tensors)
-                return self._run(tensors)
+                return loaded.run(tensors)
             except InputError:
                 if not self._outside_eager:
                     raise
@@ -103,6 +108,16 @@ class CompiledModel:
     def _run_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.inference_mode():
             return self._request.eager()(*args, **kwargs)
+
+    def swap(self, other: CompiledModel) -> None:
+        """Serve from the next call on what `other` serves; calls that are running end as they began."""
+        before = self._loaded
+        if self._outside_eager and before.signature.names == other._loaded.signature.names:
+            self._eager = before.run
+        self.outcome = other.outcome
+        self.store = other.store
+        self._slots = other._slots
+        self._loaded = other._loaded
 
     def to(self, *args: Any, **kwargs: Any) -> CompiledModel:
         """Does nothing: the device and dtype were settled when the artifact was loaded."""
@@ -133,6 +148,7 @@ class CompiledModel:
         facts["contexts"] = dataclasses.asdict(self.context_stats())
         facts["device"] = str(self._device)
         facts["graphs_in_process"] = compiled_graphs()
+        facts["background"] = None if self.background is None else self.background.describe()
         return facts
 
     def __getattr__(self, name: str) -> Any:

@@ -7,6 +7,7 @@ answers `_load_pickled_model` with a model that comes from the store, and it hid
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import os
@@ -109,6 +110,7 @@ class CompiledHandlerMixin:
         self.settings: Settings = parse_settings(config)
         self._context = context
         self._config = config
+        self._recipe = self._make_recipe(context, config)
         manifest = context.manifest["model"]
         serialized = manifest.get("serializedFile", "")
         without_model_file = not manifest.get("modelFile")
@@ -132,7 +134,7 @@ class CompiledHandlerMixin:
         model = self.model
         if isinstance(model, torch.nn.Module) and not isinstance(model, torch.jit.ScriptModule):
             # The handler below built the model in a way of its own.
-            self.model = self._start(ModuleSource(context.model_name, model.eval()))
+            self.model = self._start(ModuleSource(context.model_name, model.eval(), recipe=self._recipe))
         micro_batching = read_section(config)
         if micro_batching is not None:
             size, parallelism = micro_batching
@@ -142,6 +144,26 @@ class CompiledHandlerMixin:
         if isinstance(self.model, CompiledModel):
             self._check_startup_timeout()
             self.model.metrics.emit(getattr(context, "metrics", None))
+            if self.model.background is not None:
+                self.model.background.when_done(lambda: self.model.metrics.emit(getattr(context, "metrics", None)))
+
+    def _make_recipe(self, context: Any, config: Any) -> dict[str, Any] | None:
+        """How another process makes this handler, to take its model from it; see `ts_handlers.recipes`."""
+        kind = type(self)
+        if kind.__module__ == "__main__" or "<locals>" in kind.__qualname__:
+            return None
+        properties = context.system_properties
+        return {
+            "kind": "handler",
+            "module": kind.__module__,
+            "class": kind.__qualname__,
+            "model_name": context.model_name,
+            "model_dir": os.path.abspath(properties.get("model_dir")),
+            "manifest": copy.deepcopy(context.manifest),
+            "gpu_id": properties.get("gpu_id"),
+            "batch_size": properties.get("batch_size"),
+            "config": config,
+        }
 
     def _start(self, source: ModelSource) -> CompiledModel:
         return start_model(source, self.settings, self.device)  # type: ignore[attr-defined]
@@ -168,6 +190,7 @@ class CompiledHandlerMixin:
             ignored_files=ignored,
             mmap=self._may_map(directory),
             digest_file=weights_digester(self.settings),
+            recipe=self._recipe,
         )
         return self._start(source)
 

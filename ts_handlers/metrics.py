@@ -11,7 +11,7 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ts_handlers.serving.contexts import PoolStats
@@ -44,27 +44,39 @@ COUNTERS = (
     "busy",
     "compile_after_ready",
     "evicted",
+    "background_build",  # child processes started to build
+    "swap",  # from eager to the artifact that a child process has built
+    "background_failed",
 )
 
 
 @dataclasses.dataclass
 class Metrics:
-    """Phases in milliseconds and counters of one model in one process."""
+    """Phases in milliseconds and counters of one model in one process.
+
+    `observer` is called with the name of each phase when it begins, those of a build as ``build: export``.
+    """
 
     phases_ms: dict[str, float] = dataclasses.field(default_factory=dict)
     build_ms: dict[str, float] = dataclasses.field(default_factory=dict)
     counters: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
+    observer: Callable[[str], None] | None = None
+    _emitted: dict[str, int] = dataclasses.field(default_factory=dict)
     _contexts: PoolStats = dataclasses.field(default_factory=PoolStats)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the duration of the block to a phase."""
+        if self.observer is not None:
+            self.observer(name)
         with _timed(self.phases_ms, name):
             yield
 
     @contextlib.contextmanager
     def build_phase(self, name: str) -> Iterator[None]:
         """Add the duration of the block to a phase of the build."""
+        if self.observer is not None:
+            self.observer(f"build: {name}")
         with _timed(self.build_ms, name):
             yield
 
@@ -74,18 +86,22 @@ class Metrics:
             self.counters[name] += amount
 
     def emit(self, torchserve_metrics: Any) -> None:
-        """Hand the phases and counters of a start to TorchServe's metrics cache, if there is one."""
+        """Hand the phases of a start, and what was counted since the last call, to TorchServe's metrics cache."""
         if torchserve_metrics is None:
             return
-        for name, value in self.phases_ms.items():
-            torchserve_metrics.add_time(f"ts_handlers_{name}_ms", round(value, 2), None, "ms")
+        if not self._emitted:
+            for name, value in self.phases_ms.items():
+                torchserve_metrics.add_time(f"ts_handlers_{name}_ms", round(value, 2), None, "ms")
         for name, count in self.counters.items():
-            if count:
-                torchserve_metrics.add_counter(f"ts_handlers_{name}_total", count)
+            if count > self._emitted.get(name, 0):
+                torchserve_metrics.add_counter(f"ts_handlers_{name}_total", count - self._emitted.get(name, 0))
+            self._emitted[name] = count
 
     def emit_contexts(self, torchserve_metrics: Any, stats: PoolStats) -> None:
         """Hand over how many calls waited for an execution context since the last time, and how long together."""
         before, self._contexts = self._contexts, stats
+        if stats.waited < before.waited:  # another pool: the model has been swapped
+            before = PoolStats()
         if torchserve_metrics is None or stats.waited == before.waited:
             return
         torchserve_metrics.add_counter("ts_handlers_context_waits_total", stats.waited - before.waited)

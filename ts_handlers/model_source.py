@@ -10,9 +10,10 @@ import contextlib
 import fnmatch
 import functools
 import inspect
+import os
 import threading
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -25,6 +26,8 @@ from ts_handlers.initialization import skip_random_initialization
 from ts_handlers.module_identity import module_facts
 
 T = TypeVar("T")
+Recipe = Mapping[str, Any]
+"""How another process makes the same source: JSON-compatible, read by `ts_handlers.recipes.make_source`."""
 
 # Archive files that shape requests and answers, not the model.
 IGNORED_FILES = (
@@ -71,13 +74,21 @@ class ModelSource(Protocol):
     def release(self) -> None:
         """Forget the eager module."""
 
+    def recipe(self) -> Recipe | None:
+        """How another process makes this source; None when it cannot."""
+
 
 class _EagerOnce:
     """Builds the eager module at most once."""
 
-    def __init__(self) -> None:
+    def __init__(self, recipe: Recipe | None) -> None:
+        self._recipe = recipe
         self._eager: torch.nn.Module | None = None
         self._lock = threading.Lock()
+
+    def recipe(self) -> Recipe | None:
+        """How another process makes this source; None when it cannot."""
+        return self._recipe
 
     def eager(self) -> torch.nn.Module:
         """The eager module on the CPU in eval mode; raises `ModelError` when it cannot be built."""
@@ -117,6 +128,8 @@ class ArchiveSource(_EagerOnce):
         Map the weights file (its pages are then shared between workers) instead of reading it.
     digest_file:
         Computes, or remembers, the SHA-256 of the weights file; see `ts_handlers.store.verified.known_digest`.
+    recipe:
+        How another process makes this source; needed only when `build` is given, which no other process can call.
     """
 
     def __init__(
@@ -131,8 +144,20 @@ class ArchiveSource(_EagerOnce):
         ignored_files: Sequence[str] = (),
         mmap: bool = True,
         digest_file: Callable[[Path], str] = fingerprint.digest_file,
+        recipe: Recipe | None = None,
     ) -> None:
-        super().__init__()
+        if build is None:
+            recipe = {
+                "kind": "archive",
+                "name": name,
+                "directory": os.path.abspath(directory),
+                "model_file": model_file,
+                "weights_file": weights_file,
+                "extra_source": list(extra_source),
+                "ignored_files": list(ignored_files),
+                "mmap": mmap,
+            }
+        super().__init__(recipe)
         self.name = name
         self.weights_by_name = True
         self._directory = Path(directory)
@@ -237,10 +262,11 @@ class ModuleSource(_EagerOnce):
     Its identity is taken from the source files of every submodule's class, from each submodule's attributes that are
     not tensors, and from the tensor specification, since the arguments of its constructor are not known any more.
     A module that cannot be told from another one (`digest` then raises `BuildError`) is served eagerly.
+    `recipe` tells another process how to make this source, when the caller knows.
     """
 
-    def __init__(self, name: str, module: torch.nn.Module) -> None:
-        super().__init__()
+    def __init__(self, name: str, module: torch.nn.Module, *, recipe: Recipe | None = None) -> None:
+        super().__init__(recipe)
         self.name = name
         self.weights_by_name = True
         self._module = module
@@ -274,7 +300,7 @@ class ExportedSource(_EagerOnce):
     def __init__(
         self, name: str, path: str | Path, *, digest_file: Callable[[Path], str] = fingerprint.digest_file
     ) -> None:
-        super().__init__()
+        super().__init__({"kind": "exported", "name": name, "path": os.path.abspath(path)})
         self.name = name
         self.weights_by_name = False
         self.path = Path(path)

@@ -12,13 +12,17 @@ Nothing here knows TorchServe; `start_model` works in any Python server.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import logging
 import platform
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import torch
 
 import ts_handlers
@@ -45,7 +49,16 @@ logger = logging.getLogger(__name__)
 _FINAL = (ModelError, SettingsError, MissError)
 
 
-def start_model(source: ModelSource, settings: Settings, device: torch.device | str = "cpu") -> CompiledModel:
+Progress = Callable[[str, "float | None"], None]
+
+
+def start_model(
+    source: ModelSource,
+    settings: Settings,
+    device: torch.device | str = "cpu",
+    *,
+    progress: Progress | None = None,
+) -> CompiledModel:
     """Make a model ready: load it from the store, or build and publish it first.
 
     Parameters
@@ -56,6 +69,8 @@ def start_model(source: ModelSource, settings: Settings, device: torch.device | 
         See `ts_handlers.settings.parse_settings`.
     device:
         Where it runs. Call `torch.cuda.set_device` before, as the handler does.
+    progress:
+        Called when a phase begins, with its name and the seconds that the build took the last time, if that is known.
 
     Raises
     ------
@@ -80,8 +95,10 @@ def start_model(source: ModelSource, settings: Settings, device: torch.device | 
         metrics.phases_ms["process"] = age
     request = Request(source, settings, torch.device(device))
     start = _Start(request, metrics)
+    if progress is not None:
+        metrics.observer = lambda phase: progress(phase, start.estimate)
     model = start.run()
-    _log(source.name, model)
+    log_outcome("start" if progress is None else "build", source.name, model)
     if metrics.counters["build"] and model.store is not None:
         make_room_in_background(model.store.root, settings.space, lambda report: _count_evictions(metrics, report))
     return model
@@ -102,6 +119,7 @@ class _Start:
         self._notes: list[str] = []
         self._store: Store | None = None
         self._slots = ModuleSlots(request.settings.contexts, request.device)
+        self.estimate: float | None = None
 
     def run(self) -> CompiledModel:
         ladder = [get_backend(name) for name in self._settings.backends]
@@ -160,6 +178,8 @@ class _Start:
             )
         if self._settings.on_miss == "eager":
             return self._try(get_backend("eager"))
+        if self._settings.on_miss == "background":
+            return self._serve_eagerly_meanwhile(backend, store, address, missed)
         return self._build(backend, store, guard, address, missed)
 
     def _count_miss(self, found: Miss | Corrupt) -> tuple[str, ...]:
@@ -181,10 +201,10 @@ class _Start:
     def _build(
         self, backend: Backend, store: Store, guard: Guard, address: Address, missed: tuple[str, ...]
     ) -> CompiledModel:
-        estimate = store.build_estimate(address)
-        waiting = time.perf_counter()
-        with store.lease(address, estimate) as lease:
-            self._metrics.phases_ms["wait"] = (time.perf_counter() - waiting) * 1000
+        self.estimate = estimate = store.build_estimate(address)
+        with contextlib.ExitStack() as stack:
+            with self._metrics.phase("wait"):
+                lease = stack.enter_context(store.lease(address, estimate))
             found = store.lookup(address)  # somebody may have published while this process waited
             if isinstance(found, Hit):
                 served = self._from_entry(backend, store, guard, address, found, "waited", missed)
@@ -219,6 +239,25 @@ class _Start:
                     manifest = read_manifest(directory)  # another process may have published the same key first
                     loaded, _ = self._load(backend, store, guard, address, directory, manifest, manifest.seal, None)
                 return self._ready(backend, loaded, address.key.digest, "built", missed, canary)
+
+    def _serve_eagerly_meanwhile(
+        self, backend: Backend, store: Store, address: Address, missed: tuple[str, ...]
+    ) -> CompiledModel:
+        """Serve eagerly while a child process builds, and then what it has built."""
+        from ts_handlers.background import BackgroundBuild
+
+        def load(built: str) -> CompiledModel:
+            """An ordinary start from the entry that is there now, and nothing else."""
+            settings = msgspec.structs.replace(self._settings, backends=(built,), on_miss="fail", strict=True)
+            start = _Start(Request(self._request.source, settings, self._request.device), Metrics())
+            start._store = store
+            return start.run()
+
+        model = self._try(get_backend("eager"))
+        model.outcome = dataclasses.replace(model.outcome, result="background", missed=missed)
+        model.background = BackgroundBuild(model, self._request, backend, store, address, load)
+        model.background.begin()
+        return model
 
     def _manifest(self, backend: Backend, key: CacheKey, artifact: dict[str, object], staging: Path) -> Manifest:
         recorded = {
@@ -340,8 +379,8 @@ def _one_line(error: BaseException) -> str:
     return re.sub(r"\s+", " ", str(error)).strip()[:400]
 
 
-def _log(name: str, model: CompiledModel) -> None:
+def log_outcome(event: str, name: str, model: CompiledModel) -> None:
+    """Log what a model has become as one structured line."""
     facts = model.describe()
-    line = {"model": name, **{key: facts[key] for key in ("backend", "key", "result", "missed", "fallbacks")}}
-    line["phases_ms"] = facts["phases_ms"]
-    logger.info("ts_handlers start %s", json.dumps(line))
+    wanted = ("backend", "key", "result", "missed", "fallbacks", "phases_ms")
+    logger.info("ts_handlers %s %s", event, json.dumps({"model": name, **{key: facts[key] for key in wanted}}))

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def hold_lease(directory: Path, name: str, estimate: float | None) -> Iterator[L
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            logger.info("another process builds %s: %s", name, _describe(status, 0.0, estimate))
+            logger.info("another process builds %s: %s", name, _describe(directory, name, 0.0, estimate))
             last = started
             while True:
                 try:
@@ -76,7 +77,9 @@ def hold_lease(directory: Path, name: str, estimate: float | None) -> Iterator[L
                     now = time.monotonic()
                     if now - last >= LOG_EVERY_SECONDS:
                         last = now
-                        logger.info("still waiting for %s: %s", name, _describe(status, now - started, estimate))
+                        logger.info(
+                            "still waiting for %s: %s", name, _describe(directory, name, now - started, estimate)
+                        )
     except (OSError, NotImplementedError) as error:
         logger.warning("no lease for %s (%s); building without one", name, error)
         yield Lease(None, time.monotonic() - started)
@@ -91,12 +94,21 @@ def hold_lease(directory: Path, name: str, estimate: float | None) -> Iterator[L
         lock.release()
 
 
-def _describe(status: Path, waited: float, estimate: float | None) -> str:
+def read_status(directory: Path, name: str) -> dict[str, Any]:
+    """What the holder of a lease last reported; empty when there is no holder or its report cannot be read."""
     try:
-        facts = json.loads(status.read_text())
+        facts = json.loads((directory / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _describe(directory: Path, name: str, waited: float, estimate: float | None) -> str:
+    try:
+        facts = read_status(directory, name)
         elapsed = max(0.0, time.time() - float(facts["started"]))
         known = facts.get("estimate") or estimate
         expected = f", {known:.0f} s expected" if known else ""
         return f"pid {facts['pid']}, phase {facts['phase']}, {elapsed:.0f} s since its start{expected}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return f"waited {waited:.0f} s" + (f", {estimate:.0f} s expected" if estimate else "")

@@ -1,0 +1,142 @@
+"""A process that builds artifacts into the store and serves nothing: ``python -m ts_handlers.prebuild``.
+
+Standard input holds one JSON object:
+
+- ``parent``: the process with which this one ends
+- ``nice``, ``memory_mb``: limits, the latter None for no bound on what each process of the build may allocate
+- ``directory``: the working directory
+- ``source``: a recipe, see `ts_handlers.recipes`
+- ``settings``: the whole settings, or None to take the handler's own
+- ``overrides``: settings to change, by name
+- ``device``: where to build, or None to take the handler's device
+- ``threads``, ``float32_matmul``: state of torch that is part of keys, or None for torch's defaults
+- ``keys``: the parts of the keys that the parent computed, by backend; building under another key would be in vain
+
+Answers as `ts_handlers.build_process` says. Everything that anybody prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+WATCH_SECONDS = 0.2
+
+Send = Callable[[dict[str, Any]], None]
+
+
+def main() -> int:
+    """Read the specification, build, answer; the exit status is 0 when there is a result."""
+    send = _take_standard_output()
+    spec = json.load(sys.stdin)
+    _end_with(int(spec["parent"]))
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    try:
+        _limit(int(spec["nice"]), spec["memory_mb"])
+        result = _build(spec, send)
+    except Exception as error:
+        logging.getLogger(__name__).debug("details", exc_info=error)
+        send({"error": f"{type(error).__name__}: {error}"})
+        return 1
+    send({"result": result})
+    return 0
+
+
+def _take_standard_output() -> Send:
+    """Keep standard output for answers; what others print goes to standard error."""
+    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")  # a copy is not inherited by what this process starts
+    os.dup2(2, 1)
+
+    def send(message: dict[str, Any]) -> None:
+        stream.write(json.dumps(message) + "\n")
+        stream.flush()
+
+    return send
+
+
+def _end_with(parent: int) -> None:
+    """Lead a process group of its own, and kill it when the parent has died, however it died.
+
+    A group, not a session: where the kernel groups processes by session to schedule them, niceness would have no
+    effect against the parent's.
+    """
+    os.setpgid(0, 0)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_SECONDS)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="ts_handlers-parent").start()
+
+
+def _limit(nice: int, memory_mb: int | None) -> None:
+    os.nice(nice)
+    if memory_mb is None:
+        return
+    import resource
+
+    # Memory that the process could write to; its address space would count what a GPU driver merely reserves.
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = memory_mb << 20
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _build(spec: dict[str, Any], send: Send) -> dict[str, Any]:
+    import msgspec
+    import torch
+
+    from ts_handlers.backends.base import Request
+    from ts_handlers.recipes import make_source
+    from ts_handlers.settings import Settings
+    from ts_handlers.startup import start_model
+
+    os.chdir(spec["directory"])
+    made = make_source(spec["source"])
+    settings = made.settings if spec["settings"] is None else msgspec.convert(spec["settings"], Settings)
+    assert settings is not None
+    settings = msgspec.structs.replace(settings, **spec["overrides"])
+    device = made.device if spec["device"] is None else torch.device(spec["device"])
+    assert device is not None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if spec["threads"] is not None:
+        torch.set_num_threads(spec["threads"])
+    if spec["float32_matmul"] is not None:
+        torch.set_float32_matmul_precision(spec["float32_matmul"])
+    _check_keys(Request(made.source, settings, device), spec["keys"])
+    model = start_model(
+        made.source, settings, device, progress=lambda phase, estimate: send({"phase": phase, "estimate": estimate})
+    )
+    facts = model.describe()
+    wanted = ("backend", "key", "result", "missed", "fallbacks", "notes", "counters", "build_ms", "phases_ms", "device")
+    return {"model": made.source.name, **{name: facts[name] for name in wanted}}
+
+
+def _check_keys(request: Any, expected: dict[str, list[list[str]]]) -> None:
+    from ts_handlers.backends import get_backend
+    from ts_handlers.errors import BuildError
+    from ts_handlers.key import CacheKey, compute_key, explain
+
+    for backend, parts in expected.items():
+        theirs = CacheKey(tuple((name, value) for name, value in parts))
+        different = explain(theirs, compute_key(get_backend(backend), request))
+        if different:
+            found = "; ".join(f"{name}: {left!r} there, {right!r} here" for name, left, right in different)
+            raise BuildError(
+                f"the build process computes another key than the server ({found}), so its artifact would not be "
+                "found; the model or torch's state depends on something that only the server has set up"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
