@@ -5,6 +5,7 @@ from the archive. Environment variables steer it in a child process:
 
 - ``BUILD_LOG``: a file that gets one line for each build begun and each one finished
 - ``BUILD_SECONDS``: how long a build sleeps
+- ``BUILD_ERROR``: why a build fails
 - ``KILL_AT``: the process sends itself SIGKILL at this phase (see `PHASES`)
 - ``CRASH_AT``: a segmentation fault in ``build`` or ``load``, as soon as ``CRASHES`` processes (1) have come so far
 """
@@ -21,9 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import ts_handlers.backends
 from ts_handlers.backends.base import Built, Description, Loaded, Phase, Request
-from ts_handlers.errors import LoadError
+from ts_handlers.errors import BuildError, LoadError
 from ts_handlers.store import local
 
 PHASES = ("before staging", "during build", "after files", "before rename", "after rename")
@@ -39,7 +42,7 @@ class FileBackend:
         return False
 
     def options(self, request: Request) -> dict[str, str]:
-        return {}
+        return {"threads": str(torch.get_num_threads())}
 
     def toolchain(self, request: Request) -> str:
         return "test"
@@ -52,6 +55,8 @@ class FileBackend:
             kill_at("during build")
             crash_at("build")
             time.sleep(float(os.environ.get("BUILD_SECONDS", "0")))
+            if "BUILD_ERROR" in os.environ:
+                raise BuildError(os.environ["BUILD_ERROR"])
             (directory / "second.json").write_text(json.dumps({"bias": "layer.bias"}))
         log_line("end")
         kill_at("after files")

@@ -130,8 +130,8 @@ def test_request_forms(body: Any, handler: CompiledHandler, context: Context, ar
 
 def test_batch_is_joined_and_split_again(handler: CompiledHandler, context: Context, archive: Path) -> None:
     calls: list[int] = []
-    run = handler.model._run
-    handler.model._run = lambda tensors: calls.append(len(tensors[0])) or run(tensors)
+    run = handler.model._loaded.run
+    handler.model._loaded.run = lambda tensors: calls.append(len(tensors[0])) or run(tensors)
     answers = ask(handler, context, ROWS, ROWS[:1], ROWS[1:])
     assert [len(answer) for _, answer in answers] == [2, 1, 1]
     assert close(answers[2][1], expected(archive, ROWS[1:]))

@@ -41,6 +41,11 @@ def main() -> int:
     try:
         _limit(int(spec["nice"]), spec["memory_mb"])
         result = _build(spec, send)
+    except MemoryError:
+        send(
+            {"error": f"MemoryError: a process of the build needs more than background.memory_mb: {spec['memory_mb']}"}
+        )
+        return 1
     except Exception as error:
         logging.getLogger(__name__).debug("details", exc_info=error)
         send({"error": f"{type(error).__name__}: {error}"})

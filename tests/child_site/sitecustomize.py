@@ -1,5 +1,5 @@
-"""On the search path of build processes: they then use the tests' cheap backend."""
+"""On the search path of build processes: they then use the tests' cheap backends."""
 
-from file_backend import use_file_backend
+import ts_handlers.backends
 
-use_file_backend()
+ts_handlers.backends._MODULES.update(aot_inductor="file_backend", inductor="second_backend")

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -259,17 +259,6 @@ def test_every_folder_is_closed_to_others_whatever_the_umask_is(tmp_path: Path) 
         os.umask(before)
     folders = [path for path in [store.root, *store.root.rglob("*")] if path.is_dir() and directory not in path.parents]
     assert {path.stat().st_mode & 0o077 for path in folders} == {0}
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "disk"
-    path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "tmpfs", str(path)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("a tmpfs cannot be mounted here")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 @needs_root

@@ -29,6 +29,7 @@ def validate(settings: Settings) -> None:
             f"{SECTION}.on_miss: 'eager' falls back on a miss and {SECTION}.strict: true forbids falling back; "
             "set on_miss: fail, or strict: false"
         )
+    _validate_background(settings)
     tolerance = settings.canary.tolerance
     if tolerance is not None and not (math.isfinite(tolerance) and tolerance >= 0):
         raise SettingsError(
@@ -97,6 +98,23 @@ def _validate_guard(settings: Settings) -> None:
             f"{SECTION}.guard.load_memory_mb: expected MiB from 1 to {_LARGEST_MB}, found {megabytes}; "
             "write null for no bound"
         )
+
+
+def _validate_background(settings: Settings) -> None:
+    if settings.on_miss == "background" and settings.strict:
+        raise SettingsError(
+            f"{SECTION}.on_miss: 'background' serves eagerly until the build has ended, and {SECTION}.strict: true "
+            "forbids falling back; set on_miss: compile, or strict: false"
+        )
+    where, limits = f"{SECTION}.background", settings.background
+    if not 0 <= limits.nice <= 19:
+        raise SettingsError(f"{where}.nice: expected 0 to 19, found {limits.nice}; 19 disturbs requests least")
+    for name in ("compile_threads", "memory_mb", "seconds"):
+        value = getattr(limits, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise SettingsError(
+                f"{where}.{name}: expected a number above 0, found {value}; remove it to set no bound of your own"
+            )
 
 
 def _validate_inputs(settings: Settings) -> None:
