@@ -38,6 +38,7 @@ class Variant:
     backends: tuple[str, ...] = ()
     compile: bool = False
     weights: str = "first"
+    on_miss: str = "compile"
 
 
 VARIANTS = {
@@ -45,6 +46,7 @@ VARIANTS = {
     "compile": Variant("base", compile=True),
     "aot": Variant("ours", ("aot_inductor", "inductor", "eager")),
     "aot_update": Variant("ours", ("aot_inductor", "inductor", "eager"), weights="updated"),
+    "background": Variant("ours", ("aot_inductor", "inductor", "eager"), on_miss="background"),
     "inductor": Variant("ours", ("inductor", "eager")),
     "inductor_update": Variant("ours", ("inductor", "eager"), weights="updated"),
 }
@@ -117,6 +119,7 @@ def configure(config: dict[str, Any], variant: Variant) -> dict[str, Any]:
     common = {name: value for name, value in config.items() if name not in ("handler", "minWorkers", "maxWorkers")}
     if variant.handler == "ours":
         section = {**config["handler"]["ts_handlers"], "backends": list(variant.backends)}
+        section["on_miss"] = variant.on_miss
         return {**common, "handler": {"ts_handlers": section}}
     if variant.compile:
         pt2 = {"compile": {"enable": True, "backend": "inductor"}}

@@ -144,7 +144,7 @@ class Bench:
         archives, model = self._archives, self._archives.model
         file = archives.file(row.archive)
         directory = self._new_directory("server")
-        _settle(archives.model_store / file)
+        settle(archives.model_store / file)
         server = TorchServe(
             archives.model_store,
             {model: file},
@@ -171,7 +171,7 @@ class Bench:
             run.problems.append(f"{type(error).__name__}: {error}")
         if claim is not None and run.first_200_s is not None:
             run.problems += check_claim(claim, run, row.workers)
-        _clean(directory, keep_log=bool(run.problems))
+        clean(directory, keep_log=bool(run.problems))
         return run
 
 
@@ -237,7 +237,7 @@ def _start_records(server: TorchServe, model: str, workers: int, timeout: float 
         time.sleep(0.1)
 
 
-def _settle(archive: Path) -> None:
+def settle(archive: Path) -> None:
     """Start every run alike: nothing left to be written to the disk, the archive in the page cache."""
     os.sync()
     for path in [archive] if archive.is_file() else archive.rglob("*"):
@@ -248,7 +248,7 @@ def _settle(archive: Path) -> None:
     time.sleep(0.5)
 
 
-def _clean(directory: Path, *, keep_log: bool) -> None:
+def clean(directory: Path, *, keep_log: bool) -> None:
     for path in directory.iterdir() if directory.is_dir() else ():
         if keep_log and path.name == "torchserve.log":
             continue

@@ -136,7 +136,8 @@ class BackgroundBuild:
         """State, phase, seconds and reason, JSON-compatible.
 
         `state` is ``waiting`` (another process of this host builds), ``building``, ``loading``, ``swapped`` or
-        ``failed``. `estimate_s` is what the latest build of this model took, None when there was none.
+        ``failed``; `began` is in seconds since the epoch, `estimate_s` what the latest build of this model took, None
+        when there was none.
         """
         state, phase, process = self._state, self._phase, self._process
         pid = None if process is None or self._ended is not None else process.pid
@@ -147,7 +148,8 @@ class BackgroundBuild:
             "state": state,
             "phase": phase,
             "pid": pid,
-            "elapsed_s": round((self._ended or time.time()) - self._began, 1),
+            "began": round(self._began, 3),
+            "elapsed_s": round((self._ended or time.time()) - self._began, 3),
             "estimate_s": None if self._estimate is None else round(self._estimate, 1),
             "reason": self._reason,
             "phases_ms": {name: round(value, 1) for name, value in self._phases_ms.items()},
