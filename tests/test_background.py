@@ -26,6 +26,8 @@ from ts_handlers.backends.base import Loaded, Request
 from ts_handlers.background import BackgroundBuild
 from ts_handlers.compiled_model import Outcome
 from ts_handlers.metrics import Metrics
+from ts_handlers.serving.slots import ModuleSlots
+from ts_handlers.settings.sections import ContextSettings
 
 pytestmark = pytest.mark.processes
 
@@ -166,7 +168,8 @@ def test_a_call_that_runs_during_the_swap_ends_as_it_began(archive: Path) -> Non
 
     def serve(run: Any, backend: str) -> CompiledModel:
         outcome = Outcome(backend, None, "eager")
-        return CompiledModel(request, Loaded(run, request.require_signature()), outcome, Metrics())
+        slots = ModuleSlots(ContextSettings(count=2), request.device)
+        return CompiledModel(request, Loaded(run, request.require_signature()), outcome, Metrics(), slots)
 
     model = serve(slow, "eager")
     answers: list[Any] = []

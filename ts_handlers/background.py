@@ -231,7 +231,7 @@ class BackgroundBuild:
             self._process.end("the server stops")
         result = self._process.run()
         metrics = self._model.metrics
-        for name in ("build", "fallback", "canary_recorded", "publish_failed", "corrupt"):
+        for name in ("build", "fallback", "canary_recorded", "publish_failed", "corrupt", "evicted"):
             metrics.count(name, result["counters"].get(name, 0))
         metrics.build_ms.update(result["build_ms"])
         if not get_backend(result["backend"]).persistent:

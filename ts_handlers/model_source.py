@@ -147,16 +147,9 @@ class ArchiveSource(_EagerOnce):
         recipe: Recipe | None = None,
     ) -> None:
         if build is None:
-            recipe = {
-                "kind": "archive",
-                "name": name,
-                "directory": os.path.abspath(directory),
-                "model_file": model_file,
-                "weights_file": weights_file,
-                "extra_source": list(extra_source),
-                "ignored_files": list(ignored_files),
-                "mmap": mmap,
-            }
+            files = {"directory": os.path.abspath(directory), "model_file": model_file, "weights_file": weights_file}
+            globs = {"extra_source": list(extra_source), "ignored_files": list(ignored_files)}
+            recipe = {"kind": "archive", "name": name, **files, **globs, "mmap": mmap}
         super().__init__(recipe)
         self.name = name
         self.weights_by_name = True

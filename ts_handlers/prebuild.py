@@ -104,6 +104,7 @@ def _build(spec: dict[str, Any], send: Send) -> dict[str, Any]:
     from ts_handlers.recipes import make_source
     from ts_handlers.settings import Settings
     from ts_handlers.startup import start_model
+    from ts_handlers.store.space import wait_for_room
 
     os.chdir(spec["directory"])
     made = make_source(spec["source"])
@@ -122,6 +123,7 @@ def _build(spec: dict[str, Any], send: Send) -> dict[str, Any]:
     model = start_model(
         made.source, settings, device, progress=lambda phase, estimate: send({"phase": phase, "estimate": estimate})
     )
+    wait_for_room()
     facts = model.describe()
     wanted = ("backend", "key", "result", "missed", "fallbacks", "notes", "counters", "build_ms", "phases_ms", "device")
     return {"model": made.source.name, **{name: facts[name] for name in wanted}}

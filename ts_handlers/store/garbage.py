@@ -26,7 +26,8 @@ from ts_handlers.store.verified import REHASH_SECONDS, read_record
 ORPHAN_SECONDS = 86400.0  # records of keys that have no entry; a new build of the key would use them again
 DAMAGED_SECONDS = 7 * 86400.0  # damaged entries, kept for whoever wants to know what happened
 
-_LEASE_FILE = re.compile(r"(?P<key>[0-9a-f]{32})\.(lock|json)")
+_LEASE_FILE = re.compile(r"(?P<lease>(?P<key>[0-9a-f]{32})(\.background)?)\.(lock|json|outcome)")
+_LEASE_TEMPORARY = re.compile(r"[0-9a-f]{32}(\.background)?\.(json|outcome)\.\w+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _orphans(root: Path, keys: set[str], now: float) -> Iterator[Found]:
     for path in _children(root / "leases"):
         match = _LEASE_FILE.fullmatch(path.name)
         if match and match["key"] not in keys and _is_older(path, ORPHAN_SECONDS, now):
-            yield path, path.with_name(f"{match['key']}.lock"), "leases: its key has no entry"
+            yield path, path.with_name(f"{match['lease']}.lock"), "leases: its key has no entry"
     for path in _children(root / VERIFIED):
         record = read_record(path)
         gone = record is None or not os.path.exists(record.subject)
@@ -140,7 +141,7 @@ def _temporary_files(root: Path) -> Iterator[Path]:
     """Files written beside their target and never renamed into place."""
     for key in _children(root / "canaries"):
         yield from (path for path in _children(key) if path.name.startswith("."))
-    yield from (path for path in _children(root / "leases") if re.fullmatch(r"[0-9a-f]{32}\.json\.\w+", path.name))
+    yield from (path for path in _children(root / "leases") if _LEASE_TEMPORARY.fullmatch(path.name))
 
 
 def _children(folder: Path) -> list[Path]:

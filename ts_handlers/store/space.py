@@ -14,6 +14,7 @@ from ts_handlers.store.garbage import find_garbage
 
 logger = logging.getLogger(__name__)
 
+_THREAD = "ts_handlers-space"
 ROUNDS = 3  # an entry that turns out to be in use is replaced by the next one in a further round
 
 
@@ -95,6 +96,13 @@ def make_room_in_background(
             logger.warning("%s: %s", root, text)
         done(report)
 
-    thread = threading.Thread(target=run, daemon=True, name="ts_handlers-space")
+    thread = threading.Thread(target=run, daemon=True, name=_THREAD)
     thread.start()
     return thread
+
+
+def wait_for_room() -> None:
+    """Wait until every `make_room_in_background` of this process is over: for processes that end after a build."""
+    for thread in threading.enumerate():
+        if thread.name == _THREAD:
+            thread.join()
