@@ -373,6 +373,9 @@ def test_leaving_the_interpreter_ends_the_child(archive: Path, tmp_path: Path) -
     finish(serve(archive, tmp_path, "600", code))
     (child,) = begun(tmp_path)
     wait_for_end(child)
+    # It was asked to end, and said so: the crash guard does not count this against the build.
+    (marker,) = (tmp_path / "store" / "guards").iterdir()
+    assert "file_backend.py" in marker.read_text().partition("\n")[2]
 
 
 def test_build_process_is_a_module_of_the_package() -> None:

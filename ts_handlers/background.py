@@ -24,10 +24,9 @@ import dataclasses
 import json
 import logging
 import os
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -44,8 +43,6 @@ from ts_handlers.store.lease import hold_lease, read_status
 
 logger = logging.getLogger(__name__)
 
-# While Python code of the loading thread runs, each of an eager call's operators waits this long for the interpreter.
-SWITCH_SECONDS = 0.0005
 LOAD_SECONDS_AT_EXIT = 10.0
 
 
@@ -248,8 +245,7 @@ class BackgroundBuild:
             raise BuildError("the server stops")
         self._phase = None
         self._state = "loading"
-        with _short_switch_interval():
-            fresh = self._load(backend)
+        fresh = self._load(backend)
         model = self._model
         self._phases_ms = fresh.metrics.phases_ms
         fresh.outcome = dataclasses.replace(
@@ -280,14 +276,3 @@ class BackgroundBuild:
         with contextlib.suppress(OSError):
             temporary.write_text(json.dumps({"time": time.time(), **dataclasses.asdict(ended)}), "utf-8")
             os.replace(temporary, path)
-
-
-@contextlib.contextmanager
-def _short_switch_interval() -> Iterator[None]:
-    """Let Python's other threads run more often: eager calls go on while this thread loads."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, SWITCH_SECONDS))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ from ts_handlers.settings.sections import BackgroundSettings
 logger = logging.getLogger(__name__)
 
 EXIT_SECONDS = 30.0
+TERM_SECONDS = 2.0
 
 OnPhase = Callable[[str, "float | None"], None]
 
@@ -115,15 +117,28 @@ class BuildProcess:
         return result
 
     def end(self, reason: str) -> None:
-        """Kill the child and what it started; does nothing when it has been waited for."""
+        """End the child and what it started; does nothing when it has been waited for.
+
+        SIGTERM comes first, and by that the crash guard knows that nothing was wrong with what it did.
+        """
         with self._lock:
             if self._reaped:
                 return
             self._ended_by = self._ended_by or reason
-            try:
-                os.killpg(self.pid, signal.SIGKILL)
-            except OSError:  # it has not made its group yet
-                self._process.kill()
+            deadline = time.monotonic() + TERM_SECONDS
+            self._signal(signal.SIGTERM)
+            while time.monotonic() < deadline and not self._has_ended():
+                time.sleep(0.01)
+            self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        try:
+            os.killpg(self.pid, number)
+        except OSError:  # it has not made its group yet
+            os.kill(self.pid, number)
+
+    def _has_ended(self) -> bool:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
 
     @contextlib.contextmanager
     def _limit(self, seconds: float | None, reason: str) -> Iterator[None]:

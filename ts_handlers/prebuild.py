@@ -28,6 +28,7 @@ from collections.abc import Callable
 from typing import Any
 
 WATCH_SECONDS = 0.2
+TERM_SECONDS = 2.0
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -67,7 +68,7 @@ def _take_standard_output() -> Send:
 
 
 def _end_with(parent: int) -> None:
-    """Lead a process group of its own, and kill it when the parent has died, however it died.
+    """Lead a process group of its own, and end it when the parent has died, however it died.
 
     A group, not a session: where the kernel groups processes by session to schedule them, niceness would have no
     effect against the parent's.
@@ -77,6 +78,9 @@ def _end_with(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(WATCH_SECONDS)
+        # By SIGTERM the crash guard knows that nothing was wrong with what this process did.
+        os.killpg(0, signal.SIGTERM)
+        time.sleep(TERM_SECONDS)
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True, name="ts_handlers-parent").start()

@@ -36,6 +36,7 @@ from ts_handlers.metrics import Metrics, process_age_ms
 from ts_handlers.model_source import ModelSource
 from ts_handlers.serving.slots import ModuleSlots
 from ts_handlers.settings import Settings
+from ts_handlers.settings.sections import GuardSettings
 from ts_handlers.store.base import Address, Corrupt, Hit, Miss, Store
 from ts_handlers.store.entry import Manifest, list_files, read_manifest
 from ts_handlers.store.guard import Guard
@@ -247,8 +248,18 @@ class _Start:
         from ts_handlers.background import BackgroundBuild
 
         def load(built: str) -> CompiledModel:
-            """An ordinary start from the entry that is there now, and nothing else."""
-            settings = msgspec.structs.replace(self._settings, backends=(built,), on_miss="fail", strict=True)
+            """An ordinary start from the entry that is there now, and nothing else.
+
+            Without limits, which hold for the whole process and would end or fail requests: the child has loaded and
+            checked the artifact under them.
+            """
+            settings = msgspec.structs.replace(
+                self._settings,
+                backends=(built,),
+                on_miss="fail",
+                strict=True,
+                guard=GuardSettings(load_seconds=None),
+            )
             start = _Start(Request(self._request.source, settings, self._request.device), Metrics())
             start._store = store
             return start.run()

@@ -109,11 +109,12 @@ def _validate_background(settings: Settings) -> None:
     where, limits = f"{SECTION}.background", settings.background
     if not 0 <= limits.nice <= 19:
         raise SettingsError(f"{where}.nice: expected 0 to 19, found {limits.nice}; 19 disturbs requests least")
-    for name in ("compile_threads", "memory_mb", "seconds"):
+    largest = {"compile_threads": 1024, "memory_mb": _LARGEST_MB, "seconds": _LONGEST_SECONDS}
+    for name, most in largest.items():
         value = getattr(limits, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
+        if value is not None and not 0 < value <= most:
             raise SettingsError(
-                f"{where}.{name}: expected a number above 0, found {value}; remove it to set no bound of your own"
+                f"{where}.{name}: expected a number above 0 and up to {most}, found {value}; remove it for the default"
             )
 
 
