@@ -26,6 +26,7 @@ from ts_handlers.backends.base import Loaded, Request
 from ts_handlers.background import BackgroundBuild
 from ts_handlers.compiled_model import Outcome
 from ts_handlers.metrics import Metrics
+from ts_handlers.serving.contexts import PoolStats
 from ts_handlers.serving.slots import ModuleSlots
 from ts_handlers.settings.sections import ContextSettings
 
@@ -182,6 +183,23 @@ def test_a_call_that_runs_during_the_swap_ends_as_it_began(archive: Path) -> Non
     caller.join()
     assert answers == ["before"]
     assert model.outcome.backend == "aot_inductor"
+
+
+def test_waits_for_contexts_are_counted_anew_after_the_swap() -> None:
+    found: list[tuple[str, float]] = []
+
+    class Sink:
+        def add_counter(self, name: str, value: float) -> None:
+            found.append((name, value))
+
+        def add_time(self, name: str, value: float, *arguments: object) -> None:
+            found.append((name, value))
+
+    metrics = Metrics()
+    for stats in (PoolStats(waited=5, wait_seconds=1.0), PoolStats(), PoolStats(waited=1, wait_seconds=0.25)):
+        metrics.emit_contexts(Sink(), stats)
+    waits, times = "ts_handlers_context_waits_total", "ts_handlers_context_wait_ms"
+    assert [pair for pair in found if pair[1]] == [(waits, 5), (times, 1000.0), (waits, 1), (times, 250.0)]
 
 
 def test_child_is_nice_and_a_killed_one_changes_nothing(

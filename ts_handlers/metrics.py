@@ -100,7 +100,7 @@ class Metrics:
     def emit_contexts(self, torchserve_metrics: Any, stats: PoolStats) -> None:
         """Hand over how many calls waited for an execution context since the last time, and how long together."""
         before, self._contexts = self._contexts, stats
-        if stats.waited < before.waited:  # another pool: the model has been swapped
+        if stats.waited < before.waited or stats.wait_seconds < before.wait_seconds:  # the model has been swapped
             before = PoolStats()
         if torchserve_metrics is None or stats.waited == before.waited:
             return
