@@ -69,6 +69,8 @@ LEFT: dict[str, tuple[Callable[[LocalStore], Path], float]] = {  # what, and fro
     "lease of no entry": (lambda store: write(store.root / "leases" / f"{KEY}.lock"), DAY),
     "status of a lease of no entry": (lambda store: write(store.root / "leases" / f"{KEY}.json"), DAY),
     "half-written status": (lambda store: write(store.root / "leases" / f"{KEY}.json.17"), DAY),
+    "crash marker of no entry": (lambda store: write(store.root / "guards" / f"{KEY}.abc"), 7 * DAY),
+    "half-written quarantine": (lambda store: write(store.root / "quarantine" / f".{KEY}-1.json.17"), DAY),
     "unreadable digests": (lambda store: write(store.root / "verified" / KEY), DAY),
 }
 
@@ -97,6 +99,12 @@ def test_store_that_works_has_no_garbage(store: LocalStore) -> None:
         store.lookup(where)
         assert find_garbage(store.root, time.time() + 6 * DAY) == []
     assert isinstance(store.lookup(where), Hit)
+
+
+def test_quarantines_and_pins_outlive_their_entries(store: LocalStore) -> None:
+    kept = [write(store.root / "quarantine" / f"{KEY}-0123456789ab.json"), write(store.root / "pins" / KEY)]
+    assert find_garbage(store.root, time.time() + 999 * DAY) == []
+    assert all(path.exists() for path in kept)
 
 
 def test_lease_that_somebody_holds_is_not_removed(store: LocalStore) -> None:
