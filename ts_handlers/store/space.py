@@ -81,7 +81,7 @@ def make_room(root: Path, store: Limits, per_model: Limits, *, dry_run: bool = F
 def make_room_in_background(
     root: Path, settings: SpaceSettings, done: Callable[[Report], None] = lambda report: None
 ) -> threading.Thread:
-    """`make_room` on a thread that neither delays nor fails anybody; only the interpreter's exit waits for it."""
+    """`make_room` on a thread that neither delays nor fails anybody; it ends with the process."""
 
     def run() -> None:
         try:
@@ -95,6 +95,6 @@ def make_room_in_background(
             logger.warning("%s: %s", root, text)
         done(report)
 
-    thread = threading.Thread(target=run, name="ts_handlers-space")
+    thread = threading.Thread(target=run, daemon=True, name="ts_handlers-space")
     thread.start()
     return thread
