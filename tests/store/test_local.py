@@ -15,35 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import needs_root
+from entries import address, fill, manifest_of, publish
 
 from ts_handlers.errors import StoreError
-from ts_handlers.key import FORMAT, CacheKey
+from ts_handlers.key import FORMAT
 from ts_handlers.store import entry, local
-from ts_handlers.store.base import Address, Corrupt, Hit, Miss
+from ts_handlers.store.base import Corrupt, Hit, Miss
 from ts_handlers.store.entry import MANIFEST, Manifest, list_files
 from ts_handlers.store.local import LocalStore
-
-
-def address(model: str = "m", **parts: str) -> Address:
-    named = {"format": FORMAT, "backend": "aot_inductor", "model": "1f" * 32, "device": "cpu", **parts}
-    return Address(model, named["model"], "cpu-x86_64", CacheKey(tuple(named.items())))
-
-
-def fill(directory: Path) -> None:
-    (directory / "code").mkdir()
-    (directory / "code" / "model.so").write_bytes(bytes(range(256)) * 8)
-    (directory / "constants.pt").write_bytes(b"constants")
-
-
-def manifest_of(where: Address, directory: Path, **changes: object) -> Manifest:
-    key = where.key.parts
-    return Manifest(FORMAT, key, where.key["backend"], {"a": 1}, list_files(directory), {}, {"compile": 2000.0})
-
-
-def publish(store: LocalStore, where: Address) -> Path:
-    with store.staging(where) as directory:
-        fill(directory)
-        return store.publish(where, directory, manifest_of(where, directory))
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from pathlib import Path
 from ts_handlers.settings.quantities import parse_bytes
 from ts_handlers.settings.sections import Quota
 from ts_handlers.store.pins import is_pinned
-from ts_handlers.store.scan import EntryInfo, scan_entries
+from ts_handlers.store.scan import EntryInfo, entry_folders, scan_entries
+from ts_handlers.store.trash import FOLDER as TRASH
 from ts_handlers.store.usage import exclusive, in_use, read_use, touch_use
 from ts_handlers.store.verified import FOLDER as VERIFIED
 from ts_handlers.store.verified import record_name
@@ -172,7 +173,7 @@ def remove_entry(root: Path, directory: Path, refusal: Callable[[], str | None] 
     -------
     None when the entry is gone, otherwise why it is still there.
     """
-    trash = root / "trash" / f"{EVICTED}{directory.name}-{uuid.uuid4().hex[:8]}"
+    trash = root / TRASH / f"{EVICTED}{directory.name}-{uuid.uuid4().hex[:8]}"
     try:
         with exclusive(directory) as busy:
             reason = busy or refusal()
@@ -194,7 +195,7 @@ def _forget(root: Path, directory: Path) -> None:
     key = directory.name
     with contextlib.suppress(OSError):
         (root / VERIFIED / record_name(os.path.realpath(directory))).unlink(missing_ok=True)
-    if not any((root / "entries").glob(f"*/*/*/{key}")):
+    if all(other.name != key for other in entry_folders(root)):
         shutil.rmtree(root / "canaries" / key, ignore_errors=True)
         with contextlib.suppress(OSError):
             (root / "usage" / key).unlink(missing_ok=True)

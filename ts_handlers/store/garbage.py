@@ -1,7 +1,7 @@
 """What crashes and evictions leave behind: found first, removed afterwards.
 
 Everything here may be removed at any moment without harm, whatever other processes do; ages keep apart what has been
-forgotten from what is just being made.
+forgotten from what is just being made. Quarantine records are never garbage.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from pathlib import Path
 
 from ts_handlers.store.entry import MANIFEST
 from ts_handlers.store.eviction import EVICTED, remove_entry
+from ts_handlers.store.quarantine import MARKERS, RECORDS
 from ts_handlers.store.scan import measure, scan_entries, scan_trash
 from ts_handlers.store.verified import FOLDER as VERIFIED
 from ts_handlers.store.verified import REHASH_SECONDS, read_record
 
 ORPHAN_SECONDS = 86400.0  # records of keys that have no entry; a new build of the key would use them again
+MARKER_SECONDS = 7 * 86400.0  # crash markers, from which the next start of the key would learn
 DAMAGED_SECONDS = 7 * 86400.0  # damaged entries, kept for whoever wants to know what happened
 
 _LEASE_FILE = re.compile(r"(?P<lease>(?P<key>[0-9a-f]{32})(\.background)?)\.(lock|json|outcome)")
@@ -86,6 +88,9 @@ def _orphans(root: Path, keys: set[str], now: float) -> Iterator[Found]:
         match = _LEASE_FILE.fullmatch(path.name)
         if match and match["key"] not in keys and _is_older(path, ORPHAN_SECONDS, now):
             yield path, path.with_name(f"{match['lease']}.lock"), "leases: its key has no entry"
+    for path in _children(root / MARKERS):
+        if path.name.partition(".")[0] not in keys and _is_older(path, MARKER_SECONDS, now):
+            yield path, path, "guards: left by a process that died long ago, and its key has no entry"
     for path in _children(root / VERIFIED):
         record = read_record(path)
         gone = record is None or not os.path.exists(record.subject)
@@ -142,6 +147,7 @@ def _temporary_files(root: Path) -> Iterator[Path]:
     for key in _children(root / "canaries"):
         yield from (path for path in _children(key) if path.name.startswith("."))
     yield from (path for path in _children(root / "leases") if _LEASE_TEMPORARY.fullmatch(path.name))
+    yield from (path for path in _children(root / RECORDS) if path.name.startswith("."))
 
 
 def _children(folder: Path) -> list[Path]:

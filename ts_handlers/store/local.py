@@ -24,7 +24,6 @@ import re
 import shutil
 import stat
 import tempfile
-import uuid
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +35,7 @@ from ts_handlers.locked_directory import collect_directories, make_locked_direct
 from ts_handlers.store.base import Address, Corrupt, Hit, Miss
 from ts_handlers.store.entry import MANIFEST, Manifest, fsync, read_manifest, verify_files, write_manifest
 from ts_handlers.store.lease import Lease, hold_lease
+from ts_handlers.store.trash import move_aside
 from ts_handlers.store.usage import InUse, record_use
 from ts_handlers.store.verified import KnownDigests
 
@@ -217,8 +217,8 @@ class LocalStore:
                     if isinstance(found, Hit):
                         self._in_use.release(staging)
                         return found.directory
-                    # An eviction may have taken the entry that stood there, or the empty folders above it.
-                    if isinstance(found, Corrupt) or attempt + 1 == PUBLISH_ATTEMPTS:
+                    # What stood there has been moved aside now, or an eviction has taken it or the empty folders above.
+                    if attempt + 1 == PUBLISH_ATTEMPTS:
                         raise
         except OSError as error:
             self._in_use.release(staging)
@@ -230,12 +230,9 @@ class LocalStore:
     def discard(self, address: Address, reason: str) -> None:
         """Move an entry aside, with its reason, so that it is not found again."""
         self._in_use.release(self._entry(address))
-        trash = self.root / "trash" / f"{address.key.digest}-{uuid.uuid4().hex[:8]}"
         logger.warning("entry %s is not used: %s", address.key.digest, reason)
         try:
-            trash.parent.mkdir(mode=0o700, exist_ok=True)
-            os.rename(self._entry(address), trash)
-            (trash / "reason.txt").write_text(reason + "\n")
+            move_aside(self.root, self._entry(address), reason)
         except OSError as error:
             logger.warning("entry %s cannot be moved aside: %s", address.key.digest, error)
 

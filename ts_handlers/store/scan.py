@@ -71,11 +71,16 @@ class TrashInfo:
 def scan_entries(root: Path) -> list[EntryInfo]:
     """Every entry of the store, by model and key."""
     infos = []
-    for directory in _folders(root / "entries", ENTRY_DEPTH):
+    for directory in entry_folders(root):
         info = scan_entry(root, directory)
         if info is not None:
             infos.append(info)
     return infos
+
+
+def entry_folders(root: Path) -> Iterator[Path]:
+    """The folder of every entry; those that vanish meanwhile are left out."""
+    return _folders(root / "entries", ENTRY_DEPTH)
 
 
 def scan_entry(root: Path, directory: Path) -> EntryInfo | None:

@@ -5,7 +5,7 @@ it was computed, in ``<root>/verified/``, one record for each entry or weights f
 
     record := SHA-256 of the rest in hex, newline, JSON: Record below
 
-A remembered digest is used only while all of these are the same; docs/decisions/0007-verified-digests.md says why that
+A remembered digest is used only while all of these are the same; docs/decisions/0012-verified-digests.md says why that
 is safe, and against what it is not.
 """
 
