@@ -35,12 +35,13 @@ def open_store(settings: Settings) -> tuple[Store, str | None]:
         The store cannot be used and `strict` is set.
     """
     try:
-        return LocalStore(settings.store or default_store_root(), verify=settings.verify), None
+        root = settings.store or default_store_root()
+        return LocalStore(root, settings.trust.folders, verify=settings.verify), None
     except StoreError as error:
         if settings.strict:
             raise
         logger.warning("%s; using a temporary store, so nothing is kept", error)
         temporary = tempfile.TemporaryDirectory(prefix="ts_handlers-store-")
-        store = LocalStore(temporary.name)
+        store = LocalStore(temporary.name, settings.trust.folders)
         store.keep_alive = temporary
         return store, re.sub(r"\s+", " ", str(error)).strip()[:400]
