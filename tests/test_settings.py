@@ -199,7 +199,7 @@ def test_store_root_comes_from_the_environment_in_this_order(tmp_path: Any) -> N
 @needs_root
 @pytest.mark.processes
 def test_uid_without_passwd_entry_and_home_gets_a_usable_store(tmp_path: Any) -> None:
-    tmp_path.chmod(0o777)
+    tmp_path.chmod(0o1777)  # as /tmp
     for folder in (tmp_path.parent, tmp_path.parent.parent):
         folder.chmod(0o755)
     out = run_python(

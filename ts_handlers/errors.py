@@ -43,7 +43,12 @@ class StoreError(WarmStartError, OSError):
 
 
 class RemoteError(StoreError):
-    """The remote store or the lease service did not answer as it should; the host goes on without it."""
+    """The remote store or the lease service did not answer as it should; the host goes on without it.
+
+    `first` tells the failure itself from the refusals to try again that follow it.
+    """
+
+    first: bool = False
 
 
 class RefusedError(WarmStartError, ValueError):

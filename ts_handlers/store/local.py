@@ -72,6 +72,7 @@ class LocalStore:
         *,
         verify: Literal["always", "changed"] = "changed",
     ) -> None:
+        self.notes: list[str] = []
         self.keep_alive: Any = None  # what removes a temporary root when the store is dropped
         self.root = Path(root).expanduser().absolute()
         self._verify = verify
