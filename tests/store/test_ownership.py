@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from conftest import needs_root
-from test_local import address, publish
 
+from store.test_local import address, publish
 from ts_handlers.errors import StoreError
 from ts_handlers.store.base import Corrupt, Hit
 from ts_handlers.store.local import LocalStore

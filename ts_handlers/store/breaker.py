@@ -93,7 +93,7 @@ class Breaker:
         if self.is_open:
             raise RemoteError(f"{self.name}: {self.reason}")
         limit = max(0.0, self._seconds - self._spent) if charged else self._seconds
-        given_up, done = threading.Event(), threading.Event()
+        given_up = threading.Event()
         box: dict[str, Any] = {}
 
         def run() -> None:
@@ -101,15 +101,15 @@ class Breaker:
                 box["result"] = function(given_up)
             except BaseException as error:
                 box["error"] = error
-            done.set()
 
         started = time.monotonic()
         # A daemon: a thread that hangs in a system call must not keep the process from ending.
-        threading.Thread(target=run, name=f"ts_handlers {what}", daemon=True).start()
-        finished = done.wait(limit)
+        thread = threading.Thread(target=run, name=f"ts_handlers {what}", daemon=True)
+        thread.start()
+        thread.join(limit)
         if charged:
             self._spent += time.monotonic() - started
-        if not finished:
+        if thread.is_alive():
             given_up.set()
             raise self._trip(f"{what}: no answer within the {self._seconds:g} s of timeout_seconds")
         error = box.get("error")

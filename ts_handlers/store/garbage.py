@@ -26,7 +26,7 @@ from ts_handlers.store.verified import REHASH_SECONDS, read_record
 ORPHAN_SECONDS = 86400.0  # records of keys that have no entry; a new build of the key would use them again
 DAMAGED_SECONDS = 7 * 86400.0  # damaged entries, kept for whoever wants to know what happened
 
-_LEASE_FILE = re.compile(r"(?P<key>[0-9a-f]{32})\.(lock|json)")
+_LEASE_FILE = re.compile(r"(?P<key>[0-9a-f]{32})\.(fetch\.lock|lock|json)")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,8 @@ Layout::
     <root>/entries/<model>/<model digest>/<device>/<key>/   published entries (see store/entry.py)
     <root>/canaries/<key>/<weights digest>                  canary records: SHA-256 in hex, newline, torch.save bytes
     <root>/leases/<key>.lock, <key>.json                    build leases and what their holders are doing
+    <root>/leases/<key>.fetch.lock                          held by the process that asks the remote store
+    <root>/remote/<service>.json                            why the host goes on alone (see store/breaker.py)
     <root>/staging/<key>-<random>/                          entries being built; locked by the builder while it lives
     <root>/trash/<key>-<random>/                            damaged entries, moved aside with the reason
     <root>/trash/evicted-<key>-<random>/                    evicted entries on their way out (see store/eviction.py)

@@ -108,6 +108,7 @@ class HeldLease:
     def release(self) -> None:
         """Stop the heartbeat and give the lease back, unless it has been taken over."""
         self._released.set()
+        self._thread.join(self._heartbeat)
         if self._lost.is_set():
             return
         try:

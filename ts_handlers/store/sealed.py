@@ -31,8 +31,8 @@ from typing import BinaryIO
 
 import msgspec
 
+from ts_handlers.digests import CHUNK
 from ts_handlers.errors import RefusedError, StoreError
-from ts_handlers.fingerprint import CHUNK
 from ts_handlers.store.entry import FileRecord
 from ts_handlers.store.trust import Trust
 

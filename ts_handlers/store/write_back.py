@@ -30,7 +30,7 @@ class WriteBack:
         self._jobs: queue.SimpleQueue[tuple[str, Callable[[], object]]] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._waiting: list[str] = []
-        self._running = False
+        self._thread: threading.Thread | None = None
         self._registered = False
 
     def submit(self, name: str, job: Callable[[], object]) -> None:
@@ -41,16 +41,15 @@ class WriteBack:
                 atexit.register(self.close)
             self._waiting.append(name)
             self._jobs.put((name, job))
-            if not self._running:
-                self._running = True
-                threading.Thread(target=self._run, name="ts_handlers write-back", daemon=True).start()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="ts_handlers write-back", daemon=True)
+                self._thread.start()
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 if self._jobs.empty():
-                    self._running = False
-                    self._changed.notify_all()
+                    self._thread = None
                     return
             name, job = self._jobs.get()
             try:
@@ -68,6 +67,10 @@ class WriteBack:
 
     def close(self) -> None:
         """Wait for the jobs as long as the end of a process may; what is left then has failed."""
-        if not self.wait(self._seconds):
+        thread = self._thread
+        if self.wait(self._seconds):
+            if thread is not None:
+                thread.join()  # a thread that ends together with the interpreter can take the process down
+        else:
             for name in list(self._waiting):
                 self._failed(name, TimeoutError(f"not done {self._seconds:g} s after the process was asked to end"))
