@@ -394,6 +394,30 @@ def test_holder_that_was_taken_over_does_not_publish(
     assert counters(shared.start("host")) == {"hit": 1}
 
 
+def test_holder_that_is_cut_off_goes_on_alone_and_another_host_publishes(
+    shared: Fleet, s3: RemoteSettings, s3_port: int, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared.remote = msgspec.to_builtins(s3) | {"heartbeat_seconds": 0.2}
+    build, others = backend.build, []
+
+    def lose_the_network(request: Any, directory: Path, phase: Any) -> Any:
+        monkeypatch.setattr(backend, "build", build)
+        proxy.cut()
+        others.append(shared.start("other"))
+        return build(request, directory, phase)
+
+    monkeypatch.setattr(backend, "build", lose_the_network)
+    with Proxy(("127.0.0.1", s3_port)) as proxy:
+        options = {**s3.options, "endpoint_url": f"http://127.0.0.1:{proxy.port}"}
+        model = shared.start("cut off", options=options, timeout_seconds=3.0)
+    assert model.outcome.result == others[0].outcome.result == "built"
+    assert counters(others[0])["takeover"] == 1
+    assert counters(others[0])["write_back"] == 2
+    assert "write_back" not in counters(model)
+    assert "going on alone" in notes(model) or "not sent" in notes(model)
+    assert counters(shared.start("third")) == FETCHED
+
+
 def test_full_or_read_only_store_still_sends_what_it_built(shared: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any) -> Any:
         raise OSError(errno.EROFS, "read-only")

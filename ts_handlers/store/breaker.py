@@ -39,7 +39,8 @@ class Breaker:
     Parameters
     ----------
     state:
-        The state file; its folder is made when it is needed, and no file is kept where it cannot be.
+        The state file; its folder is made when it is needed, and no file is kept where it cannot be. None keeps the
+        state in this object alone.
     name:
         What the service is called in messages; no secrets.
     seconds:
@@ -48,7 +49,9 @@ class Breaker:
         Removes secrets from the messages of errors.
     """
 
-    def __init__(self, state: Path, name: str, seconds: float, clean: Callable[[str], str] = lambda text: text) -> None:
+    def __init__(
+        self, state: Path | None, name: str, seconds: float, clean: Callable[[str], str] = lambda text: text
+    ) -> None:
         self._state = state
         self._seconds = seconds
         self._clean = clean
@@ -65,6 +68,8 @@ class Breaker:
         if self._until > now:
             return True
         self.reason = None
+        if self._state is None:
+            return False
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             facts = json.loads(self._state.read_text())
             if facts["boot"] == _boot_id() and 0 < facts["until"] - now <= PAUSE_SECONDS:
@@ -129,15 +134,19 @@ class Breaker:
         logger.warning(
             "%s: %s; this host goes on alone and tries again in %.0f s", self.name, self.reason, PAUSE_SECONDS
         )
-        facts = {"boot": _boot_id(), "until": self._until, "reason": self.reason}
-        with contextlib.suppress(OSError):
-            self._state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            temporary = self._state.with_name(f".{self._state.name}.{os.getpid()}.{threading.get_ident()}")
-            temporary.write_text(json.dumps(facts))
-            os.replace(temporary, self._state)
+        if self._state is not None:
+            _write(self._state, {"boot": _boot_id(), "until": self._until, "reason": self.reason})
         error = RemoteError(f"{self.name}: {self.reason}")
         error.first = True
         return error
+
+
+def _write(state: Path, facts: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):
+        state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = state.with_name(f".{state.name}.{os.getpid()}.{threading.get_ident()}")
+        temporary.write_text(json.dumps(facts))
+        os.replace(temporary, state)
 
 
 def _boot_id() -> str:

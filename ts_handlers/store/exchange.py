@@ -48,12 +48,12 @@ def canary_name(key: str, weights_digest: str) -> str:
     return f"canaries/{key}/{weights_digest}"
 
 
-def fetch(remote: Remote, name: str, consume: Callable[[BinaryIO], T]) -> Fetched[T]:
+def fetch(remote: Remote, name: str, consume: Callable[[BinaryIO], T], *, charged: bool = True) -> Fetched[T]:
     """Read the first generation of an object that `consume` accepts; it raises `RefusedError` for the others."""
     refused: list[str] = []
     for generation in range(GENERATIONS):
         try:
-            value = remote.read(f"{name}.{generation}", consume)
+            value = remote.read(f"{name}.{generation}", consume, charged=charged)
         except RefusedError as error:
             refused.append(f"{name}.{generation}: {error}")
             continue

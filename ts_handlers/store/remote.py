@@ -47,17 +47,18 @@ class Remote:
     settings:
         URL, options and timeout.
     state:
-        Folder for the circuit breaker's state.
+        Folder for the circuit breaker's state; None keeps it in this object.
 
     Every method raises `RemoteError` when the remote does not answer in time or not as it should, and at once while
     the breaker is open.
     """
 
-    def __init__(self, settings: RemoteSettings, state: Path) -> None:
+    def __init__(self, settings: RemoteSettings, state: Path | None) -> None:
         self.settings = settings
         self.name = redact_url(settings.url)
         identity = hashlib.sha256(settings.url.encode()).hexdigest()[:16]
-        self.breaker = Breaker(state / f"{identity}.json", self.name, settings.timeout_seconds, self._clean)
+        file = None if state is None else state / f"{identity}.json"
+        self.breaker = Breaker(file, self.name, settings.timeout_seconds, self._clean)
         self._protocol = urlsplit(settings.url).scheme or "file"
         self._opened: tuple[Any, str] | None = None
         self._exclusive: bool | None = None
