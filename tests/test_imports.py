@@ -9,7 +9,18 @@ from subprocesses import run_python
 
 pytestmark = pytest.mark.processes
 
-HEAVY = ("sympy", "torch._inductor", "torch._dynamo", "transformers", "fsspec", "redis", "rich", "torch_tensorrt")
+HEAVY = (
+    "sympy",
+    "torch._inductor",
+    "torch._dynamo",
+    "transformers",
+    "fsspec",
+    "s3fs",
+    "redis",
+    "cryptography",
+    "rich",
+    "torch_tensorrt",
+)
 
 
 def imported(code: str) -> set[str]:
