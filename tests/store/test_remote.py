@@ -34,14 +34,37 @@ def test_objects(remote_settings: RemoteSettings, make_remote: Make, tmp_path: P
     assert other.create("a/d", b"")
     assert other.list("a", recursive=True) == ["b/c.0", "d"]
     assert "d" in remote.list("a")
+    assert other.read_small("a/sign") is None
     for text in (b"first", b"second"):
         remote.overwrite("a/sign", text)
-        assert read(other, "a/sign") == text
+        assert other.read_small("a/sign") == text
     remote.remove("a/d")
     remote.remove("a/d")
     assert read(other, "a/d") is None
     remote.require_exclusive_create()
     other.require_exclusive_create()
+
+
+def test_objects_that_are_overwritten_all_the_time_can_be_read(
+    remote_settings: RemoteSettings, make_remote: Make
+) -> None:
+    remote, reader, end = make_remote(remote_settings), make_remote(remote_settings, "reader"), threading.Event()
+    remote.overwrite("sign", b"0" * 32)
+
+    def write() -> None:
+        while not end.is_set():
+            for digit in b"0123456789":
+                remote.overwrite("sign", bytes([digit]) * 32)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        found = {reader.read_small("sign") for _ in range(60)}
+    finally:
+        end.set()
+        thread.join()
+    assert len(found) > 1
+    assert all(text is not None and len(text) == 32 and len(set(text)) == 1 for text in found)
 
 
 def test_one_of_many_writers_wins(remote_settings: RemoteSettings, make_remote: Make) -> None:

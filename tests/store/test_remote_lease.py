@@ -126,11 +126,13 @@ def test_held_lease_outlives_many_expiries_until_it_is_released(host: Host) -> N
     assert held is not None
     waits: list[str] = []
     got: list[HeldLease | None] = []
-    thread = threading.Thread(
-        target=lambda: got.append(wait_for_lease(b, "key", HEARTBEAT, lambda: False, waits.append))
-    )
+
+    def wait() -> None:
+        got.append(wait_for_lease(b, "key", HEARTBEAT, lambda: False, waits.append))
+
+    thread = threading.Thread(target=wait)
     thread.start()
-    time.sleep(3 * LOST_AFTER * HEARTBEAT)
+    time.sleep(1.5 * LOST_AFTER * HEARTBEAT)
     assert held.confirm()
     assert got == []
     held.release()

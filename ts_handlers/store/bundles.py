@@ -71,7 +71,7 @@ def push(store: LocalStore, entries: Iterable[EntryInfo], remote: Remote, trust:
             subject = entry_path(address)
             new = exchange.send(remote, entry_name(address), sealed, _entry_check(subject, trust))
             canaries = 0
-            for weights in _canaries(store, address):
+            for weights in store.canaries(address):
                 _seal_canary(sealed, store, address, weights, trust)
                 subject_of_canary = f"{address.key.digest}/{weights}"
                 canaries += exchange.send(
@@ -126,7 +126,7 @@ def _pull_one(store: LocalStore, remote: Remote, trust: Trust, subject: str) -> 
     address = _address(directory)
     key, canaries = address.key.digest, 0
     names = remote.list(f"canaries/{key}", charged=False)
-    for weights in sorted({name.rpartition(".")[0] for name in names} - set(_canaries(store, address))):
+    for weights in sorted({name.rpartition(".")[0] for name in names} - set(store.canaries(address))):
         record = exchange.fetch(
             remote, canary_name(key, weights), _canary_check(f"{key}/{weights}", trust), charged=False
         ).value
@@ -156,7 +156,7 @@ def export_bundle(store: LocalStore, entries: Iterable[EntryInfo], path: Path, t
             except ValueError as error:
                 raise StoreError(f"{_subject(entry)}: {error}") from error
             files[file.name] = file
-            weights_digests = _canaries(store, address)
+            weights_digests = store.canaries(address)
             for weights in weights_digests:
                 file = folder / f"canary-{len(files):05d}"
                 _seal_canary(file, store, address, weights, trust)
@@ -243,13 +243,6 @@ def _seal_canary(target: Path, store: LocalStore, address: Address, weights: str
     assert record is not None  # `_canaries` has just read it
     with open(target, "wb") as file:
         exchange.seal_canary(file, record, address.key.digest, weights, trust)
-
-
-def _canaries(store: LocalStore, address: Address) -> list[str]:
-    """Weights digests for which there is a readable canary record."""
-    folder = store.root / "canaries" / address.key.digest
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    return [name for name in names if not name.startswith(".") and store.read_canary(address, name) is not None]
 
 
 def _entry_check(subject: str, trust: Trust) -> Callable[[BinaryIO], None]:

@@ -81,6 +81,10 @@ def _orphans(root: Path, keys: set[str], now: float) -> Iterator[Found]:
         for path in _children(root / folder):
             if path.name not in keys and _is_older(path, ORPHAN_SECONDS, now):
                 yield path, None, f"{folder}: its key has no entry"
+    for path in _children(root / "remote"):
+        key = path.name.removeprefix("unsent-")
+        if key != path.name and key not in keys and _is_older(path, ORPHAN_SECONDS, now):
+            yield path, None, "remote: its key has no entry"
     for path in _children(root / "leases"):
         match = _LEASE_FILE.fullmatch(path.name)
         if match and match["key"] not in keys and _is_older(path, ORPHAN_SECONDS, now):

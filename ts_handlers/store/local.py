@@ -7,6 +7,7 @@ Layout::
     <root>/leases/<key>.lock, <key>.json                    build leases and what their holders are doing
     <root>/leases/<key>.fetch.lock                          held by the process that asks the remote store
     <root>/remote/<service>.json                            why the host goes on alone (see store/breaker.py)
+    <root>/remote/unsent-<key>                              entries that the remote store lacks (see store/sender.py)
     <root>/staging/<key>-<random>/                          entries being built; locked by the builder while it lives
     <root>/trash/<key>-<random>/                            damaged entries, moved aside with the reason
     <root>/trash/evicted-<key>-<random>/                    evicted entries on their way out (see store/eviction.py)
@@ -267,6 +268,14 @@ class LocalStore:
 
         record: dict[str, Any] = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
         return record
+
+    def canaries(self, address: Address) -> list[str]:
+        """The weights digests for which there is a readable canary record."""
+        try:
+            names = sorted(path.name for path in self._canary(address, "").parent.iterdir())
+        except OSError:
+            return []
+        return [name for name in names if name[0] != "." and self.read_canary(address, name) is not None]
 
     def write_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> bool:
         """Record a canary by writing beside and renaming; False when the store cannot be written."""

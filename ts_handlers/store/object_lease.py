@@ -62,8 +62,8 @@ class ObjectLeases:
 
     def _sign(self, name: str, token: int, charged: bool) -> str:
         path = self._path(name, token, ".sign")
-        found = self._remote.read(path, lambda stream: stream.read(_SIGN_LIMIT), charged=charged)
-        return (found or b"").decode("ascii", "replace")
+        found = self._remote.read_small(path, charged=charged)
+        return (found or b"")[:_SIGN_LIMIT].decode("ascii", "replace")
 
     def _create(self, name: str, token: int, took_over: bool) -> Grant | None:
         if not self._remote.create(self._path(name, token), b""):

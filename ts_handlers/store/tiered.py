@@ -4,9 +4,8 @@ Lookup asks the remote only when the local store has no entry, and one process o
 its answer and then look here. What is fetched is verified (signature, key, digests) and published in the local store
 like a build, so every later start is a local hit that imports nothing for the remote.
 
-Publishing here comes first; a thread sends the entry, then the canary records, and gives the lease back last, so that
-the next holder finds both. The first writer wins: when another host's valid object is there, nothing is sent, and this
-host keeps its own entry, which has passed its own canary under the same key.
+Publishing here comes first; a thread sends the canary record and the entry, and gives the lease back last, so that the
+next holder finds both (see `ts_handlers.store.sender`).
 
 Whatever the remote does, a start goes on: it is a miss, or a build without a lease, and a note says so.
 """
@@ -14,9 +13,8 @@ Whatever the remote does, a start goes on: it is a miss, or a build without a le
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,8 +31,8 @@ from ts_handlers.store.lease import Lease
 from ts_handlers.store.local import LocalStore, entry_path
 from ts_handlers.store.remote import Remote
 from ts_handlers.store.remote_lease import HeldLease, LeaseService, wait_for_lease
+from ts_handlers.store.sender import Sender
 from ts_handlers.store.trust import Trust
-from ts_handlers.store.write_back import WriteBack
 
 logger = logging.getLogger(__name__)
 
@@ -63,29 +61,24 @@ class TieredStore:
         metrics: Metrics,
     ) -> None:
         self.root = local.root
-        self.notes: list[str] = []
-        self.write_back = WriteBack(remote.settings.timeout_seconds, self._write_back_failed)
+        self._sender = Sender(local, remote, functools.cache(trust), metrics)
+        self.notes = self._sender.notes
+        self.write_back = self._sender.write_back
         self._local = local
         self._remote = remote
-        self._load_trust = trust
-        self._known_trust: Trust | None = None
         self._leases = leases
         self._metrics = metrics
-        self._held: dict[str, HeldLease] = {}
         self._stepped_over: dict[str, int] = {}
         self._discarded: set[str] = set()
         self._kept: list[tempfile.TemporaryDirectory[str]] = []
 
-    @property
-    def _trust(self) -> Trust:
-        if self._known_trust is None:
-            self._known_trust = self._load_trust()
-        return self._known_trust
-
     def lookup(self, address: Address) -> Hit | Miss | Corrupt:
         """Find an entry here, or fetch it; an entry of the remote that must not be used is a miss."""
         found = self._local.lookup(address)
-        if isinstance(found, Hit) or address.key.digest in self._discarded or self._alone():
+        if isinstance(found, Hit):
+            self._sender.resume(address, found.directory)
+            return found
+        if address.key.digest in self._discarded or self._sender.alone():
             return found
         with self._metrics.phase("fetch"), self._one_fetcher(address) as asked_by_another:
             if asked_by_another:
@@ -94,7 +87,7 @@ class TieredStore:
             hit = self._fetch(address)
         if hit is not None and isinstance(found, Corrupt):
             self._metrics.count("corrupt")
-            self._note(f"damaged entry, fetched anew: {found.reason}")
+            self._sender.note(f"damaged entry, fetched anew: {found.reason}")
         return hit or found
 
     @contextlib.contextmanager
@@ -123,7 +116,7 @@ class TieredStore:
             lock.release()
 
     def _fetch(self, address: Address) -> Hit | None:
-        trust = self._trust  # here: mistakes in its settings are no failure of the remote
+        trust = self._sender.trust()  # here: mistakes in its settings are no failure of the remote
         with self._local.staging(address) as staging:
 
             def consume(stream: BinaryIO) -> Manifest:
@@ -160,7 +153,7 @@ class TieredStore:
             return None
         except StoreError as error:  # no room for it here
             logger.warning("%s could not be fetched: %s", name, error)
-            self._note(str(error))
+            self._sender.note(str(error))
             return None
         self._refused(fetched.refused)
         self._stepped_over[name] = len(fetched.refused)
@@ -172,24 +165,12 @@ class TieredStore:
         for reason in reasons:
             self._metrics.count("remote_refused")
             logger.warning("refused from %s: %s", self._remote.name, reason)
-            self._note(f"refused from the remote: {reason}")
+            self._sender.note(f"refused from the remote: {reason}")
 
     def _failed(self, error: RemoteError) -> None:
         if error.first:
             self._metrics.count("remote_failed")
-        self._note(f"going on alone: {error}")
-
-    def _alone(self) -> bool:
-        """Whether this host goes on without the remote for now."""
-        if not self._remote.breaker.is_open:
-            return False
-        self._note(f"going on alone: {self._remote.name}: {self._remote.breaker.reason}")
-        return True
-
-    def _note(self, text: str) -> None:
-        text = re.sub(r"\s+", " ", text).strip()[:400]
-        if text not in self.notes:
-            self.notes.append(text)
+        self._sender.note(f"going on alone: {error}")
 
     def build_estimate(self, address: Address) -> float | None:
         """The local store's."""
@@ -212,72 +193,13 @@ class TieredStore:
         StoreError
             The local store cannot be written; the entry is sent nevertheless.
         """
-        name = entry_name(address)
         try:
             directory = self._local.publish(address, staging, manifest)
         except StoreError:
-            if self._may_write():
-                try:
-                    sealed = self._seal_entry(address, staging)  # now: the staged files are about to go
-                except (OSError, ValueError) as error:
-                    self._write_back_failed(name, error)
-                else:
-                    self.write_back.submit(name, lambda: self._send_entry(address, sealed))
+            self._sender.send_staged(address, staging)
             raise
-        if self._may_write():
-            self.write_back.submit(name, lambda: self._send_entry(address, self._seal_entry(address, directory)))
+        self._sender.send(address, directory)
         return directory
-
-    def _may_write(self) -> bool:
-        if self._remote.settings.read_only or self._alone():
-            return False
-        if not self._trust.may_publish:
-            self._note("nothing is sent to the remote: trust.public_keys is set and trust.signing_key is not")
-            return False
-        return True
-
-    def _seal_entry(self, address: Address, directory: Path) -> Path:
-        return self._sealed(lambda file: exchange.seal_entry(file, directory, entry_path(address), self._trust))
-
-    def _sealed(self, write: Callable[[BinaryIO], None]) -> Path:
-        """A file that `_send` removes; in the temporary folder, as the store may be read-only."""
-        with tempfile.NamedTemporaryFile(prefix="ts_handlers-sealed-", delete=False) as file:
-            try:
-                write(file)  # type: ignore[arg-type]
-            except BaseException:
-                os.unlink(file.name)
-                raise
-        return Path(file.name)
-
-    def _send_entry(self, address: Address, sealed: Path) -> None:
-        subject = entry_path(address)
-        self._send(
-            entry_name(address),
-            sealed,
-            address.key.digest,
-            lambda stream: exchange.verify_entry(stream, subject, self._trust),
-        )
-
-    def _send(self, name: str, sealed: Path, key: str, check: Callable[[BinaryIO], object]) -> None:
-        try:
-            held = self._held.get(key)
-            if held is not None and not held.confirm():
-                self._note(f"{name} is not sent: another host has taken the lease over")
-                logger.warning("%s is not sent: another host has taken the lease over", name)
-                return
-            self._remote.require_exclusive_create()
-            if exchange.send(self._remote, name, sealed, check):
-                self._metrics.count("write_back")
-            else:
-                logger.info("%s is in %s already; it stays as it is", name, self._remote.name)
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(sealed)
-
-    def _write_back_failed(self, name: str, error: BaseException) -> None:
-        self._metrics.count("write_back_failed")
-        logger.warning("%s was not sent to %s: %s", name, self._remote.name, error)
-        self._note(f"{name} was not sent: {error}")
 
     @contextlib.contextmanager
     def lease(self, address: Address, estimate: float | None) -> Iterator[Lease]:
@@ -288,15 +210,15 @@ class TieredStore:
                 yield lease
                 return
             key = address.key.digest
-            self._held[key] = held
+            self._sender.held[key] = held
             try:
                 yield lease
             finally:
                 # Behind the entry and the canary, which the next holder looks for.
-                self.write_back.submit(f"lease {key}", lambda: self._held.pop(key).release())
+                self._sender.write_back.submit(f"lease {key}", lambda: self._sender.held.pop(key).release())
 
     def _acquire(self, address: Address, lease: Lease) -> HeldLease | None:
-        if self._leases is None or not self._may_write():
+        if self._leases is None or not self._sender.may_write():
             return None
         key, name = address.key.digest, entry_name(address)
         awaited = f"{name}.{self._stepped_over.get(name, 0)}"
@@ -318,7 +240,7 @@ class TieredStore:
             self._failed(error)
             return None
         except StoreError as error:
-            self._note(str(error))
+            self._sender.note(str(error))
             return None
         if held is not None and held.grant.took_over:
             self._metrics.count("takeover")
@@ -327,10 +249,10 @@ class TieredStore:
     def read_canary(self, address: Address, weights_digest: str) -> dict[str, Any] | None:
         """The canary recorded here, or the remote's, which is then recorded here too."""
         record = self._local.read_canary(address, weights_digest)
-        if record is not None or self._alone():
+        if record is not None or self._sender.alone():
             return record
         name = canary_name(address.key.digest, weights_digest)
-        subject, trust = f"{address.key.digest}/{weights_digest}", self._trust
+        subject, trust = f"{address.key.digest}/{weights_digest}", self._sender.trust()
         with self._metrics.phase("fetch"):
             found: tuple[str, str, dict[str, Any]] | None = self._ask(
                 name, lambda stream: exchange.unseal_canary(stream, subject, trust)
@@ -343,20 +265,7 @@ class TieredStore:
     def write_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> bool:
         """Record a canary here, and send it afterwards."""
         written = self._local.write_canary(address, weights_digest, record)
-        if self._may_write():
-            key = address.key.digest
-            subject = f"{key}/{weights_digest}"
-
-            def send() -> None:
-                sealed = self._sealed(lambda file: exchange.seal_canary(file, record, key, weights_digest, self._trust))
-                self._send(
-                    canary_name(key, weights_digest),
-                    sealed,
-                    key,
-                    lambda stream: exchange.unseal_canary(stream, subject, self._trust),
-                )
-
-            self.write_back.submit(canary_name(key, weights_digest), send)
+        self._sender.send_canary(address, weights_digest, record)
         return written
 
 
