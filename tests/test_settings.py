@@ -206,7 +206,7 @@ def test_store_root_comes_from_the_environment_in_this_order(tmp_path: Any) -> N
 @needs_root
 @pytest.mark.processes
 def test_uid_without_passwd_entry_and_home_gets_a_usable_store(tmp_path: Any) -> None:
-    tmp_path.chmod(0o777)
+    tmp_path.chmod(0o1777)  # as /tmp
     for folder in (tmp_path.parent, tmp_path.parent.parent):
         folder.chmod(0o755)
     out = run_python(
@@ -234,3 +234,54 @@ def test_disabling_compilation_contradicts_a_ladder() -> None:
     config = {"pt2": {"compile": {"enable": False}}, "handler": {"ts_handlers": {"backends": ["inductor", "eager"]}}}
     with pytest.raises(SettingsError, match=r"pt2\.compile\.enable: false contradicts"):
         parse_settings(config)
+
+
+@pytest.mark.parametrize(
+    ("section", "parts"),
+    [
+        ({"remote": {"url": "models/artifacts"}}, ["remote.url", "an absolute folder or a URL", "'models/artifacts'"]),
+        ({"remote": {"url": "s3://"}}, ["remote.url", "'s3://'"]),
+        (
+            {"remote": {"url": "/mnt/x", "lease": "reddis://host"}},
+            ["remote.lease", "auto, off or a URL such as redis://"],
+        ),
+        ({"remote": {"url": "/mnt/x", "timeout_seconds": 0}}, ["remote.timeout_seconds", "above 0, found 0"]),
+        ({"remote": {"url": "/mnt/x", "heartbeat_seconds": -1}}, ["remote.heartbeat_seconds", "found -1"]),
+        ({"trust": {"public_keys": ["/no/such.pub"]}}, ["trust.public_keys[0]", "PEM file", "/no/such.pub"]),
+        ({"trust": {"signing_key": "/no/such.key"}}, ["trust.signing_key", "PEM file", "/no/such.key"]),
+        ({"trust": {"folders": ["cache"]}}, ["trust.folders[0]", "absolute path", "'cache'"]),
+    ],
+)
+def test_remote_and_trust(section: dict[str, Any], parts: list[str]) -> None:
+    text = message({**SECTION, **section})
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "url", ["file:///mnt/x", "/mnt/x", "s3://bucket", "s3://bucket/a/b", "gs://b/c", "abfs://c@a/x"]
+)
+@pytest.mark.parametrize(
+    "lease", ["auto", "off", "redis://:pass@host:6379/0", "rediss://host", "unix:///run/redis.sock"]
+)
+def test_addresses_of_remote_stores_and_leases(url: str, lease: str) -> None:
+    settings = parse({**SECTION, "remote": {"url": url, "lease": lease}})
+    assert settings.remote is not None
+    assert (settings.remote.url, settings.remote.lease) == (url, lease)
+
+
+@pytest.mark.parametrize(
+    "remote",
+    [
+        "s3://user:hunter2@host/x",
+        {"url": "/mnt/x", "password": "hunter2"},
+        {"url": ["hunter2"]},
+        {"url": "user:hunter2@host"},
+        {"url": "/mnt/x", "lease": "user:hunter2@host"},
+        {"url": "/mnt/x", "options": "secret=hunter2"},
+    ],
+)
+def test_secrets_of_the_remote_store_are_not_repeated(remote: Any) -> None:
+    text = message({**SECTION, "remote": remote})
+    assert "remote" in text
+    assert "hunter2" not in text

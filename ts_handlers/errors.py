@@ -42,6 +42,19 @@ class StoreError(WarmStartError, OSError):
     """The store cannot be used as configured (missing, foreign, unreadable or full)."""
 
 
+class RemoteError(StoreError):
+    """The remote store or the lease service did not answer as it should; the host goes on without it.
+
+    `first` tells the failure itself from the refusals to try again that follow it.
+    """
+
+    first: bool = False
+
+
+class RefusedError(WarmStartError, ValueError):
+    """Something from another host is unsigned, foreign, damaged or not what it should be; it is not used."""
+
+
 class MissError(WarmStartError, RuntimeError):
     """`on_miss: fail` and the store holds no entry for the key."""
 

@@ -22,6 +22,7 @@ PHASES = (
     "process",  # age of the process when the handler was asked to initialise: interpreter, torch, handler imports
     "key",
     "lookup",
+    "fetch",  # from the remote store: entries and canary records
     "wait",  # for another process's build
     "build",
     "publish",
@@ -47,6 +48,13 @@ COUNTERS = (
     "background_build",  # child processes started to build
     "swap",  # from eager to the artifact that a child process has built
     "background_failed",
+    "remote_hit",  # entries that were fetched
+    "remote_miss",
+    "remote_failed",  # how often the remote or the lease service did not answer as it should
+    "remote_refused",  # objects that must not be used: unsigned, foreign, damaged
+    "write_back",
+    "write_back_failed",
+    "takeover",  # leases taken from another host that was lost
 )
 
 
@@ -63,14 +71,23 @@ class Metrics:
     observer: Callable[[str], None] | None = None
     _emitted: dict[str, int] = dataclasses.field(default_factory=dict)
     _contexts: PoolStats = dataclasses.field(default_factory=PoolStats)
+    _inner_ms: list[float] = dataclasses.field(default_factory=list)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the duration of the block to a phase."""
+        """Add the duration of the block to a phase, without that of phases inside the block."""
         if self.observer is not None:
             self.observer(name)
-        with _timed(self.phases_ms, name):
-            yield
+        self._inner_ms.append(0.0)
+        before = self.phases_ms.get(name, 0.0)
+        try:
+            with _timed(self.phases_ms, name):
+                yield
+        finally:
+            inner, total = self._inner_ms.pop(), self.phases_ms[name] - before
+            self.phases_ms[name] -= inner
+            if self._inner_ms:
+                self._inner_ms[-1] += total
 
     @contextlib.contextmanager
     def build_phase(self, name: str) -> Iterator[None]:

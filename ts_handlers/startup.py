@@ -193,7 +193,7 @@ class _Start:
 
     def _open_store(self) -> Store:
         if self._store is None:
-            self._store, problem = open_store(self._settings)
+            self._store, problem = open_store(self._settings, self._metrics)
             if problem is not None:
                 self._metrics.count("fallback")
                 self._fallbacks.append({"backend": "store", "reason": problem})
@@ -371,7 +371,7 @@ class _Start:
             missed=missed,
             fallbacks=tuple(self._fallbacks),
             canary=canary,
-            notes=tuple(self._notes),
+            notes=(*self._notes, *(self._store.notes if self._store is not None else ())),
         )
         if backend.name in ("aot_inductor", "tensorrt"):
             self._request.source.release()  # the artifact does not need the eager module

@@ -138,13 +138,18 @@ def _explain(message: str, section: Any, kind: Any, root: str) -> str:
     if unknown is None:
         choices = _choices(hint)
         remedy = f"expected one of {', '.join(choices)}" if choices else "see docs/settings.md"
-        return f"{where}: {what} (value: {value!r}); {remedy}"
+        return f"{where}: {what} (value: {_shown(value, where)}); {remedy}"
     field = unknown["field"]
     found = value.get(field) if isinstance(value, Mapping) else None
     known = _field_names(kind)
     close = difflib.get_close_matches(field, known, n=1)
     remedy = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-    return f"{where}.{field}: unknown key (value: {found!r}); {remedy}"
+    return f"{where}.{field}: unknown key (value: {_shown(found, where)}); {remedy}"
+
+
+def _shown(value: Any, where: str) -> str:
+    """A value for a message; what stands below ``remote`` may be a password."""
+    return f"a {type(value).__name__}, not shown" if f"{SECTION}.remote" in where else repr(value)
 
 
 def _struct_in(hint: Any) -> Any:

@@ -36,10 +36,10 @@ class BackgroundSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 class RemoteSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A store shared by hosts, addressed by an fsspec URL (``file:///mnt/nfs/artifacts``, ``s3://bucket/prefix``).
 
-    `options` goes to the file system as fsspec's storage options. No operation takes longer than `timeout_seconds`;
-    after a failure the host goes on without the remote. `lease` says how hosts agree on one builder: ``auto`` (the
-    object store's exclusive create), ``off``, or a ``redis://`` URL. A holder that has not renewed its lease for three
-    times `heartbeat_seconds` has lost it.
+    `options` goes to the file system as fsspec's storage options. A start waits for the remote for `timeout_seconds` at
+    most, all its answers together; after a failure the host goes on without it for a minute. `lease` says how hosts
+    agree on one builder: ``auto`` (the object store's exclusive create), ``off``, or a ``redis://`` URL. A holder that
+    has not renewed its lease for three times `heartbeat_seconds` has lost it.
     """
 
     url: str
@@ -55,11 +55,13 @@ class TrustSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `public_keys` are paths of PEM files; with at least one of them, an entry from the remote store or a bundle is used
     only when one of these keys has signed it. `signing_key` is the path of the private key that signs what this host
-    publishes.
+    publishes. `folders` are folders above the store whose owner and mode are accepted as they are, such as a volume
+    that only this container mounts.
     """
 
     public_keys: tuple[str, ...] = ()
     signing_key: str | None = None
+    folders: tuple[str, ...] = ()
 
 
 class Quota(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

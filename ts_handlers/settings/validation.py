@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+from urllib.parse import urlsplit
 
 from ts_handlers.errors import SettingsError
 from ts_handlers.settings.model import ALL_BACKENDS, PT2_SECTION, SECTION, Settings
 from ts_handlers.settings.quantities import parse_bytes
-from ts_handlers.settings.sections import Quota
+from ts_handlers.settings.sections import Quota, RemoteSettings, TrustSettings
 
 _LONGEST_SECONDS = 7 * 24 * 3600
 _LARGEST_MB = 2**30
@@ -42,6 +44,9 @@ def validate(settings: Settings) -> None:
             f"{PT2_SECTION}: torch.compile takes either mode ({settings.compile.mode!r}) or options "
             f"({settings.compile.options!r}), not both; keep one"
         )
+    if settings.remote is not None:
+        _validate_remote(settings.remote)
+    _validate_trust(settings.trust)
     for name, dimension in settings.dimensions.items():
         where = f"{SECTION}.dimensions.{name}"
         if dimension.min < 1:
@@ -116,6 +121,41 @@ def _validate_background(settings: Settings) -> None:
             raise SettingsError(
                 f"{where}.{name}: expected a number above 0 and up to {most}, found {value}; remove it for the default"
             )
+
+
+def _validate_remote(remote: RemoteSettings) -> None:
+    where = f"{SECTION}.remote"
+    parts = urlsplit(remote.url)
+    if not (os.path.isabs(remote.url) or (parts.scheme and (parts.netloc or os.path.isabs(parts.path)))):
+        raise SettingsError(
+            f"{where}.url: expected an absolute folder or a URL such as file:///mnt/artifacts or s3://bucket/prefix, "
+            f"found {_shown(remote.url)!r}"
+        )
+    if remote.lease not in ("auto", "off") and urlsplit(remote.lease).scheme not in ("redis", "rediss", "unix"):
+        raise SettingsError(
+            f"{where}.lease: expected auto, off or a URL such as redis://host:6379/0, found {_shown(remote.lease)!r}"
+        )
+    for name in ("timeout_seconds", "heartbeat_seconds"):
+        value = getattr(remote, name)
+        if not (math.isfinite(value) and value > 0):
+            raise SettingsError(f"{where}.{name}: expected seconds above 0, found {value}")
+
+
+def _shown(url: str) -> str:
+    """A wrong URL without what may be a password in it."""
+    return f"***@{url.rpartition('@')[2]}" if "@" in url else url
+
+
+def _validate_trust(trust: TrustSettings) -> None:
+    paths = {f"public_keys[{index}]": path for index, path in enumerate(trust.public_keys)}
+    if trust.signing_key is not None:
+        paths["signing_key"] = trust.signing_key
+    for name, path in paths.items():
+        if not os.path.isfile(os.path.expanduser(path)):
+            raise SettingsError(f"{SECTION}.trust.{name}: expected the path of a PEM file, found no file at {path}")
+    for index, path in enumerate(trust.folders):
+        if not os.path.isabs(path):
+            raise SettingsError(f"{SECTION}.trust.folders[{index}]: expected an absolute path, found {path!r}")
 
 
 def _validate_inputs(settings: Settings) -> None:

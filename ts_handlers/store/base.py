@@ -47,10 +47,12 @@ class Store(Protocol):
     """Where artifacts are kept.
 
     `lookup` never returns a partial entry, and never one whose bytes differ from its manifest. `publish` is atomic: a
-    reader sees all of an entry or nothing. Neither waits; only `lease` blocks.
+    reader sees all of an entry or nothing. Neither waits for another process's build; only `lease` does. `notes` tells
+    `describe` what a start should know about the store.
     """
 
     root: Path
+    notes: list[str]
 
     def lookup(self, address: Address) -> Hit | Miss | Corrupt:
         """Find and verify an entry."""

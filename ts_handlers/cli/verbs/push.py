@@ -1,0 +1,40 @@
+"""`ts-handlers push`."""
+
+from __future__ import annotations
+
+from ts_handlers.cli.exit_codes import ExitCode
+from ts_handlers.cli.options import JsonOption, StoreOption, open_existing_store
+from ts_handlers.cli.remote_options import (
+    KeyOption,
+    ModelOption,
+    PublicKeys,
+    RemoteArgument,
+    SigningKey,
+    StorageOption,
+    TimeoutOption,
+    open_remote,
+    open_trust,
+    report,
+    select,
+)
+
+
+def command(
+    url: RemoteArgument,
+    model: ModelOption = None,
+    key: KeyOption = [],  # noqa: B006  (typer copies it)
+    option: StorageOption = [],  # noqa: B006
+    signing_key: SigningKey = None,
+    public_key: PublicKeys = [],  # noqa: B006
+    timeout: TimeoutOption = 120.0,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> ExitCode:
+    """Send entries of the store, with their canary records, to a remote store; what is there stays."""
+    from ts_handlers.store.bundles import push
+    from ts_handlers.store.scan import scan_entries
+
+    opened = open_existing_store(store)
+    entries = select(scan_entries(opened.root), model, key)
+    remote = open_remote(url, option, timeout)
+    return report(push(opened, entries, remote, open_trust(public_key, signing_key)), as_json)
