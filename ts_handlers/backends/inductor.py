@@ -28,6 +28,7 @@ import torch
 from ts_handlers import fingerprint
 from ts_handlers.backends.base import Built, Description, Loaded, Phase, Request, call_module, takes_names
 from ts_handlers.backends.inductor_cache import make_working_directory, use_cache
+from ts_handlers.backends.one_graph import mark_dynamic, one_graph
 from ts_handlers.errors import LoadError
 from ts_handlers.signature import Signature, Sizes
 
@@ -161,11 +162,11 @@ def _compile(request: Request, working: Path, *, warm: bool, oblivious: bool) ->
         sealed = True
 
     before = _cache_counters()
-    with _size_oblivious(oblivious):
+    with one_graph(oblivious):
         for sizes in _warmup_sizes(request):
             tensors = [tensor.to(request.device) for tensor in signature.generate(sizes, seed=1)]
             if oblivious:
-                _mark_dynamic(signature, tensors)
+                mark_dynamic(signature, tensors)
             run(tensors)
     after = _cache_counters()
     facts = {name: after[name] - before[name] for name in after}
@@ -187,25 +188,6 @@ def _set(config: Any, **values: Any) -> None:
     for name, value in values.items():
         if hasattr(config, name):
             setattr(config, name, value)
-
-
-def _size_oblivious(enabled: bool) -> contextlib.AbstractContextManager[Any]:
-    """Inside the block, sizes 0 and 1 of dynamic dimensions are not specialised."""
-    import torch.fx.experimental._config
-
-    symbolic_config: Any = torch.fx.experimental._config
-    patched: contextlib.AbstractContextManager[Any] = symbolic_config.patch(backed_size_oblivious=enabled)
-    return patched
-
-
-def _mark_dynamic(signature: Signature, tensors: list[torch.Tensor]) -> None:
-    """Tell Dynamo which dimensions are dynamic: the declared ones, and only those."""
-    import torch._dynamo
-
-    for spec, tensor in zip(signature.inputs, tensors, strict=True):
-        for axis, size in enumerate(spec.shape):
-            if isinstance(size, str) and signature.dimensions[size].min != signature.dimensions[size].max:
-                torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
 
 _stance_lock = threading.Lock()
