@@ -10,11 +10,14 @@ Nothing here knows TorchServe; `start_model` works in any Python server.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import logging
 import platform
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -235,9 +238,10 @@ class _Start:
     ) -> CompiledModel | Corrupt:
         """Serve an entry; one that does not load although its bytes are right is moved aside, to be built again."""
         try:
-            with self._metrics.phase("load"):
-                loaded = backend.load(self._request, hit.directory, hit.manifest.artifact)
-            model = self._finish(backend, store, address, loaded, result, missed)
+            with _collection_paused():
+                with self._metrics.phase("load"):
+                    loaded = backend.load(self._request, hit.directory, hit.manifest.artifact)
+                model = self._finish(backend, store, address, loaded, result, missed)
         except _FINAL:
             raise
         except Exception as error:
@@ -292,6 +296,22 @@ class _Start:
         model = CompiledModel(self._request, loaded, outcome, self._metrics, self._slots)
         model.store = self._store  # keeps the entry from being evicted while the model is served
         return model
+
+
+@contextlib.contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Pause Python's cycle collector while an entry is loaded.
+
+    Importing a compiler and tracing a model make a million objects that stay: each pass over them finds next to
+    nothing, and together they were a tenth of a warm start of `inductor`.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _is_damage(error: Exception) -> bool:

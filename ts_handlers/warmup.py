@@ -10,7 +10,7 @@ import torch
 
 from ts_handlers.backends.base import Loaded, Request
 from ts_handlers.backends.eager import eager_run
-from ts_handlers.errors import CanaryError
+from ts_handlers.errors import BuildError, CanaryError, InputError
 from ts_handlers.signature import Sizes
 from ts_handlers.store.base import Address, Store
 from ts_handlers.structure import flatten
@@ -74,6 +74,25 @@ def compare_outputs(found: Any, expected: Any, tolerance: float | None = None) -
             raise CanaryError(f"output {index}: relative error {error:.3g} against eager, at most {limit:.3g} accepted")
         worst = max(worst, error)
     return worst
+
+
+def compare_sizes(request: Request, loaded: Loaded, cases: Sequence[Sizes]) -> None:
+    """Compare an artifact that was just built with the eager model at the given sizes.
+
+    Raises
+    ------
+    BuildError
+        With the sizes at which it differs or does not run.
+    """
+    eager = eager_run(request, loaded.signature.names)
+    for sizes in cases:
+        tensors = [tensor.to(request.device) for tensor in loaded.signature.generate(sizes, seed=2)]
+        expected = eager(tensors)
+        try:
+            compare_outputs(loaded.run(tensors), expected, request.settings.canary.tolerance)
+        except (CanaryError, RuntimeError, InputError) as error:
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+            raise BuildError(f"at {sizes} the artifact differs from eager: {reason[:300]}") from error
 
 
 def check_canary(store: Store, address: Address, request: Request, loaded: Loaded) -> dict[str, Any]:

@@ -93,10 +93,15 @@ def _compile_first(request: Request) -> tuple[bool, Path, Loaded]:
 
     One graph halves the tracing of every warm start. `dynamic` set by the user is taken as it is.
     """
+    from ts_handlers.warmup import compare_sizes
+
     working = make_working_directory()
     if request.settings.compile.dynamic is None and request.require_signature().dimensions:
         try:
-            return True, working, _compile(request, working, warm=False, oblivious=True)
+            loaded = _compile(request, working, warm=False, oblivious=True)
+            loaded.seal()
+            compare_sizes(request, loaded, loaded.signature.corner_sizes())
+            return True, working, loaded
         except Exception as error:
             logger.info("%s has no single graph for all sizes: %s", request.source.name, error)
             import torch._dynamo
@@ -133,8 +138,10 @@ def _compile(request: Request, working: Path, *, warm: bool, oblivious: bool) ->
     _set(inductor_config, cpp_cache_precompile_headers=False, fx_graph_cache=True, fx_graph_remote_cache=False)
     _set(inductor_config, bundle_triton_into_fx_graph_cache=True)
     _set(functorch_config, enable_autograd_cache=True, enable_remote_autograd_cache=False)
+    _set(inductor_config.cpp, vec_isa_ok=True)  # KNOBS again: the model's libraries may have imported the compiler
     if warm:
         _set(inductor_config, compile_threads=1)
+        _set(torch._dynamo.config, run_gc_after_compile=False)  # a quarter of a second for each graph of ResNet-50
     module = request.eager()
     by_name = takes_names(module, signature.names)
     arguments = request.settings.compile
