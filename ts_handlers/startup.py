@@ -37,7 +37,7 @@ from ts_handlers.store.base import Address, Corrupt, Hit, Miss, Store
 from ts_handlers.store.entry import Manifest, list_files
 from ts_handlers.store.opening import open_store
 from ts_handlers.store.space import Report, make_room_in_background
-from ts_handlers.warmup import check_canary, one_thread, run_warmup
+from ts_handlers.warmup import check_canary, run_warmup
 
 logger = logging.getLogger(__name__)
 
@@ -262,11 +262,10 @@ class _Start:
         missed: tuple[str, ...],
     ) -> CompiledModel:
         loaded = self._slots.wrap(loaded)
-        with one_thread(loaded):
-            with self._metrics.phase("canary"):
-                canary = check_canary(store, address, self._request, loaded)
-            with self._metrics.phase("warmup"):
-                run_warmup(self._request, loaded, canary["cases"])
+        with self._metrics.phase("canary"):
+            canary = check_canary(store, address, self._request, loaded)
+        with self._metrics.phase("warmup"):
+            run_warmup(self._request, loaded, canary["cases"])
         if canary["source"] == "eager":
             self._metrics.count("canary_recorded")
         loaded.seal()

@@ -2,7 +2,7 @@
 
 Every graph is traced again at each warm start, which is most of what such a start costs. Two things would split one:
 
-- Dynamo specialises sizes 0 and 1. `backed_size_oblivious`, with only the declared dimensions marked dynamic, stops that.
+- Dynamo specialises sizes 0 and 1. `backed_size_oblivious`, with only the declared dimensions marked dynamic, stops it.
 - Inductor asks for the memory format of each convolution's output. torch answers by walking the input's strides
   (`is_channels_last_strides_2d_s4` in c10/core/MemoryFormat.h), compares the batch size with 1 on the way, and that
   comparison becomes a guard, although the walk ends there and nothing depends on it. It is asked with a batch of 2.
