@@ -8,6 +8,7 @@ answers `_load_pickled_model` with a model that comes from the store, and it hid
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import os
 import sys
@@ -143,6 +144,7 @@ class CompiledHandlerMixin:
         if isinstance(self.model, CompiledModel):
             self._check_startup_timeout()
             self.model.metrics.emit(getattr(context, "metrics", None))
+            _exempt_from_collection(self.model.outcome.result == "built")
 
     def _start(self, source: ModelSource) -> CompiledModel:
         return start_model(source, self.settings, self.device)  # type: ignore[attr-defined]
@@ -305,6 +307,17 @@ class CompiledHandlerMixin:
             facts = {"backend": "torchscript" if isinstance(self.model, torch.jit.ScriptModule) else "other"}
         facts["pid"] = os.getpid()
         return facts
+
+
+def _exempt_from_collection(collect: bool) -> None:
+    """Exempt the objects made so far from Python's cycle collector; with `collect` what a build left is freed before.
+
+    A worker serves this model until it ends, and a request should not wait for a collector that walks half a million
+    objects of torch and its compiler: 0.3 s with the backend `inductor`.
+    """
+    if collect:
+        gc.collect()
+    gc.freeze()
 
 
 def _refusing(preprocess: Any) -> Any:
