@@ -100,6 +100,16 @@ def test_second_worker_hits(handler: CompiledHandler, archive: Path, tmp_path: P
     assert second.model.outcome.result == "hit"
 
 
+def test_requests_do_not_wait_for_the_collection_of_what_a_start_made(context: Context) -> None:
+    import gc
+
+    gc.unfreeze()
+    made = CompiledHandler()
+    made.initialize(context)
+    assert gc.get_freeze_count() > 10_000
+    assert len(gc.get_objects()) < gc.get_freeze_count() / 10
+
+
 def test_describe_says_how_the_start_went(handler: CompiledHandler, context: Context) -> None:
     context.request_processor = [RequestProcessor({"describe": "True"})]
     (facts,) = handler.handle([{}], context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gc
 import json
 import shutil
 import tempfile
@@ -85,6 +86,28 @@ def test_hit_does_not_build_the_eager_model(start: Start, archive: Path, monkeyp
     start()
     monkeypatch.setattr("ts_handlers.model_source.load_model_class", lambda path: pytest.fail("imported"))
     assert start().outcome.result == "hit"
+
+
+def test_canary_of_a_hit_is_the_first_warmup(start: Start, archive: Path) -> None:
+    built = check(start(warmup=[{"batch": 3}, {"batch": 5}]), archive)
+    assert built["canary"]["cases"] == [{"batch": 1}, {"batch": 4}, {"batch": 3}]
+    assert check(start(warmup=[{"batch": 3}, {"batch": 5}]), archive)["canary"]["cases"] == [{"batch": 3}]
+
+
+def test_cycle_collector_pauses_while_an_entry_is_loaded(
+    start: Start, backend: file_backend.FileBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start()
+    seen: list[bool] = []
+    load = backend.load
+
+    def watched(*arguments: Any) -> Any:
+        seen.append(gc.isenabled())
+        return load(*arguments)
+
+    monkeypatch.setattr(backend, "load", watched)
+    assert start().outcome.result == "hit"
+    assert (seen, gc.isenabled()) == ([False], True)
 
 
 def test_new_weights_hit_and_are_checked_against_eager_once(start: Start, archive: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ts_handlers.compiled_model import CompiledModel
+from ts_handlers.cycle_collector import exempt_from_collection
 from ts_handlers.errors import BusyError, InputError, ModelError, SettingsError
 from ts_handlers.json_tensors import read_tensors, rows_of
 from ts_handlers.micro_batching import MicroBatches, check_contexts, read_section
@@ -144,8 +145,14 @@ class CompiledHandlerMixin:
         if isinstance(self.model, CompiledModel):
             self._check_startup_timeout()
             self.model.metrics.emit(getattr(context, "metrics", None))
-            if self.model.background is not None:
-                self.model.background.when_done(lambda: self.model.metrics.emit(getattr(context, "metrics", None)))
+            if self.model.background is None:
+                exempt_from_collection(self.model.outcome.result == "built")
+            else:
+                self.model.background.when_done(lambda: self._after_swap(context))
+
+    def _after_swap(self, context: Any) -> None:
+        self.model.metrics.emit(getattr(context, "metrics", None))
+        exempt_from_collection(True)  # first the eager model that was swapped out
 
     def _make_recipe(self, context: Any, config: Any) -> dict[str, Any] | None:
         """How another process makes this handler, to take its model from it; see `ts_handlers.recipes`."""

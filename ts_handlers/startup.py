@@ -30,6 +30,7 @@ from ts_handlers import fingerprint
 from ts_handlers.backends import get_backend
 from ts_handlers.backends.base import Backend, Loaded, Request
 from ts_handlers.compiled_model import CompiledModel, Outcome
+from ts_handlers.cycle_collector import collection_paused
 from ts_handlers.errors import CanaryError, MissError, ModelError, QuarantinedError, SettingsError, StoreError
 from ts_handlers.key import CacheKey, compute_key
 from ts_handlers.metrics import Metrics, process_age_ms
@@ -42,7 +43,7 @@ from ts_handlers.store.entry import Manifest, list_files, read_manifest
 from ts_handlers.store.guard import Guard
 from ts_handlers.store.opening import open_store
 from ts_handlers.store.space import Report, make_room_in_background
-from ts_handlers.warmup import check_canary, one_thread, run_warmup
+from ts_handlers.warmup import check_canary, run_warmup
 
 logger = logging.getLogger(__name__)
 
@@ -304,9 +305,10 @@ class _Start:
         """Serve an entry; one that does not load although its bytes are right is moved aside, to be built again."""
         self._refuse(guard, hit.manifest.seal)
         try:
-            loaded, canary = self._load(
-                backend, store, guard, address, hit.directory, hit.manifest, hit.manifest.seal, None
-            )
+            with collection_paused():
+                loaded, canary = self._load(
+                    backend, store, guard, address, hit.directory, hit.manifest, hit.manifest.seal, None
+                )
         except _FINAL:
             raise
         except Exception as error:
@@ -341,15 +343,14 @@ class _Start:
                     loaded = backend.load(self._request, directory, manifest.artifact)
             loaded = self._slots.wrap(loaded)
             limited = guard.limit(loaded)
-            with one_thread(loaded):
-                with self._metrics.phase("canary"):
-                    try:
-                        canary = check_canary(store, address, self._request, limited)
-                    except CanaryError as error:
-                        guard.quarantine_canary(seal, error)
-                        raise
-                with self._metrics.phase("warmup"):
-                    run_warmup(self._request, limited, canary["cases"])
+            with self._metrics.phase("canary"):
+                try:
+                    canary = check_canary(store, address, self._request, limited)
+                except CanaryError as error:
+                    guard.quarantine_canary(seal, error)
+                    raise
+            with self._metrics.phase("warmup"):
+                run_warmup(self._request, limited, canary["cases"])
         if canary["source"] == "eager":
             self._metrics.count("canary_recorded")
         loaded.seal()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from ts_handlers.backends.base import Loaded, Request
 from ts_handlers.backends.eager import eager_run
-from ts_handlers.errors import CanaryError
+from ts_handlers.errors import BuildError, CanaryError, InputError
 from ts_handlers.signature import Sizes
 from ts_handlers.store.base import Address, Store
 from ts_handlers.structure import flatten
@@ -76,6 +77,25 @@ def compare_outputs(found: Any, expected: Any, tolerance: float | None = None) -
     return worst
 
 
+def compare_sizes(request: Request, loaded: Loaded, cases: Sequence[Sizes]) -> None:
+    """Compare an artifact that was just built with the eager model at the given sizes.
+
+    Raises
+    ------
+    BuildError
+        With the sizes at which it differs or does not run.
+    """
+    eager = eager_run(request, loaded.signature.names)
+    for sizes in cases:
+        tensors = [tensor.to(request.device) for tensor in loaded.signature.generate(sizes, seed=2)]
+        expected = eager(tensors)
+        try:
+            compare_outputs(loaded.run(tensors), expected, request.settings.canary.tolerance)
+        except (CanaryError, RuntimeError, InputError) as error:
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+            raise BuildError(f"at {sizes} the artifact differs from eager: {reason[:300]}") from error
+
+
 def check_canary(store: Store, address: Address, request: Request, loaded: Loaded) -> dict[str, Any]:
     """Compare an artifact with the recorded eager output for these weights, or with eager itself the first time.
 
@@ -91,16 +111,28 @@ def check_canary(store: Store, address: Address, request: Request, loaded: Loade
     weights = request.source.weights_digest()
     record = store.read_canary(address, weights)
     source = "record"
-    if record is None or not _is_complete(record):
-        source = "eager"
-        record = _record(request, loaded)
-        cases = record["cases"]
-        error = _run_cases(cases, request, loaded)
-        store.write_canary(address, weights, record)
-    else:
-        cases = record["cases"][: 1 if loaded.variants == 1 else None]
-        error = _run_cases(cases, request, loaded)
+    with few_threads(loaded):
+        if record is None or not _is_complete(record):
+            source = "eager"
+            record = _record(request, loaded)
+            cases = record["cases"]
+            error = _run_cases(cases, request, loaded)
+            store.write_canary(address, weights, record)
+        else:
+            cases = record["cases"] if loaded.variants > 1 else [_one_case(record["cases"], request, loaded)]
+            error = _run_cases(cases, request, loaded)
     return {"source": source, "error": error, "cases": [case["sizes"] for case in cases]}
+
+
+def _one_case(cases: list[dict[str, Any]], request: Request, loaded: Loaded) -> dict[str, Any]:
+    """The case that is also the first warm-up, so that it need not run twice; otherwise the smallest one."""
+    wanted = _declared_sizes(request, loaded)[:1]
+    return next((case for case in cases if case["sizes"] in wanted), cases[0])
+
+
+def _declared_sizes(request: Request, loaded: Loaded) -> list[Sizes]:
+    example = loaded.signature.example_sizes()
+    return [{**example, **sizes} for sizes in request.settings.warmup]
 
 
 def _is_complete(record: dict[str, Any]) -> bool:
@@ -109,21 +141,35 @@ def _is_complete(record: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def one_thread(loaded: Loaded) -> Iterator[None]:
-    """Run torch's own operators on one thread inside the block, where that compiles nothing anew.
+def few_threads(loaded: Loaded) -> Iterator[None]:
+    """Run torch's own operators on as many threads as there are idle processors, where that compiles nothing anew.
 
     Workers of a server start together, each with as many threads as there are processors, and OpenMP threads spin
     while they wait for a descheduled one: two workers on two processors took 4.7 s for a canary that takes 0.3 s alone.
     """
     threads = torch.get_num_threads()
-    if not loaded.adjusts_threads or threads == 1:
+    few = min(threads, max(1, _idle_processors()))
+    if not loaded.adjusts_threads or few == threads:
         yield
         return
-    torch.set_num_threads(1)
+    torch.set_num_threads(few)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _idle_processors() -> int:
+    """Processors that run nothing but this thread at this moment; 0 where the kernel does not tell.
+
+    The fourth field of /proc/loadavg is ``running/total`` threads of the whole machine, see proc_loadavg(5).
+    """
+    try:
+        with open("/proc/loadavg", encoding="ascii") as file:
+            running = int(file.read().split()[3].partition("/")[0])
+        return len(os.sched_getaffinity(0)) - (running - 1)
+    except (AttributeError, OSError, ValueError, IndexError):
+        return 0
 
 
 def _run_cases(cases: list[dict[str, Any]], request: Request, loaded: Loaded) -> float:
@@ -136,13 +182,14 @@ def _run_cases(cases: list[dict[str, Any]], request: Request, loaded: Loaded) ->
 
 
 def _record(request: Request, loaded: Loaded) -> dict[str, Any]:
-    """Run the eager model on canary inputs: the smallest sizes and, where they differ, the example sizes."""
+    """Run the eager model on canary inputs: the smallest sizes, the example sizes and those of the first warm-up."""
     signature = loaded.signature
     eager = eager_run(request, signature.names)
     wanted = [signature.example_sizes()]
-    smallest = {name: dimension.min for name, dimension in signature.dimensions.items()}
-    if request.settings.inputs and smallest not in wanted:
-        wanted.insert(0, smallest)
+    if request.settings.inputs:
+        smallest = {name: dimension.min for name, dimension in signature.dimensions.items()}
+        wanted = [smallest, *wanted, *_declared_sizes(request, loaded)[:1]]
+        wanted = [sizes for position, sizes in enumerate(wanted) if sizes not in wanted[:position]]
     cases = []
     for index, sizes in enumerate(wanted if loaded.sizes is None else loaded.sizes):
         inputs = signature.generate(sizes, seed=request.settings.canary.seed + index)
@@ -157,12 +204,13 @@ def run_warmup(request: Request, loaded: Loaded, done: Sequence[Sizes] = ()) -> 
     """Run the declared warm-up sizes on each slot, except those in `done`, which ran on one; returns the runs."""
     if not request.settings.inputs or loaded.warmed_up:
         return 0
-    wanted = [{**loaded.signature.example_sizes(), **sizes} for sizes in request.settings.warmup]
+    wanted = _declared_sizes(request, loaded)
     # A GPU's first run in each context allocates and may compile kernels. The pool lends its slots in turn.
     slots = loaded.pool.size if loaded.pool is not None and request.device.type == "cuda" else 1
     remaining = [sizes for sizes in wanted if slots > 1 or sizes not in done]
-    for sizes in remaining:
-        tensors = [tensor.to(request.device) for tensor in loaded.signature.generate(sizes)]
-        for _ in range(slots):
-            loaded.run(tensors)
+    with few_threads(loaded):
+        for sizes in remaining:
+            tensors = [tensor.to(request.device) for tensor in loaded.signature.generate(sizes)]
+            for _ in range(slots):
+                loaded.run(tensors)
     return len(remaining) * slots

@@ -47,7 +47,7 @@ from ts_handlers.backends.base import (
     Phase,
     Request,
 )
-from ts_handlers.errors import BuildError, CanaryError, InputError, LoadError, ModelError
+from ts_handlers.errors import BuildError, InputError, LoadError, ModelError
 from ts_handlers.model_source import ExportedSource
 from ts_handlers.settings import Dimension, InputSpec
 from ts_handlers.signature import Signature, Sizes
@@ -203,22 +203,14 @@ def _verify(
     request: Request, signature: Signature, directory: Path, description: Description, variants: list[Variant]
 ) -> dict[str, list[int]]:
     """Compare with eager at the ends of the ranges (or at every static size); returns the ranges."""
-    from ts_handlers.backends.eager import eager_run
-    from ts_handlers.warmup import compare_outputs
+    from ts_handlers.warmup import compare_sizes
 
-    eager = eager_run(request, signature.names)
     ranges = {name: [d.min, d.max] for name, d in signature.dimensions.items()}
     description["dimensions"] = ranges
     loaded = BACKEND.load(request, directory, description)
     static = all(not variant_ranges for _, _, variant_ranges, _ in variants)
     cases = [fixed for _, fixed, _, _ in variants] if static else signature.corner_sizes()
-    for sizes in cases:
-        tensors = [tensor.to(request.device) for tensor in signature.generate(sizes, seed=2)]
-        expected = eager(tensors)
-        try:
-            compare_outputs(loaded.run(tensors), expected, request.settings.canary.tolerance)
-        except (CanaryError, RuntimeError, InputError) as error:
-            raise BuildError(f"at {sizes} the artifact differs from eager: {_first_line(error)}") from error
+    compare_sizes(request, loaded, cases)
     return ranges
 
 

@@ -28,6 +28,7 @@ import torch
 from ts_handlers import fingerprint
 from ts_handlers.backends.base import Built, Description, Loaded, Phase, Request, call_module, takes_names
 from ts_handlers.backends.inductor_cache import make_working_directory, use_cache
+from ts_handlers.backends.one_graph import mark_dynamic, one_graph
 from ts_handlers.errors import LoadError
 from ts_handlers.signature import Signature, Sizes
 
@@ -92,10 +93,15 @@ def _compile_first(request: Request) -> tuple[bool, Path, Loaded]:
 
     One graph halves the tracing of every warm start. `dynamic` set by the user is taken as it is.
     """
+    from ts_handlers.warmup import compare_sizes
+
     working = make_working_directory()
     if request.settings.compile.dynamic is None and request.require_signature().dimensions:
         try:
-            return True, working, _compile(request, working, warm=False, oblivious=True)
+            loaded = _compile(request, working, warm=False, oblivious=True)
+            loaded.seal()
+            compare_sizes(request, loaded, loaded.signature.corner_sizes())
+            return True, working, loaded
         except Exception as error:
             logger.info("%s has no single graph for all sizes: %s", request.source.name, error)
             import torch._dynamo
@@ -132,8 +138,10 @@ def _compile(request: Request, working: Path, *, warm: bool, oblivious: bool) ->
     _set(inductor_config, cpp_cache_precompile_headers=False, fx_graph_cache=True, fx_graph_remote_cache=False)
     _set(inductor_config, bundle_triton_into_fx_graph_cache=True)
     _set(functorch_config, enable_autograd_cache=True, enable_remote_autograd_cache=False)
+    _set(inductor_config.cpp, vec_isa_ok=True)  # KNOBS again: the model's libraries may have imported the compiler
     if warm:
         _set(inductor_config, compile_threads=1)
+        _set(torch._dynamo.config, run_gc_after_compile=False)  # a quarter of a second for each graph of ResNet-50
     module = request.eager()
     by_name = takes_names(module, signature.names)
     arguments = request.settings.compile
@@ -161,11 +169,11 @@ def _compile(request: Request, working: Path, *, warm: bool, oblivious: bool) ->
         sealed = True
 
     before = _cache_counters()
-    with _size_oblivious(oblivious):
+    with one_graph(oblivious):
         for sizes in _warmup_sizes(request):
             tensors = [tensor.to(request.device) for tensor in signature.generate(sizes, seed=1)]
             if oblivious:
-                _mark_dynamic(signature, tensors)
+                mark_dynamic(signature, tensors)
             run(tensors)
     after = _cache_counters()
     facts = {name: after[name] - before[name] for name in after}
@@ -187,25 +195,6 @@ def _set(config: Any, **values: Any) -> None:
     for name, value in values.items():
         if hasattr(config, name):
             setattr(config, name, value)
-
-
-def _size_oblivious(enabled: bool) -> contextlib.AbstractContextManager[Any]:
-    """Inside the block, sizes 0 and 1 of dynamic dimensions are not specialised."""
-    import torch.fx.experimental._config
-
-    symbolic_config: Any = torch.fx.experimental._config
-    patched: contextlib.AbstractContextManager[Any] = symbolic_config.patch(backed_size_oblivious=enabled)
-    return patched
-
-
-def _mark_dynamic(signature: Signature, tensors: list[torch.Tensor]) -> None:
-    """Tell Dynamo which dimensions are dynamic: the declared ones, and only those."""
-    import torch._dynamo
-
-    for spec, tensor in zip(signature.inputs, tensors, strict=True):
-        for axis, size in enumerate(spec.shape):
-            if isinstance(size, str) and signature.dimensions[size].min != signature.dimensions[size].max:
-                torch._dynamo.maybe_mark_dynamic(tensor, axis)
 
 
 _stance_lock = threading.Lock()

@@ -1,0 +1,34 @@
+"""Python's cycle collector in a worker that imports a compiler and then serves one model until it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def collection_paused() -> Iterator[None]:
+    """Pause the collector inside the block, while an entry is loaded.
+
+    Importing a compiler and tracing a model make a million objects that stay: each pass over them finds next to
+    nothing, and together they were a tenth of a warm start of `inductor`.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def exempt_from_collection(collect: bool) -> None:
+    """Exempt the objects made so far from the collector; with `collect` what a build left is freed before.
+
+    A request should not wait for a collector that walks half a million objects of torch and its compiler: 0.3 s with
+    the backend `inductor`.
+    """
+    if collect:
+        gc.collect()
+    gc.freeze()
