@@ -18,7 +18,7 @@ CONFIG = Path(__file__).parents[2] / "config.properties"
 
 
 class Load:
-    """Threads that send requests one after the other; the child is niced, so they leave it some of the processors."""
+    """Threads that send requests one after the other and leave the niced child some of the processors."""
 
     def __init__(self, server: TorchServe, model: str, threads: int = 2) -> None:
         self.answers: list[tuple[int, Any]] = []
@@ -51,7 +51,7 @@ class Load:
 def test_ready_eagerly_then_swapped_under_load(
     archives: ArchiveFactory, tmp_path: Path, make_server: ServerFactory
 ) -> None:
-    background = "on_miss: background\n    background: {compile_threads: 1}\n    backends:"
+    background = "on_miss: background\n    background: {compile_threads: 1, nice: 5}\n    backends:"
     archives.tiny("background", replace={"model-config.yaml": ("backends:", background)})
     store = tmp_path / "store"
     with (
