@@ -96,17 +96,10 @@ def prewarm(
 
     report("unpack", None)
     with unpacked(archive) as directory:
-        name = model_name or _model_name(directory)
-        gpu = _gpu_id(device)
+        recipe = archive_recipe(directory, device, config, model_name)
+        name = recipe["model_name"]
         spec: dict[str, Any] = {
-            "source": {
-                "kind": "torchserve",
-                "model_name": name,
-                "model_dir": str(directory),
-                "gpu_id": gpu,
-                "require_gpu": device is not None and gpu is not None,
-                "config": _read_config(config),
-            },
+            "source": recipe,
             "search": [str(directory)],
             "settings": None,
             "overrides": {"on_miss": "compile", **({} if store is None else {"store": os.path.abspath(store)})},
@@ -133,6 +126,24 @@ def prewarm(
         build_ms=facts["build_ms"],
         seconds=round(time.monotonic() - started, 1),
     )
+
+
+def archive_recipe(
+    directory: Path, device: str | None, config: Mapping[str, Any] | str | Path | None, model_name: str | None
+) -> dict[str, Any]:
+    """How another process loads an unpacked archive as TorchServe would; see `ts_handlers.recipes`.
+
+    The arguments are those of `prewarm`. Raises `ModelError` when the folder or the device is none.
+    """
+    gpu = _gpu_id(device)
+    return {
+        "kind": "torchserve",
+        "model_name": model_name or _model_name(directory),
+        "model_dir": str(directory),
+        "gpu_id": gpu,
+        "require_gpu": device is not None and gpu is not None,
+        "config": _read_config(config),
+    }
 
 
 def _model_name(directory: Path) -> str:

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from entries import address, publish
+from models import LINEAR_SECTION
 
 from ts_handlers.cli.exit_codes import ExitCode
 from ts_handlers.store.local import LocalStore
 
 Run = Callable[..., Any]
+
+CONFIG = "model-config.yaml"
+HANDLER = """
+from ts_handlers import CompiledHandler
+
+print("what an archive prints is no answer")
+
+
+class Handler(CompiledHandler):
+    pass
+"""
 
 
 def test_explain_names_the_part_and_the_words_that_differ(run: Run, tmp_path: Path) -> None:
@@ -38,3 +54,60 @@ def test_explain_of_a_damaged_entry_says_so(run: Run, tmp_path: Path) -> None:
     result = run("explain", key, key, "--store", store.root)
     assert result.code == ExitCode.USAGE
     assert "damaged" in result.err
+
+
+@pytest.fixture
+def served(archive: Path, filled: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model's folder, which a TorchServe worker has served once from a store beside other entries."""
+    pytest.importorskip("ts", reason="TorchServe is not installed")
+    from test_handler import make_context
+
+    section = {**LINEAR_SECTION, "backends": ["aot_inductor", "eager"], "store": str(filled)}
+    (archive / "explained_handler.py").write_text(HANDLER)
+    (archive / "model-config.yaml").write_text(json.dumps({"handler": {"ts_handlers": section}}))  # JSON is YAML
+    names = {"modelName": "served", "modelFile": "model.py", "serializedFile": "model.pt", "configFile": CONFIG}
+    (archive / "MAR-INF").mkdir()
+    manifest = {"model": {**names, "handler": "explained_handler.py"}}
+    (archive / "MAR-INF" / "MANIFEST.json").write_text(json.dumps(manifest))
+    monkeypatch.syspath_prepend(str(archive))
+    handler = importlib.import_module("explained_handler").Handler()
+    context = make_context(archive, filled)
+    context.model_name, context.manifest = "served", manifest
+    handler.initialize(context)
+    assert handler.model.outcome.result == "built"
+    del sys.modules["explained_handler"]
+    return archive
+
+
+def test_explain_of_an_archive_says_whether_a_start_would_hit(run: Run, served: Path, filled: Path) -> None:
+    result = run("explain", served, "--store", filled, "--json")
+    assert result.code == 0
+    (item,) = result.json
+    assert item["what"] == "served, aot_inductor"
+    assert (item["left"], item["differs"]) == (item["right"], [])
+    entries = run("ls", "served", "--store", filled, "--json").json["entries"]
+    assert [entry["key"] for entry in entries] == [item["left"]]
+    assert "is in the store" in run("explain", served, "--store", filled).out
+
+
+def test_explain_of_an_archive_names_the_part_that_misses(run: Run, served: Path, filled: Path) -> None:
+    with open(served / "model.py", "a") as file:
+        file.write("# another model\n")
+    result = run("explain", served, "--store", filled, "--json")
+    assert result.code == ExitCode.FINDINGS
+    assert [part["part"] for part in result.json[0]["differs"]] == ["model"]
+    key = run("ls", "linear", "--store", filled, "--json").json["entries"][0]["key"]
+    against = run("explain", served, key, "--store", filled, "--json")
+    assert [item["right"] for item in against.json] == [key]
+    empty = filled.parent / "empty"
+    empty.mkdir(mode=0o700)
+    alone = run("explain", served, "--store", empty)
+    assert alone.code == ExitCode.FINDINGS
+    assert "nor is any other entry" in alone.out
+
+
+def test_explain_of_no_archive_is_a_usage_error(run: Run, filled: Path) -> None:
+    result = run("explain", filled / "usage", "--store", filled)
+    assert result.code == ExitCode.USAGE
+    assert "MANIFEST.json" in result.err
+    assert "two keys" in run("explain", "0f0f", "--store", filled).err

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,43 +14,105 @@ from ts_handlers.cli.exit_codes import ExitCode
 from ts_handlers.cli.options import JsonOption, StoreOption, find_entries, open_existing_store
 from ts_handlers.cli.output import print_json, print_table
 
+if TYPE_CHECKING:
+    from ts_handlers.archive_keys import ArchiveKey
+    from ts_handlers.store.local import LocalStore
+
 
 def command(
-    key: Annotated[str, typer.Argument(metavar="KEY", help="A key, or enough of its first digits.")],
-    other: Annotated[str, typer.Argument(metavar="OTHER", help="The key to compare it with.")],
+    what: Annotated[
+        str,
+        typer.Argument(metavar="ARCHIVE|KEY", help="A .mar file or a model's folder; or a key, or its first digits."),
+    ],
+    other: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[KEY]", help="The key to compare with; an archive takes the nearest entry of its model."
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Of an archive: cpu, cuda or cuda:<index>; otherwise the first GPU if there is one."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="YAML", help="Takes the place of the archive's model-config.yaml.")
+    ] = None,
+    model_name: Annotated[
+        str | None, typer.Option(help="The name that TorchServe serves the archive under; otherwise its own.")
+    ] = None,
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> ExitCode:
-    """Say in which parts two keys differ; ends with 1 when they do."""
+    """Say in which parts two keys differ, or why a start of an archive's model on this machine would miss.
+
+    For an archive its handler is imported and run up to the start of its model. Ends with 1 when keys differ.
+    """
     opened = open_existing_store(store)
-    keys = []
-    for prefix in (key, other):
-        entry = find_entries(opened, prefix)[0]
-        if entry.manifest is None:
-            raise typer.BadParameter(
-                f"the entry {entry.key} is damaged ({entry.problem}); `ts-handlers verify --repair`"
-            )
-        keys.append(entry.manifest.cache_key)
-    return print_differences([("", keys[0], keys[1])], as_json)
+    if Path(what).exists():
+        from ts_handlers.archive_keys import archive_keys
 
-
-def print_differences(pairs: list[tuple[str, CacheKey, CacheKey]], as_json: bool) -> ExitCode:
-    """Print in which parts the keys of each pair differ; `pairs` begin with a word on what is compared."""
-    found: list[dict[str, Any]] = []
-    for what, left, right in pairs:
-        parts = [{"part": name, "left": a, "right": b} for name, a, b in explain(left, right)]
-        found.append({"what": what, "left": left.digest, "right": right.digest, "differs": parts})
+        with contextlib.redirect_stdout(sys.stderr):  # what the archive's own code prints
+            wanted = archive_keys(what, device=device, config=config, model_name=model_name)
+        pairs = _archive_pairs(opened, wanted, other)
+    elif other is None:
+        raise typer.BadParameter(f"{what!r} is no file or folder; name an archive, or two keys")
+    else:
+        pairs = [("", _key(opened, what), _key(opened, other))]
+    found = [_difference(*pair) for pair in pairs]
     if as_json:
         print_json(found)
     else:
         for item in found:
-            title = f"{item['what']}{item['left'][:12]} and {item['right'][:12]}"
-            if not item["differs"]:
-                print(f"{title}: the same key")
-                continue
-            rows = [(part["part"], *only_differing(part["left"], part["right"])) for part in item["differs"]]
-            print_table(("part", item["left"][:12], item["right"][:12]), rows, title=title)
-    return ExitCode.FINDINGS if any(item["differs"] for item in found) else ExitCode.OK
+            _print(item)
+    return ExitCode.FINDINGS if any(item["differs"] or item["right"] is None for item in found) else ExitCode.OK
+
+
+def _archive_pairs(
+    store: LocalStore, wanted: list[ArchiveKey], other: str | None
+) -> list[tuple[str, CacheKey, CacheKey | None]]:
+    """For each backend of the archive's ladder: its key, and the one to compare it with."""
+    from ts_handlers.archive_keys import nearest_entry
+    from ts_handlers.store.scan import scan_entries
+
+    if other is not None:
+        key = _key(store, other)
+        return [(f"{item.model}, {item.backend}", item.key, key) for item in wanted if item.backend == key["backend"]]
+    pairs: list[tuple[str, CacheKey, CacheKey | None]] = []
+    entries = scan_entries(store.root)
+    for item in wanted:
+        entry = nearest_entry(item, entries)
+        key_found = entry.manifest.cache_key if entry is not None and entry.manifest is not None else None
+        pairs.append((f"{item.model}, {item.backend}", item.key, key_found))
+    return pairs
+
+
+def _key(store: LocalStore, prefix: str) -> CacheKey:
+    entry = find_entries(store, prefix)[0]
+    if entry.manifest is None:
+        raise typer.BadParameter(f"the entry {entry.key} is damaged ({entry.problem}); `ts-handlers verify --repair`")
+    return entry.manifest.cache_key
+
+
+def _difference(what: str, left: CacheKey, right: CacheKey | None) -> dict[str, Any]:
+    parts = [] if right is None else explain(left, right)
+    return {
+        "what": what,
+        "left": left.digest,
+        "right": None if right is None else right.digest,
+        "differs": [{"part": name, "left": a, "right": b} for name, a, b in parts],
+    }
+
+
+def _print(item: dict[str, Any]) -> None:
+    what = f"{item['what']}: " if item["what"] else ""
+    left, right = item["left"][:12], item["right"] and item["right"][:12]
+    if right is None:
+        print(f"{what}{left} is not in the store, nor is any other entry of this model and backend")
+    elif not item["differs"]:
+        print(f"{what}{left} is in the store" if what else f"{left} is the same key")
+    else:
+        rows = [(part["part"], *only_differing(part["left"], part["right"])) for part in item["differs"]]
+        print_table(("part", left, right), rows, title=f"{what}{left} differs from {right}")
 
 
 def only_differing(left: str, right: str) -> tuple[str, str]:
