@@ -104,7 +104,7 @@ def test_wrong_types_and_values_are_named(section: Any, parts: list[str]) -> Non
         ({"guard": {"load_seconds": 0}}, ["guard.load_seconds", "0", "null for no limit"]),
         ({"guard": {"load_seconds": math.inf}}, ["guard.load_seconds", "inf"]),
         ({"guard": {"load_memory_mb": 0}}, ["guard.load_memory_mb", "found 0"]),
-        ({"contexts": {"count": 0}}, ["contexts.count", "at least 1", "0"]),
+        ({"contexts": {"count": 0}}, ["contexts.count", "1 to 1024", "0"]),
         ({"contexts": {"wait_seconds": -1}}, ["contexts.wait_seconds", "-1", "503"]),
         ({"dimensions": {"batch": {"min": 0, "max": 8}}, "inputs": [INPUT]}, ["dimensions.batch.min", "0"]),
         ({"dimensions": {"batch": {"min": 9, "max": 8}}, "inputs": [INPUT]}, ["dimensions.batch", "9", "8"]),

@@ -127,8 +127,8 @@ class TensorRTBackend:
 def profile_ranges(request: Request) -> list[Ranges]:
     """The ranges of each optimization profile: those of the settings, or what warm-up and dimensions declare.
 
-    In the latter case there is one profile for exactly each of the first warm-up sizes, and one for everything: on an
-    H200 a profile of exactly batch 8 runs ResNet-50 1.5 times as fast as one of 1 to 16, and costs 3 MB more plan.
+    In the latter case there is one profile for exactly each of the first warm-up sizes, whose kernels are faster than
+    those for a range, and one for everything; see docs/decisions/0008-tensorrt-plans.md.
     """
     signature = request.require_signature()
     settings: TensorRTSettings = request.settings.tensorrt

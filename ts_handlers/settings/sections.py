@@ -27,7 +27,7 @@ class BackgroundSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     (None: no bound).
     """
 
-    nice: int = 19
+    nice: int = 10
     compile_threads: int | None = None
     memory_mb: int | None = None
     seconds: float | None = None

@@ -13,6 +13,7 @@ from ts_handlers.settings.sections import Quota, RemoteSettings, TrustSettings
 
 _LONGEST_SECONDS = 7 * 24 * 3600
 _LARGEST_MB = 2**30
+MAX_CONTEXTS = 1024
 
 
 def validate(settings: Settings) -> None:
@@ -55,10 +56,10 @@ def validate(settings: Settings) -> None:
             raise SettingsError(
                 f"{where}: min {dimension.min} is above max {dimension.max}; swap them or widen the range"
             )
-    if settings.contexts.count < 1:
+    if not 1 <= settings.contexts.count <= MAX_CONTEXTS:
         raise SettingsError(
-            f"{SECTION}.contexts.count: expected at least 1, found {settings.contexts.count}; it is how many calls run "
-            "at once"
+            f"{SECTION}.contexts.count: expected 1 to {MAX_CONTEXTS}, found {settings.contexts.count}; it is how many "
+            "calls run at once"
         )
     wait = settings.contexts.wait_seconds
     if not (math.isfinite(wait) and wait >= 0):
