@@ -146,6 +146,9 @@ def test_the_file_itself_must_be_a_mapping() -> None:
         ({"compile": {"enable": True, "backend": "inductor", "mode": "max-autotune"}}, ("inductor", "eager")),
         ({"compile": {"enable": False}}, ("eager",)),
         ({"compile": {"enable": True, "backend": "eager"}}, ("eager",)),
+        ("torch_tensorrt", ("tensorrt", "torch_tensorrt", "eager")),
+        ({"compile": {"enable": True, "backend": "tensorrt"}}, ("tensorrt", "torch_tensorrt", "eager")),
+        ({"compile": {"enable": False, "backend": "torch_tensorrt"}}, ("eager",)),
         ({"export": {"aot_compile": True}}, ("aot_inductor", "inductor", "eager")),
         (None, ("aot_inductor", "inductor", "eager")),
     ],
@@ -158,6 +161,67 @@ def test_explicit_backends_win_over_pt2_and_keep_its_arguments() -> None:
     settings = parse({"backends": ["aot_inductor"]}, pt2={"compile": {"options": {"max_autotune": True}}})
     assert settings.backends == ("aot_inductor",)
     assert settings.compile.options == {"max_autotune": True}
+
+
+def tensorrt_pt2(**options: Any) -> dict[str, Any]:
+    return {"compile": {"enable": True, "backend": "torch_tensorrt", "options": options}}
+
+
+def test_options_of_torch_tensorrt_go_to_the_section_tensorrt() -> None:
+    options = {
+        "min_block_size": 1,
+        "torch_executed_ops": ["torch.ops.aten.erf.default"],
+        "optimization_level": 5,
+        "hardware_compatible": True,
+        "disable_tf32": True,
+        "enable_autocast": True,
+        "workspace_size": (1 << 30) + 1,
+    }
+    section = {"tensorrt": {"flavour": "tensorrt_rtx", "options": {"use_fp32_acc": True, "min_block_size": 1}}}
+    settings = parse(section, pt2=tensorrt_pt2(**options))
+    assert settings.compile.options == {}  # they are not Inductor's
+    tensorrt = settings.tensorrt
+    assert tensorrt.options == {
+        "use_fp32_acc": True,
+        "min_block_size": 1,
+        "torch_executed_ops": ["torch.ops.aten.erf.default"],
+    }
+    assert (tensorrt.optimization_level, tensorrt.hardware_compatible, tensorrt.tf32) == (5, True, False)
+    assert (tensorrt.precision, tensorrt.workspace_mb, tensorrt.flavour) == ("autocast", 1025, "tensorrt_rtx")
+    assert parse({}, pt2=tensorrt_pt2(workspace_size=0)).tensorrt.workspace_mb is None
+
+
+def test_a_named_ladder_keeps_the_options_of_torch_tensorrt() -> None:
+    settings = parse({"backends": ["torch_tensorrt", "inductor", "eager"]}, pt2=tensorrt_pt2(min_block_size=2))
+    assert settings.backends == ("torch_tensorrt", "inductor", "eager")
+    assert (settings.compile.options, settings.tensorrt.options) == ({}, {"min_block_size": 2})
+
+
+@pytest.mark.parametrize(
+    ("section", "pt2", "parts"),
+    [
+        (
+            {"tf32": True},
+            tensorrt_pt2(disable_tf32=True),
+            ["options.disable_tf32", "tensorrt.tf32: True", "remove one"],
+        ),
+        (
+            {"options": {"min_block_size": 3}},
+            tensorrt_pt2(min_block_size=2),
+            ["pt2.compile.options.min_block_size: 2", "tensorrt.options.min_block_size: 3"],
+        ),
+        ({}, tensorrt_pt2(optimization_level="5"), ["pt2.compile.options.optimization_level", "int", "'5'"]),
+        ({}, tensorrt_pt2(disable_tf32=1), ["pt2.compile.options.disable_tf32", "bool", "1"]),
+        ({}, tensorrt_pt2(optimization_level=6), ["optimization_level", "0 to 5", "6"]),
+        ({}, {"compile": {"backend": "tensorrt", "mode": "max-autotune"}}, ["pt2.compile.mode", "'max-autotune'"]),
+    ],
+)
+def test_contradictions_with_the_section_tensorrt_are_named(
+    section: dict[str, Any], pt2: dict[str, Any], parts: list[str]
+) -> None:
+    text = message({"tensorrt": section}, pt2=pt2)
+    for part in parts:
+        assert part in text
 
 
 @pytest.mark.parametrize(

@@ -50,10 +50,10 @@ START = """
     from ts_handlers import InputError, start_model
     import ts_handlers.backends.inductor as inductor
 
-    stance = inductor._stance
+    stance = inductor.stance
     def strict_stance(sealed):  # a request that misses a guard fails here, instead of running eagerly
         return torch.compiler.set_stance("fail_on_recompile") if sealed else stance(sealed)
-    inductor._stance = strict_stance
+    inductor.stance = strict_stance
 
     settings = settings_of(json.loads(sys.argv[3]), store=sys.argv[2])
     model = start_model(archive_source(sys.argv[1]), settings)

@@ -50,7 +50,7 @@ START = """
     import ts_handlers.backends.inductor as inductor
 
     # A request that misses a guard fails here, instead of running eagerly.
-    inductor._stance = lambda sealed: torch.compiler.set_stance("fail_on_recompile" if sealed else "default")
+    inductor.stance = lambda sealed: torch.compiler.set_stance("fail_on_recompile" if sealed else "default")
     model = start_model(archive_source(sys.argv[1]), settings_of(json.loads(sys.argv[3]), store=sys.argv[2]))
     facts = model.describe()
     eager = eager_model(pathlib.Path(sys.argv[1]))

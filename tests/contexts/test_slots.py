@@ -180,7 +180,7 @@ def test_one_stance_for_calls_that_overlap() -> None:
     """The last call resets it, whatever the order in which they end."""
     import torch._dynamo.eval_frame as frame
 
-    first, second, unsealed = inductor._stance(True), inductor._stance(True), inductor._stance(False)
+    first, second, unsealed = inductor.stance(True), inductor.stance(True), inductor.stance(False)
     with unsealed:
         assert frame._stance.stance == "default"
     first.__enter__()

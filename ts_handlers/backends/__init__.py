@@ -8,6 +8,7 @@ from ts_handlers.backends.base import Backend
 
 _MODULES = {
     "tensorrt": "ts_handlers.backends.tensorrt",
+    "torch_tensorrt": "ts_handlers.backends.torch_tensorrt_jit",
     "aot_inductor": "ts_handlers.backends.aot_inductor",
     "inductor": "ts_handlers.backends.inductor",
     "eager": "ts_handlers.backends.eager",

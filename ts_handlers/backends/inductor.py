@@ -11,15 +11,11 @@ wrongly from a hit; see docs/decisions/0002-no-precompiled-dynamo-state.md.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
 import logging
 import os
 import shutil
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +25,8 @@ from ts_handlers import fingerprint
 from ts_handlers.backends.base import Built, Description, Loaded, Phase, Request, call_module, takes_names
 from ts_handlers.backends.inductor_cache import make_working_directory, use_cache
 from ts_handlers.backends.one_graph import mark_dynamic, one_graph
+from ts_handlers.backends.torch_compile import plain, stance, warmup_sizes
 from ts_handlers.errors import LoadError
-from ts_handlers.signature import Signature, Sizes
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +58,7 @@ class InductorBackend:
             facts["mode"] = compile_settings.mode
         if request.device.type == "cpu":
             facts["threads"] = str(torch.get_num_threads())  # in the OpenMP pragmas, and one of Dynamo's guards
-        facts["warmup"] = json.dumps(_warmup_sizes(request), separators=(",", ":"), sort_keys=True)
+        facts["warmup"] = json.dumps(warmup_sizes(request), separators=(",", ":"), sort_keys=True)
         return facts
 
     def toolchain(self, request: Request) -> str:
@@ -161,8 +157,8 @@ def _compile(request: Request, working: Path, *, warm: bool, oblivious: bool) ->
     def run(tensors: list[torch.Tensor]) -> Any:
         # One mode for warm-up and requests: tensors made in inference mode have other dispatch keys, which is a guard
         # miss and a compilation.
-        with torch.inference_mode(False), torch.no_grad(), _stance(sealed):
-            return call_module(compiled, signature.names, [_plain(tensor) for tensor in tensors], by_name)
+        with torch.inference_mode(False), torch.no_grad(), stance(sealed):
+            return call_module(compiled, signature.names, [plain(tensor) for tensor in tensors], by_name)
 
     def seal() -> None:
         nonlocal sealed
@@ -170,7 +166,7 @@ def _compile(request: Request, working: Path, *, warm: bool, oblivious: bool) ->
 
     before = _cache_counters()
     with one_graph(oblivious):
-        for sizes in _warmup_sizes(request):
+        for sizes in warmup_sizes(request):
             tensors = [tensor.to(request.device) for tensor in signature.generate(sizes, seed=1)]
             if oblivious:
                 mark_dynamic(signature, tensors)
@@ -183,72 +179,11 @@ def _compile(request: Request, working: Path, *, warm: bool, oblivious: bool) ->
     return Loaded(run=run, signature=signature, facts=facts, seal=seal, warmed_up=True)
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    """An ordinary tensor with the strides of the warm-up: along a size of 1 any stride counts as contiguous."""
-    if tensor.is_inference():
-        return tensor.clone(memory_format=torch.contiguous_format)
-    return tensor.view(-1).view(tensor.shape) if 1 in tensor.shape else tensor
-
-
 def _set(config: Any, **values: Any) -> None:
     """Set the options that this torch version has."""
     for name, value in values.items():
         if hasattr(config, name):
             setattr(config, name, value)
-
-
-_stance_lock = threading.Lock()
-_sealed_calls = 0
-
-
-@contextlib.contextmanager
-def _stance(sealed: bool) -> Iterator[None]:
-    """After warm-up a shape that would compile runs eagerly instead: right, and no request waits for a compiler.
-
-    Dynamo's stance is one for the whole process: the first of the calls under way sets it, the last one resets it.
-    """
-    global _sealed_calls
-    if not sealed:
-        yield
-        return
-    with _stance_lock:
-        if _sealed_calls == 0:
-            torch.compiler.set_stance("eager_on_recompile")
-        _sealed_calls += 1
-    try:
-        yield
-    finally:
-        with _stance_lock:
-            _sealed_calls -= 1
-            if _sealed_calls == 0:
-                torch.compiler.set_stance("default")
-
-
-def _warmup_sizes(request: Request) -> list[Sizes]:
-    """Sizes to run: declared ones, and one for each combination of size 1 and a larger size.
-
-    Sizes 1 are specialised by Dynamo, so they have graphs of their own.
-    """
-    signature: Signature = request.require_signature()
-    declared = [{**request.example_sizes, **sizes} for sizes in request.settings.warmup]
-    choices = []
-    for name, dimension in signature.dimensions.items():
-        sizes = [request.example_sizes[name]]
-        if dimension.min == 1 and dimension.max > 1:
-            sizes.append(1)
-        choices.append(sizes)
-    combinations = [dict(zip(signature.dimensions, sizes, strict=True)) for sizes in itertools.product(*choices)]
-    result: list[Sizes] = []
-    for sizes_by_name in _in_order(combinations, declared):
-        if sizes_by_name not in result:
-            result.append(sizes_by_name)
-    return result
-
-
-def _in_order(combinations: list[Sizes], declared: list[Sizes]) -> Iterator[Sizes]:
-    """The general case first: with `dynamic` its graph serves most of the others."""
-    yield from combinations
-    yield from declared
 
 
 def _cache_counters() -> dict[str, int]:

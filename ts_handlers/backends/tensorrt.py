@@ -51,17 +51,10 @@ class TensorRTBackend:
 
     def options(self, request: Request) -> dict[str, str]:
         """Every setting of the section that changes the plan, with the ranges it is built for."""
-        settings = request.settings.tensorrt
-        facts = {
-            "precision": settings.precision,
-            "tf32": str(settings.tf32),
-            "workspace_mb": str(settings.workspace_mb),
-            "optimization_level": str(settings.optimization_level),
-            "hardware_compatible": str(settings.hardware_compatible),
-            "partial": settings.partial,
-            "profiles": json.dumps([_canonical(ranges) for ranges in profile_ranges(request)], separators=(",", ":")),
-        }
-        facts.update({f"tensorrt.{name}": json.dumps(value) for name, value in settings.options.items()})
+        facts = engine_options(request.settings.tensorrt)
+        facts["partial"] = request.settings.tensorrt.partial
+        profiles = [_canonical(ranges) for ranges in profile_ranges(request)]
+        facts["profiles"] = json.dumps(profiles, separators=(",", ":"))
         return facts
 
     def toolchain(self, request: Request) -> str:
@@ -74,14 +67,8 @@ class TensorRTBackend:
         from ts_handlers.backends.aot_inductor_export import FlatModel, output_structure
         from ts_handlers.backends.tensorrt_build import PartialConversionError, compilation_settings, convert
 
-        _require_gpu(request)
-        flavour = tensorrt_library.choose_flavour(request.settings.tensorrt.flavour)
-        builds = tensorrt_library.builder_flavour()
-        if flavour != builds:
-            raise BuildError(
-                f"the installed Torch-TensorRT builds plans for {builds}, not for {flavour}; "
-                "install the other one (torch-tensorrt or torch-tensorrt-rtx), or change tensorrt.flavour"
-            )
+        require_gpu(request)
+        flavour = tensorrt_library.builder_flavour_for(request.settings.tensorrt.flavour)
         with phase("import"):
             settings = compilation_settings(request.settings.tensorrt, torch.cuda.current_device())
         signature = request.require_signature()
@@ -116,12 +103,25 @@ class TensorRTBackend:
 
     def load(self, request: Request, directory: Path, description: Description) -> Loaded:
         """Deserialise the plans and create the execution contexts."""
-        _require_gpu(request)
+        require_gpu(request)
         if "module" in description:
             from ts_handlers.backends.tensorrt_module import load_module
 
             return load_module(request, directory, description)
         return _load(request, directory, description)[0]
+
+
+def engine_options(settings: TensorRTSettings) -> dict[str, str]:
+    """The settings of the section that change every engine, for the key."""
+    facts = {
+        "precision": settings.precision,
+        "tf32": str(settings.tf32),
+        "workspace_mb": str(settings.workspace_mb),
+        "optimization_level": str(settings.optimization_level),
+        "hardware_compatible": str(settings.hardware_compatible),
+    }
+    facts.update({f"tensorrt.{name}": json.dumps(value) for name, value in settings.options.items()})
+    return facts
 
 
 def profile_ranges(request: Request) -> list[Ranges]:
@@ -160,7 +160,8 @@ def _part(ranges: Ranges, part: str) -> Sizes:
     return {name: getattr(r, part) for name, r in ranges.items()}
 
 
-def _require_gpu(request: Request) -> None:
+def require_gpu(request: Request) -> None:
+    """Raise `BuildError` unless the model runs on a CUDA GPU."""
     if request.device.type != "cuda":
         raise BuildError(f"TensorRT needs a CUDA GPU, the worker runs on {request.device.type}; take another backend")
 

@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from ts_handlers.backends.tensorrt_import import import_torch_tensorrt
 from ts_handlers.errors import BuildError, SettingsError
-from ts_handlers.settings import SECTION
+from ts_handlers.settings import PT2_SECTION, SECTION
 from ts_handlers.settings.sections import TensorRTSettings
 
 # Fields of CompilationSettings that this backend sets itself, and the setting that governs each.
@@ -95,7 +95,7 @@ def compilation_settings(settings: TensorRTSettings, device_index: int) -> Any:
 
     known = {field.name for field in dataclasses.fields(CompilationSettings)}
     for name, value in settings.options.items():
-        where = f"{SECTION}.tensorrt.options.{name}"
+        where = f"{SECTION}.tensorrt.options.{name} (or {PT2_SECTION}.options.{name})"
         if name in GOVERNED:
             raise SettingsError(f"{where}: cannot be set here (value: {value!r}); governed by: {GOVERNED[name]}")
         if name not in known:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ts_handlers.errors import LoadError
+from ts_handlers.errors import BuildError, LoadError
 from ts_handlers.fingerprint import distribution_version
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
@@ -82,6 +82,25 @@ def import_tensorrt(flavour: str) -> Any:
 def builder_flavour() -> str:
     """The flavour for which the installed Torch-TensorRT builds plans."""
     return "tensorrt_rtx" if distribution_version("torch-tensorrt-rtx") else "tensorrt"
+
+
+def builder_flavour_for(wanted: str) -> str:
+    """The flavour for the setting `tensorrt.flavour`, where Torch-TensorRT has to build.
+
+    Raises
+    ------
+    LoadError
+        It is not installed.
+    BuildError
+        The installed Torch-TensorRT builds for the other flavour.
+    """
+    flavour, builds = choose_flavour(wanted), builder_flavour()
+    if flavour != builds:
+        raise BuildError(
+            f"the installed Torch-TensorRT builds plans for {builds}, not for {flavour}; "
+            "install the other one (torch-tensorrt or torch-tensorrt-rtx), or change tensorrt.flavour"
+        )
+    return flavour
 
 
 @contextlib.contextmanager

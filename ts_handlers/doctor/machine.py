@@ -161,7 +161,7 @@ def check_tensorrt(question: Question) -> Iterator[Finding]:
                 problem = f"{found}; no {converter}: plans can be loaded, but not built"
                 yield Finding(flavour, "warn", problem, f"pip install {converter}")
     if not installed:
-        yield Finding("tensorrt", "ok", "not installed; only the backend tensorrt needs it")
+        yield Finding("tensorrt", "ok", "not installed; only the backends tensorrt and torch_tensorrt need it")
 
 
 def check_libstdcxx(question: Question) -> Iterator[Finding]:

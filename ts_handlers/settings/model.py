@@ -17,7 +17,7 @@ from ts_handlers.settings.sections import (
 )
 
 BACKENDS = ("aot_inductor", "inductor", "eager")  # the default ladder
-ALL_BACKENDS = ("tensorrt", *BACKENDS)
+ALL_BACKENDS = ("tensorrt", "torch_tensorrt", *BACKENDS)
 DTYPES = (
     "float64",
     "float32",
@@ -35,7 +35,7 @@ PT2_SECTION = "pt2.compile"
 DEFAULT_STARTUP_TIMEOUT_SECONDS = 120
 """How long TorchServe waits for a worker when model-config.yaml does not say it."""
 
-BackendName = Literal["tensorrt", "aot_inductor", "inductor", "eager"]
+BackendName = Literal["tensorrt", "torch_tensorrt", "aot_inductor", "inductor", "eager"]
 DtypeName = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 
 
@@ -72,12 +72,16 @@ class CanarySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CompileSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """TorchServe's ``pt2: {compile: ...}`` section: the arguments of `torch.compile`."""
+    """TorchServe's ``pt2: {compile: ...}`` section: the arguments of `torch.compile`.
+
+    `options` are those of Inductor. With a TensorRT backend they are Torch-TensorRT's and are read into
+    `Settings.tensorrt`; see `ts_handlers.settings.torch_compile`.
+    """
 
     enable: bool = True
     backend: str = "inductor"
     mode: str | None = None
-    options: dict[str, str | int | float | bool] = msgspec.field(default_factory=dict)
+    options: dict[str, str | int | float | bool | list[str]] = msgspec.field(default_factory=dict)
     dynamic: bool | None = None
     fullgraph: bool = False
 

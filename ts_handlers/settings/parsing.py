@@ -16,13 +16,8 @@ from typing import Any, Literal
 import msgspec
 
 from ts_handlers.errors import SettingsError
-from ts_handlers.settings.model import (
-    PT2_SECTION,
-    SECTION,
-    BackendName,
-    CompileSettings,
-    Settings,
-)
+from ts_handlers.settings.model import PT2_SECTION, SECTION, CompileSettings, Settings
+from ts_handlers.settings.torch_compile import apply_compile
 from ts_handlers.settings.validation import validate
 
 
@@ -70,8 +65,7 @@ def parse_settings(model_yaml_config: Mapping[str, Any] | None) -> Settings:
     compile_section = _compile_section(config)
     if compile_section is not None:
         compile_settings = _convert(compile_section, CompileSettings, PT2_SECTION)
-        explicit = isinstance(section, Mapping) and "backends" in section
-        settings = _with_compile(settings, compile_settings, explicit)
+        settings = apply_compile(settings, compile_settings, section)
     validate(settings)
     return settings
 
@@ -96,24 +90,6 @@ def _compile_section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
             "write `{enable: true, backend: inductor}`"
         )
     return section
-
-
-def _with_compile(settings: Settings, compile_settings: CompileSettings, explicit: bool) -> Settings:
-    if explicit and not compile_settings.enable and settings.backends != ("eager",):
-        raise SettingsError(
-            f"{PT2_SECTION}.enable: false contradicts {SECTION}.backends: {list(settings.backends)}; remove one of them"
-        )
-    if not explicit:
-        if not compile_settings.enable:
-            return msgspec.structs.replace(settings, compile=compile_settings, backends=("eager",))
-        ladders: dict[str, tuple[BackendName, ...]] = {"inductor": ("inductor", "eager"), "eager": ("eager",)}
-        if compile_settings.backend not in ladders:
-            raise SettingsError(
-                f"{PT2_SECTION}.backend: {compile_settings.backend!r} has no persistent artifact; expected one of "
-                f"{', '.join(ladders)}, or name the ladder in {SECTION}.backends"
-            )
-        return msgspec.structs.replace(settings, compile=compile_settings, backends=ladders[compile_settings.backend])
-    return msgspec.structs.replace(settings, compile=compile_settings)
 
 
 def _convert(section: Any, kind: Any, root: str) -> Any:

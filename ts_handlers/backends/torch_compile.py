@@ -1,0 +1,74 @@
+"""What the backends that go through `torch.compile` share: the sizes to run before READY, and the calls after it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from ts_handlers.backends.base import Request
+from ts_handlers.signature import Signature, Sizes
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """An ordinary tensor with the strides of the warm-up: along a size of 1 any stride counts as contiguous."""
+    if tensor.is_inference():
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.view(-1).view(tensor.shape) if 1 in tensor.shape else tensor
+
+
+_stance_lock = threading.Lock()
+_sealed_calls = 0
+
+
+@contextlib.contextmanager
+def stance(sealed: bool) -> Iterator[None]:
+    """After warm-up a shape that would compile runs eagerly instead: right, and no request waits for a compiler.
+
+    Dynamo's stance is one for the whole process: the first of the calls under way sets it, the last one resets it.
+    """
+    global _sealed_calls
+    if not sealed:
+        yield
+        return
+    with _stance_lock:
+        if _sealed_calls == 0:
+            torch.compiler.set_stance("eager_on_recompile")
+        _sealed_calls += 1
+    try:
+        yield
+    finally:
+        with _stance_lock:
+            _sealed_calls -= 1
+            if _sealed_calls == 0:
+                torch.compiler.set_stance("default")
+
+
+def warmup_sizes(request: Request) -> list[Sizes]:
+    """Sizes to run: declared ones, and one for each combination of size 1 and a larger size.
+
+    Sizes 1 are specialised by Dynamo, so they have graphs of their own.
+    """
+    signature: Signature = request.require_signature()
+    declared = [{**request.example_sizes, **sizes} for sizes in request.settings.warmup]
+    choices = []
+    for name, dimension in signature.dimensions.items():
+        sizes = [request.example_sizes[name]]
+        if dimension.min == 1 and dimension.max > 1:
+            sizes.append(1)
+        choices.append(sizes)
+    combinations = [dict(zip(signature.dimensions, sizes, strict=True)) for sizes in itertools.product(*choices)]
+    result: list[Sizes] = []
+    for sizes_by_name in _in_order(combinations, declared):
+        if sizes_by_name not in result:
+            result.append(sizes_by_name)
+    return result
+
+
+def _in_order(combinations: list[Sizes], declared: list[Sizes]) -> Iterator[Sizes]:
+    """The general case first: with `dynamic` its graph serves most of the others."""
+    yield from combinations
+    yield from declared
