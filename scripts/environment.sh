@@ -39,7 +39,7 @@ install_tensorrt() {
 make_environment() {
     local python stamp
     python="$(find_python)"
-    stamp="$({ "$python" -VV; echo "$python ${TORCH_SPEC:-}"; cat pyproject.toml setup.py; } | sha256sum | cut -d' ' -f1)"
+    stamp="$({ "$python" -VV; echo "$python ${TORCH_SPEC:-}"; cat pyproject.toml setup.py scripts/*.txt; } | sha256sum | cut -d' ' -f1)"
     if [ -x "$VENV_PYTHON" ] && [ "$(cat "$ENVIRONMENT/stamp" 2>/dev/null)" = "$stamp" ]; then
         return
     fi
@@ -54,7 +54,7 @@ make_environment() {
     fi
     # shellcheck disable=SC2086  # TORCH_SPEC may hold options.
     "$VENV_PYTHON" -m pip install --quiet ${TORCH_SPEC:-torch==2.13.0}
-    "$VENV_PYTHON" -m pip install --quiet --editable '.[serve,dev]'
+    "$VENV_PYTHON" -m pip install --quiet --constraint scripts/constraints.txt --editable '.[serve,dev]'
     install_tensorrt
     echo "$stamp" >"$ENVIRONMENT/stamp"
 }
