@@ -56,8 +56,10 @@ START = """
     inductor.stance = strict_stance
 
     settings = settings_of(json.loads(sys.argv[3]), store=sys.argv[2])
+    children = []
+    sys.addaudithook(lambda event, a: children.append(list(a[1][1:])) if event == "subprocess.Popen" else None)
     model = start_model(archive_source(sys.argv[1]), settings)
-    facts = model.describe()
+    facts = {**model.describe(), "children": children}
     eager = eager_model(__import__("pathlib").Path(sys.argv[1]))
     before = inductor.compiled_graphs()
     wrong = []
@@ -127,6 +129,9 @@ def test_warm_start_on_another_host_compiles_nothing(built: Built, tmp_path: Pat
     assert facts["artifact"]["fxgraph_cache_hit"] >= 2
     assert facts["canary"]["source"] == "record"
     assert (facts["late"], facts["wrong"], facts["refused"]) == (0, [], 2)
+    questions = [["--version"], ["-v"]]  # to the C++ compiler, whose version is a part of the keys
+    assert [child for child in facts["children"] if child not in questions] == []
+    assert [child for child in built.facts["children"] if child not in questions]
     assert list((tmp_path / "host").glob("ts_handlers-work-*")) == []
 
 

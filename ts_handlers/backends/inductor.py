@@ -26,6 +26,7 @@ from ts_handlers.backends.base import Built, Description, Loaded, Phase, Request
 from ts_handlers.backends.inductor_cache import make_working_directory, use_cache
 from ts_handlers.backends.one_graph import mark_dynamic, one_graph
 from ts_handlers.backends.torch_compile import plain, stance, warmup_sizes
+from ts_handlers.backends.warm_compiler import warm_compiler
 from ts_handlers.errors import LoadError
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,9 @@ class InductorBackend:
         if not source.is_dir():
             raise LoadError("the entry holds no Inductor directory")
         shutil.copytree(source, working, dirs_exist_ok=True, copy_function=_copy)
-        return _compile(request, working, warm=True, oblivious=bool(description["oblivious"]))
+        _configure(working, warm=True)
+        with warm_compiler():
+            return _compile(request, warm=True, oblivious=bool(description["oblivious"]))
 
 
 def _compile_first(request: Request) -> tuple[bool, Path, Loaded]:
@@ -94,7 +97,8 @@ def _compile_first(request: Request) -> tuple[bool, Path, Loaded]:
     working = make_working_directory()
     if request.settings.compile.dynamic is None and request.require_signature().dimensions:
         try:
-            loaded = _compile(request, working, warm=False, oblivious=True)
+            _configure(working, warm=False)
+            loaded = _compile(request, warm=False, oblivious=True)
             loaded.seal()
             compare_sizes(request, loaded, loaded.signature.corner_sizes())
             return True, working, loaded
@@ -104,7 +108,8 @@ def _compile_first(request: Request) -> tuple[bool, Path, Loaded]:
 
             torch._dynamo.reset()
             working = make_working_directory()
-    return False, working, _compile(request, working, warm=False, oblivious=False)
+    _configure(working, warm=False)
+    return False, working, _compile(request, warm=False, oblivious=False)
 
 
 def _copy(source: str, target: str) -> str:
@@ -121,8 +126,8 @@ def _ignore_scratch(directory: str, names: list[str]) -> set[str]:
     return scratch | {name for name in names if os.path.islink(os.path.join(directory, name))}
 
 
-def _compile(request: Request, working: Path, *, warm: bool, oblivious: bool) -> Loaded:
-    signature = request.require_signature()
+def _configure(working: Path, *, warm: bool) -> None:
+    """Point the compiler at a working directory and switch on its caches; what is keyed is the same, warm or not."""
     os.environ.update(KNOBS)
     use_cache(working)
     if warm:  # the pool of compile processes is of no use; not part of any key
@@ -138,6 +143,10 @@ def _compile(request: Request, working: Path, *, warm: bool, oblivious: bool) ->
     if warm:
         _set(inductor_config, compile_threads=1)
         _set(torch._dynamo.config, run_gc_after_compile=False)  # a quarter of a second for each graph of ResNet-50
+
+
+def _compile(request: Request, *, warm: bool, oblivious: bool) -> Loaded:
+    signature = request.require_signature()
     module = request.eager()
     by_name = takes_names(module, signature.names)
     arguments = request.settings.compile
