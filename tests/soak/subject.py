@@ -81,7 +81,8 @@ class Subject:
         for weights in ("archive", "other"):
             code, facts, text = forks.call(lambda weights=weights: self.start(root, weights), 900.0)  # type: ignore[misc]
             assert code == 0, text
-            assert facts["right"] and facts["result"] in ("built", "hit"), facts
+            assert facts["right"], facts
+            assert facts["result"] in ("built", "hit"), facts
         (entry,) = scan_entries(root)
         return entry.directory
 

@@ -34,6 +34,6 @@ def unpin(root: Path, key: str) -> bool:
 def pinned_keys(root: Path) -> dict[str, str]:
     """Every pinned key with its note."""
     try:
-        return {path.name: path.read_text("utf-8").strip() for path in sorted((root / FOLDER).iterdir())}
+        return {path.name: path.read_text("utf-8", "replace").strip() for path in sorted((root / FOLDER).iterdir())}
     except OSError:
         return {}
