@@ -37,7 +37,8 @@ def fork(function: Callable[[], object], stderr: Path | None = None) -> tuple[in
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
-    os._exit(code)
+    finally:
+        os._exit(code)  # whatever happens, a child never returns into its parent's code
 
 
 def call(function: Callable[[], object], seconds: float = 120.0) -> tuple[int, Any, str]:

@@ -182,7 +182,7 @@ def _misfit(mapping: Mapping[str, Any], kind: Any) -> str:
     for key, value in mapping.items():
         try:
             msgspec.convert(value, kind)
-        except msgspec.ValidationError:
+        except (msgspec.ValidationError, UnicodeEncodeError):
             return str(key)
     return "..."
 

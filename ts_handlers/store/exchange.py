@@ -120,8 +120,10 @@ def unseal_entry(stream: BinaryIO, directory: Path, subject: str | None, trust: 
     reader.extract(directory)
     try:
         manifest = read_manifest(directory)
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise RefusedError(str(error)) from error
+    except OSError as error:
+        raise StoreError(f"what was unpacked cannot be read: {error}") from error
     if {MANIFEST: reader.header.files.get(MANIFEST), **manifest.files} != reader.header.files:
         raise RefusedError("its manifest lists other files than its header")
     parts = reader.header.subject.split("/")
