@@ -36,7 +36,7 @@ from ts_handlers.backends import get_backend
 from ts_handlers.backends.base import Backend, Request
 from ts_handlers.build_process import BuildProcess
 from ts_handlers.compiled_model import CompiledModel
-from ts_handlers.errors import BuildError
+from ts_handlers.errors import UNDECODABLE, BuildError
 from ts_handlers.key import compute_key
 from ts_handlers.store.base import Address, Hit, Store
 from ts_handlers.store.lease import hold_lease, read_status
@@ -267,7 +267,7 @@ class BackgroundBuild:
             if float(facts.pop("time")) < self._began:
                 return None
             return Ended(**facts)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, KeyError, TypeError, OverflowError, *UNDECODABLE):
             return None
 
     def _write_outcome(self, ended: Ended) -> None:

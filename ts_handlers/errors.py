@@ -5,6 +5,9 @@ Every message says what was expected, what was found and what to do.
 
 from __future__ import annotations
 
+UNDECODABLE = (ValueError, RecursionError)
+"""What decoders of JSON and of UTF-8 raise for damaged bytes; msgspec's own error is not all of it."""
+
 
 class WarmStartError(Exception):
     """Root of every exception that this package raises on purpose."""

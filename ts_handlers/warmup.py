@@ -136,8 +136,10 @@ def _declared_sizes(request: Request, loaded: Loaded) -> list[Sizes]:
 
 
 def _is_complete(record: dict[str, Any]) -> bool:
-    cases: list[dict[str, Any]] = record.get("cases") or []
-    return bool(cases) and all({"sizes", "inputs", "outputs"} <= set(case) for case in cases)
+    cases = record.get("cases")
+    if not isinstance(cases, list) or not cases:
+        return False
+    return all(isinstance(case, dict) and {"sizes", "inputs", "outputs"} <= set(case) for case in cases)
 
 
 @contextlib.contextmanager

@@ -73,7 +73,8 @@ def test_damage_that_somebody_else_has_replaced_meanwhile_is_not_moved_aside(
     other = LocalStore(store.root)
 
     def replaced(directory: Path, manifest: object) -> None:
-        other.discard(where, "damaged")
+        assert isinstance(other.lookup(where), Hit)
+        assert other.discard(where, "damaged")
         publish(other, where)
         raise ValueError("code/model.so is missing or not a plain file")
 

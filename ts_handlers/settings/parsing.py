@@ -97,6 +97,8 @@ def _convert(section: Any, kind: Any, root: str) -> Any:
         return msgspec.convert(section, kind)
     except msgspec.ValidationError as error:
         raise SettingsError(_explain(str(error), section, kind, root)) from None
+    except UnicodeEncodeError as error:
+        raise SettingsError(f"{root}: {error.object!r} holds half of a surrogate pair, which is no text") from None
 
 
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<field>[^`]*)`")
@@ -156,7 +158,7 @@ def _misfit(mapping: Mapping[str, Any], kind: Any) -> str:
     for key, value in mapping.items():
         try:
             msgspec.convert(value, kind)
-        except msgspec.ValidationError:
+        except (msgspec.ValidationError, UnicodeEncodeError):
             return str(key)
     return "..."
 

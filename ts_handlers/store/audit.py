@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ts_handlers.store.canaries import check_canary_bytes
 from ts_handlers.store.entry import read_manifest, verify_files
-from ts_handlers.store.scan import EntryInfo, canaries_of, measure, scan_entries
+from ts_handlers.store.scan import EntryInfo, canaries_of, folders_below, measure, scan_entries
 from ts_handlers.store.trash import move_aside
 from ts_handlers.store.usage import InUse, exclusive
 from ts_handlers.store.verified import KnownDigests
 
 GONE = "gone"
+GONE_MEANWHILE = "gone meanwhile"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +48,12 @@ def audit(root: Path, *, repair: bool = False) -> Iterator[Finding]:
         keys.add(entry.key)
         action = _repair_entry(root, entry.directory, problem) if problem is not None and repair else None
         yield Finding("entry", entry.directory, entry.key, entry.model, entry.bytes, problem, action)
-    for folder in sorted(path for path in (root / "canaries").glob("*") if path.is_dir()):
+    for folder in folders_below(root / "canaries", 1):
         for path in canaries_of(root, folder.name):
-            size, problem = measure(path)[0], _check_canary(path)
+            size, problem = measure(path)[0], _check_canary(path, path)
             if problem == GONE:
                 continue
-            action = _repair(root, path, problem) if problem is not None and repair else None
+            action = _repair_canary(root, path, problem) if problem is not None and repair else None
             yield Finding("canary", path, folder.name, None, size, problem, action)
 
 
@@ -64,9 +65,8 @@ def check_entry(root: Path, entry: EntryInfo) -> str | None:
             return entry.problem if entry.directory.exists() else GONE
         if not reader.acquire(entry.directory):
             return GONE
-        manifest = read_manifest(entry.directory)
         known = KnownDigests(root, entry.directory)
-        verify_files(entry.directory, manifest, known.compute)
+        verify_files(entry.directory, read_manifest(entry.directory), known.compute)
         known.save()
     except (OSError, ValueError) as error:
         return str(error)
@@ -75,27 +75,48 @@ def check_entry(root: Path, entry: EntryInfo) -> str | None:
     return None
 
 
-def _check_canary(path: Path) -> str | None:
+def _check_canary(path: Path, place: Path) -> str | None:
+    """What is wrong with a canary record whose place in the store is, or was, `place`."""
     try:
-        digest, _, payload = path.read_bytes().partition(b"\n")
+        check_canary_bytes(f"{place.parent.name}/{place.name}", path.read_bytes())
     except FileNotFoundError:
         return GONE
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    return None if hashlib.sha256(payload).hexdigest().encode() == digest else "its digest differs from its content"
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _is_damaged(moved: Path, key: str) -> bool:
+    """Whether an entry that has been moved aside is indeed damaged: another process may have replaced it before."""
+    try:
+        manifest = read_manifest(moved)
+        verify_files(moved, manifest)
+    except (OSError, ValueError):
+        return True
+    return manifest.cache_key.digest != key
 
 
 def _repair_entry(root: Path, directory: Path, problem: str) -> str:
     try:
         with exclusive(directory) as refusal:
-            return refusal or _repair(root, directory, problem)
+            return refusal or _repair(root, directory, problem, lambda moved: _is_damaged(moved, directory.name))
     except FileNotFoundError:
-        return "gone meanwhile"
+        return GONE_MEANWHILE
+    except OSError as error:
+        return f"cannot be locked: {error.strerror or error}"
 
 
-def _repair(root: Path, path: Path, problem: str) -> str:
+def _repair_canary(root: Path, path: Path, problem: str) -> str:
+    return _repair(root, path, problem, lambda moved: _check_canary(moved, path) is not None)
+
+
+def _repair(root: Path, path: Path, problem: str, is_it: Callable[[Path], bool]) -> str:
     try:
-        move_aside(root, path, problem)
+        move_aside(root, path, problem, is_it)
+    except FileNotFoundError:
+        return GONE_MEANWHILE
     except OSError as error:
         return f"cannot be moved aside: {error.strerror or error}"
     return "moved aside"

@@ -66,8 +66,8 @@ class Store(Protocol):
     def publish(self, address: Address, staging: Path, manifest: Manifest) -> Path:
         """Make a staged entry visible and return its directory. Raises `StoreError`."""
 
-    def discard(self, address: Address, reason: str) -> None:
-        """Move an entry aside so that it is not found again."""
+    def discard(self, address: Address, reason: str) -> bool:
+        """Move the entry that was found aside, so that it is not found again; False when it is gone already."""
 
     def lease(self, address: Address, estimate: float | None) -> contextlib.AbstractContextManager[Any]:
         """The right to build this key, held by one process of the host at a time; blocks."""

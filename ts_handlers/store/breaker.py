@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ts_handlers.errors import RefusedError, RemoteError, StoreError
+from ts_handlers.errors import UNDECODABLE, RefusedError, RemoteError, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Breaker:
         self.reason = None
         if self._state is None:
             return False
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, KeyError, TypeError, OverflowError, *UNDECODABLE):
             facts = json.loads(self._state.read_text())
             if facts["boot"] == _boot_id() and 0 < facts["until"] - now <= PAUSE_SECONDS:
                 self._until, self.reason = float(facts["until"]), str(facts["reason"])

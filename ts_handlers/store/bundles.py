@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from ts_handlers.cache_key import CacheKey
 from ts_handlers.errors import RefusedError, StoreError
@@ -187,24 +187,28 @@ def import_bundle(store: LocalStore, path: Path, trust: Trust) -> list[Moved]:
         reader = SealedReader(stream, trust, _BUNDLE, _BUNDLE)
         inside = _fresh(folder / "bundle")
         reader.extract(inside)
-        addresses: dict[str, Address] = {}
+        entries: dict[str, tuple[Address, Path, Manifest]] = {}
+        canaries: list[tuple[str, str, dict[str, Any]]] = []
         for name in sorted(reader.header.files, key=lambda name: (not name.startswith("entry-"), name)):
             with open(inside / name, "rb") as sealed:
                 if name.startswith("entry-"):
-                    address, manifest = exchange.unseal_entry(sealed, _fresh(folder / "entry"), None, trust)
-                    subject = entry_path(address)
-                    present = store.has(address)
-                    if not present:
-                        store.publish(address, folder / "entry", manifest)
-                    addresses[address.key.digest] = address
-                    moved[address.key.digest] = Moved(subject, "present" if present else "done")
+                    staging = _fresh(folder / f"unsealed-{len(entries)}")
+                    address, manifest = exchange.unseal_entry(sealed, staging, None, trust)
+                    entries[address.key.digest] = address, staging, manifest
                 elif name.startswith("canary-"):
-                    key, weights, record = exchange.unseal_canary(sealed, None, trust)
-                    if key not in addresses:
-                        raise RefusedError(f"{path} holds a canary record of {key}, but not its entry")
-                    if store.read_canary(addresses[key], weights) is None:
-                        store.write_canary(addresses[key], weights, record)
-                        moved[key] = dataclasses.replace(moved[key], canaries=moved[key].canaries + 1)
+                    canaries.append(exchange.unseal_canary(sealed, None, trust))
+                    if canaries[-1][0] not in entries:
+                        raise RefusedError(f"{path} holds a canary record of {canaries[-1][0]}, but not its entry")
+            (inside / name).unlink()  # room for the next one
+        for key, (address, staging, manifest) in entries.items():
+            present = store.has(address)
+            if not present:
+                store.publish(address, staging, manifest)
+            moved[key] = Moved(entry_path(address), "present" if present else "done")
+        for key, weights, record in canaries:
+            if store.read_canary(entries[key][0], weights) is None:
+                store.write_canary(entries[key][0], weights, record)
+                moved[key] = dataclasses.replace(moved[key], canaries=moved[key].canaries + 1)
     return list(moved.values())
 
 

@@ -22,6 +22,7 @@ import msgspec
 
 from ts_handlers.cache_key import FORMAT, CacheKey
 from ts_handlers.digests import digest_file, digest_text
+from ts_handlers.errors import UNDECODABLE
 
 MANIFEST = "manifest.json"
 
@@ -118,7 +119,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     try:
         manifest = msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
-    except msgspec.MsgspecError as error:
+    except UNDECODABLE as error:
         raise ValueError(f"manifest.json is damaged: {error}") from error
     if manifest.format != FORMAT:
         raise ValueError(f"manifest.json has format {manifest.format!r}, expected {FORMAT!r}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
@@ -18,6 +17,7 @@ import torch
 
 from ts_handlers.errors import RefusedError, StoreError
 from ts_handlers.store.base import Address
+from ts_handlers.store.canaries import load_record
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest, verify_files
 from ts_handlers.store.local import entry_path
 from ts_handlers.store.remote import Remote
@@ -120,8 +120,10 @@ def unseal_entry(stream: BinaryIO, directory: Path, subject: str | None, trust: 
     reader.extract(directory)
     try:
         manifest = read_manifest(directory)
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:
         raise RefusedError(str(error)) from error
+    except OSError as error:
+        raise StoreError(f"what was unpacked cannot be read: {error}") from error
     if {MANIFEST: reader.header.files.get(MANIFEST), **manifest.files} != reader.header.files:
         raise RefusedError("its manifest lists other files than its header")
     parts = reader.header.subject.split("/")
@@ -151,9 +153,6 @@ def unseal_canary(stream: BinaryIO, subject: str | None, trust: Trust) -> tuple[
     key, _, weights_digest = reader.header.subject.partition("/")
     data = reader.read(CANARY, CANARY_LIMIT)
     try:
-        record = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise RefusedError(f"its record cannot be read: {error}") from error
-    if not isinstance(record, dict):
-        raise RefusedError(f"its record is a {type(record).__name__}, not a dict")
-    return key, weights_digest, record
+        return key, weights_digest, load_record(data)
+    except ValueError as error:
+        raise RefusedError(str(error)) from error

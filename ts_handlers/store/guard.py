@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ts_handlers.errors import QuarantinedError
+from ts_handlers.errors import UNDECODABLE, QuarantinedError
 from ts_handlers.fingerprint import runtime_identity
 from ts_handlers.key import CacheKey
 from ts_handlers.process_limits import bounded_memory, last_words, oom_kills, time_limit
@@ -114,7 +114,7 @@ class Death:
         if fatal := re.search(r"^Fatal Python error: ([^\n]*)\n*", self.words, re.MULTILINE):
             return f"{fatal[1]} while {doing}{bounded}", self.words[fatal.end() :]
         if timeout := re.search(r"^Timeout \([^)]*\)!\n*", self.words, re.MULTILINE):
-            return f"{doing} took longer than {self.marker.seconds:g} s", self.words[timeout.end() :]
+            return f"{doing} took longer than {self.marker.seconds or 0:g} s", self.words[timeout.end() :]
         if self.words:
             return "", self.words
         before, now = self.marker.oom_kills, oom_kills()
@@ -280,7 +280,9 @@ class Guard:
                 began = os.fstat(descriptor).st_mtime
                 try:
                     marker = msgspec.json.decode(header, type=Marker)
-                except msgspec.MsgspecError:  # its process died, or is at this moment, between making and writing it
+                except UNDECODABLE:  # its process died, or is at this moment, between making and writing it
+                    marker = None
+                if marker is None or marker.key != self._key.digest:
                     if time.time() - began > FORGOTTEN_SECONDS:
                         path.unlink()
                     continue

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ts_handlers.errors import UNDECODABLE
+
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
@@ -98,7 +100,7 @@ def read_status(directory: Path, name: str) -> dict[str, Any]:
     """What the holder of a lease last reported; empty when there is no holder or its report cannot be read."""
     try:
         facts = json.loads((directory / f"{name}.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, *UNDECODABLE):
         return {}
     return facts if isinstance(facts, dict) else {}
 
@@ -110,5 +112,5 @@ def _describe(directory: Path, name: str, waited: float, estimate: float | None)
         known = facts.get("estimate") or estimate
         expected = f", {known:.0f} s expected" if known else ""
         return f"pid {facts['pid']}, phase {facts['phase']}, {elapsed:.0f} s since its start{expected}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return f"waited {waited:.0f} s" + (f", {estimate:.0f} s expected" if estimate else "")

@@ -3,7 +3,7 @@
 Layout::
 
     <root>/entries/<model>/<model digest>/<device>/<key>/   published entries (see store/entry.py)
-    <root>/canaries/<key>/<weights digest>                  canary records: SHA-256 in hex, newline, torch.save bytes
+    <root>/canaries/<key>/<weights digest>                  canary records (see store/canaries.py)
     <root>/leases/<key>.lock, <key>.json                    build leases and what their holders are doing
     <root>/leases/<key>.fetch.lock                          held by the process that asks the remote store
     <root>/remote/<service>.json                            why the host goes on alone (see store/breaker.py)
@@ -19,12 +19,12 @@ Layout::
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
+import errno
 import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
 import weakref
 from collections.abc import Collection, Iterator
@@ -35,6 +35,7 @@ from ts_handlers.cache_key import explain
 from ts_handlers.errors import StoreError
 from ts_handlers.locked_directory import collect_directories, make_locked_directory
 from ts_handlers.store.base import Address, Corrupt, Hit, Miss
+from ts_handlers.store.canaries import check_canary_bytes, encode_canary, load_record
 from ts_handlers.store.entry import MANIFEST, Manifest, fsync, read_manifest, verify_files, write_manifest
 from ts_handlers.store.lease import Lease, hold_lease
 from ts_handlers.store.ownership import check_path, is_inside
@@ -45,6 +46,8 @@ from ts_handlers.store.verified import KnownDigests
 logger = logging.getLogger(__name__)
 
 PUBLISH_ATTEMPTS = 3
+_DAMAGE = (errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""Errors that say something about an entry; others, as of missing permissions, say something about this process."""
 
 
 class LocalStore:
@@ -108,24 +111,25 @@ class LocalStore:
         directory = self._entry(address)
         if not is_inside(self.root, directory):
             return Corrupt(f"{directory} leads out of the store by a symbolic link; remove the link")
-        if not os.path.exists(directory / MANIFEST):  # False also where a folder above may not be entered
-            if os.path.exists(directory):  # published by one rename, so this was never complete here
-                self.discard(address, "no manifest")
-                return Corrupt("the entry has no manifest")
-            return Miss(self._nearest(address))
         try:
             if not self._in_use.acquire(directory):
+                # Published by one rename, so a folder without a manifest was never complete here.
+                if _is_folder(directory) and not _has_manifest(directory) and self.discard(address, "no manifest"):
+                    return Corrupt("the entry has no manifest")
                 return Miss(self._nearest(address))
             manifest = read_manifest(directory)
             if manifest.cache_key != address.key:
                 raise ValueError("the manifest's key is another one than its folder's")
             self._verify_files(directory, manifest)
         except ValueError as error:
-            if not self._in_use.holds(directory):  # somebody has moved it aside, and perhaps published a new one
+            if not self.discard(address, str(error)):
                 return Miss(self._nearest(address))
-            self.discard(address, str(error))
             return Corrupt(str(error))
         except OSError as error:
+            if isinstance(error, PermissionError) and not self.has(address):  # a folder above may not be entered
+                return Miss(self._nearest(address))
+            if error.errno in _DAMAGE:
+                self.discard(address, f"cannot be read: {error}")
             self._in_use.release(directory)
             return Corrupt(f"the entry cannot be read: {error}")
         record_use(self.root, address.key.digest)
@@ -234,14 +238,31 @@ class LocalStore:
             fsync(target.parent)
         return target
 
-    def discard(self, address: Address, reason: str) -> None:
-        """Move an entry aside, with its reason, so that it is not found again."""
-        self._in_use.release(self._entry(address))
+    def discard(self, address: Address, reason: str) -> bool:
+        """Move an entry aside, with its reason, so that it is not found again.
+
+        Only the entry that this store object has found, or one without a readable manifest, is moved.
+
+        Returns
+        -------
+        False when it is gone already; another process may have published a new one, which stays.
+        """
+        directory = self._entry(address)
+        if not self._is_judged(directory):
+            return False
         logger.warning("entry %s is not used: %s", address.key.digest, reason)
         try:
-            move_aside(self.root, self._entry(address), reason)
+            directory = move_aside(self.root, directory, reason, self._is_judged)
+        except FileNotFoundError:
+            return False
         except OSError as error:
             logger.warning("entry %s cannot be moved aside: %s", address.key.digest, error)
+        self._in_use.release(directory)
+        return True
+
+    def _is_judged(self, directory: Path) -> bool:
+        """Whether an entry is what this object has found damaged, and not what others have published since."""
+        return self._in_use.holds(directory) or not _has_manifest(directory)
 
     @contextlib.contextmanager
     def lease(self, address: Address, estimate: float | None) -> Iterator[Lease]:
@@ -254,17 +275,14 @@ class LocalStore:
 
     def read_canary(self, address: Address, weights_digest: str) -> dict[str, Any] | None:
         """The recorded canary, or None when there is none or it is damaged."""
+        path = self._canary(address, weights_digest)
         try:
-            digest, _, payload = self._canary(address, weights_digest).read_bytes().partition(b"\n")
+            return load_record(check_canary_bytes(f"{path.parent.name}/{path.name}", path.read_bytes()))
         except OSError:
             return None
-        if hashlib.sha256(payload).hexdigest().encode() != digest:
-            logger.warning("the canary of %s is damaged and will be recorded again", address.key.digest)
+        except ValueError as error:
+            logger.warning("the canary of %s will be recorded again: %s", address.key.digest, error)
             return None
-        import torch
-
-        record: dict[str, Any] = torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
-        return record
 
     def canaries(self, address: Address) -> list[str]:
         """The weights digests for which there is a readable canary record."""
@@ -276,16 +294,11 @@ class LocalStore:
 
     def write_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> bool:
         """Record a canary by writing beside and renaming; False when the store cannot be written."""
-        import torch
-
         path = self._canary(address, weights_digest)
-        buffer = io.BytesIO()
-        torch.save(record, buffer)
-        payload = buffer.getvalue()
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             _make_private(path.parent, self.root)
-            temporary.write_bytes(hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+            temporary.write_bytes(encode_canary(f"{path.parent.name}/{path.name}", record))
             fsync(temporary)
             os.replace(temporary, path)
         except OSError as error:
@@ -293,6 +306,23 @@ class LocalStore:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             return False
+        return True
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _has_manifest(directory: Path) -> bool:
+    """Whether there is a plain manifest; True also where that cannot be told."""
+    try:
+        return stat.S_ISREG(os.lstat(directory / MANIFEST).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
         return True
 
 

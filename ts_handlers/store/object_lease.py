@@ -68,7 +68,11 @@ class ObjectLeases:
     def _create(self, name: str, token: int, took_over: bool) -> Grant | None:
         if not self._remote.create(self._path(name, token), b""):
             return None
-        for old in self._tokens(name, charged=False):
+        tokens = self._tokens(name, charged=False)
+        if tokens and tokens[-1] > token:  # this one was made and removed before, while this process was slow
+            self._remote.remove(self._path(name, token))
+            return None
+        for old in tokens:
             if old < token:
                 self._remote.remove(self._path(name, old, ".sign"))
                 self._remote.remove(self._path(name, old))

@@ -5,14 +5,21 @@ A pin may stand before its entry is built and outlives it.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 FOLDER = "pins"
 
 
 def is_pinned(root: Path, key: str) -> bool:
-    """Whether entries of a key must stay."""
-    return (root / FOLDER / key).exists()
+    """Whether entries of a key must stay; True also where that cannot be told."""
+    try:
+        os.lstat(root / FOLDER / key)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def pin(root: Path, key: str, note: str = "") -> None:
@@ -34,6 +41,6 @@ def unpin(root: Path, key: str) -> bool:
 def pinned_keys(root: Path) -> dict[str, str]:
     """Every pinned key with its note."""
     try:
-        return {path.name: path.read_text("utf-8").strip() for path in sorted((root / FOLDER).iterdir())}
+        return {path.name: path.read_text("utf-8", "replace").strip() for path in sorted((root / FOLDER).iterdir())}
     except OSError:
         return {}

@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from ts_handlers.digests import digest_text
+from ts_handlers.errors import UNDECODABLE
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def read_quarantines(root: str | Path, key: str = "") -> list[Quarantine]:
             records.append(msgspec.json.decode(path.read_bytes(), type=Quarantine))
         except FileNotFoundError:
             continue  # lifted meanwhile
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, *UNDECODABLE) as error:
             logger.warning("the quarantine record %s cannot be read and is ignored: %s", path, error)
     return sorted(records, key=lambda record: record.time)
 

@@ -80,19 +80,19 @@ def scan_entries(root: Path) -> list[EntryInfo]:
 
 def entry_folders(root: Path) -> Iterator[Path]:
     """The folder of every entry; those that vanish meanwhile are left out."""
-    return _folders(root / "entries", ENTRY_DEPTH)
+    return folders_below(root / "entries", ENTRY_DEPTH)
 
 
 def scan_entry(root: Path, directory: Path) -> EntryInfo | None:
     """One entry, or None when it is gone."""
-    manifest, problem = None, None
+    manifest, problem, published = None, None, 0.0
     try:
         published = directory.stat().st_mtime
         manifest = read_manifest(directory)
         if manifest.cache_key.digest != directory.name:
             problem = "the manifest's key is another one than its folder's"
     except FileNotFoundError:
-        if not directory.exists():
+        if not os.path.lexists(directory):
             return None
         problem = "no manifest"
     except (OSError, ValueError) as error:
@@ -119,7 +119,7 @@ def scan_entry(root: Path, directory: Path) -> EntryInfo | None:
 def scan_trash(root: Path) -> list[TrashInfo]:
     """Everything that was moved aside and not yet removed."""
     infos = []
-    for path in _folders(root / "trash", 1):
+    for path in folders_below(root / "trash", 1):
         reason = None
         with contextlib.suppress(OSError):
             modified = path.stat().st_mtime
@@ -152,7 +152,7 @@ def measure(path: Path) -> tuple[int, int]:
     return size, inodes
 
 
-def _folders(base: Path, depth: int) -> Iterator[Path]:
+def folders_below(base: Path, depth: int) -> Iterator[Path]:
     """Folders exactly `depth` levels below `base`, in order; what cannot be read is left out."""
     try:
         with os.scandir(base) as found:
@@ -163,4 +163,4 @@ def _folders(base: Path, depth: int) -> Iterator[Path]:
         if depth == 1:
             yield base / name
         else:
-            yield from _folders(base / name, depth - 1)
+            yield from folders_below(base / name, depth - 1)

@@ -32,7 +32,7 @@ from typing import BinaryIO
 import msgspec
 
 from ts_handlers.digests import CHUNK
-from ts_handlers.errors import RefusedError, StoreError
+from ts_handlers.errors import UNDECODABLE, RefusedError, StoreError
 from ts_handlers.store.entry import FileRecord
 from ts_handlers.store.trust import Trust
 
@@ -206,7 +206,7 @@ class SealedReader:
 def _parse(raw: bytes) -> Header:
     try:
         header = msgspec.json.decode(raw, type=Header)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise RefusedError(f"its header is damaged: {error}") from error
     if len(header.files) > FILES_LIMIT:
         raise RefusedError(f"it holds {len(header.files)} files, at most {FILES_LIMIT} are accepted")

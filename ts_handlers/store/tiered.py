@@ -180,10 +180,10 @@ class TieredStore:
         """The local store's."""
         return self._local.staging(address)
 
-    def discard(self, address: Address, reason: str) -> None:
+    def discard(self, address: Address, reason: str) -> bool:
         """Move an entry of the local store aside, and do not fetch it again; the remote's objects stay as they are."""
         self._discarded.add(address.key.digest)
-        self._local.discard(address, reason)
+        return self._local.discard(address, reason)
 
     def publish(self, address: Address, staging: Path, manifest: Manifest) -> Path:
         """Publish in the local store, and send the entry to the remote afterwards.

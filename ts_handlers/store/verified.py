@@ -22,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from ts_handlers.digests import digest_stream, digest_text
+from ts_handlers.errors import UNDECODABLE
 
 RACY_SECONDS = 2.0  # a file changed so recently could change again within the same tick of its clock
 REHASH_SECONDS = 7 * 86400.0  # after this a file is hashed again although it looks unchanged, because disks rot
@@ -137,7 +138,7 @@ def read_record(path: Path) -> Record | None:
         if hashlib.sha256(payload).hexdigest().encode() != digest:
             return None
         return msgspec.json.decode(payload, type=Record)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, *UNDECODABLE):
         return None
 
 

@@ -1,0 +1,276 @@
+"""The n-th system call on the store fails, is cut short, or is the last one of the process; and wrong clocks.
+
+`faults.c`, preloaded, counts the calls of an operation on the store's files and then fails one of them, or all from one
+on, in a process of its own for each. Afterwards, with a disk that works again, a start must find everything in order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import errno
+import functools
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from soak import forks
+from soak.subject import EXPECTED, Subject
+from soak.tally import Tally
+from ts_handlers.errors import RefusedError, StoreError
+from ts_handlers.store import bundles
+from ts_handlers.store.audit import audit
+from ts_handlers.store.eviction import Limits
+from ts_handlers.store.local import LocalStore
+from ts_handlers.store.scan import scan_entries
+from ts_handlers.store.space import make_room, wait_for_room
+from ts_handlers.store.trust import Trust
+
+KILL = -1
+OF_A_DISK = ("OSError", "PermissionError", "BuildError")
+EVERY, CHANGES, OPENS, WRITES = range(4)
+DAY = 86400.0
+SKEWS = (-3650 * DAY, -30 * DAY, -DAY, -3600.0, -3.0, 3.0, 3600.0, DAY + 60, 8 * DAY, 3650 * DAY)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """What happens at one call, or (`lasting`) at every call from one on."""
+
+    name: str
+    mode: int
+    error: int
+    lasting: bool
+
+
+FAULTS = (
+    Fault("EIO", EVERY, errno.EIO, False),
+    Fault("EIO from then on", EVERY, errno.EIO, True),
+    Fault("ENOSPC", CHANGES, errno.ENOSPC, False),
+    Fault("ENOSPC from then on", CHANGES, errno.ENOSPC, True),
+    Fault("EROFS from then on", CHANGES, errno.EROFS, True),
+    Fault("EMFILE", OPENS, errno.EMFILE, False),
+    Fault("EMFILE from then on", OPENS, errno.EMFILE, True),
+    Fault("EACCES from then on", EVERY, errno.EACCES, True),
+    Fault("short write", WRITES, 0, False),
+    Fault("SIGKILL", EVERY, KILL, False),
+)
+
+
+def build_library(folder: Path) -> Path:
+    """Compile faults.c."""
+    library = folder / "faults.so"
+    source = Path(__file__).with_name("faults.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
+    return library
+
+
+def is_preloaded() -> bool:
+    """Whether this process can make faults."""
+    return hasattr(ctypes.CDLL(None), "soak_arm")
+
+
+class _Injected:
+    """The preloaded library."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(None)
+        self._library.soak_clock.argtypes = [ctypes.c_double]
+
+    def arm(self, root: Path, fault: Fault, index: int) -> None:
+        self._library.soak_arm(
+            os.fsencode(root), os.fsencode(os.environ["TMPDIR"]), fault.mode, index, fault.error, int(fault.lasting)
+        )
+
+    def disarm(self) -> int:
+        return int(self._library.soak_disarm())
+
+    def clock(self, seconds: float) -> None:
+        self._library.soak_clock(seconds)
+
+
+class Operations:
+    """What is done to a store, by name; each leaves facts as `Subject.start` does, or None."""
+
+    def __init__(self, subject: Subject, folder: Path) -> None:
+        self.subject = subject
+        self.empty, self.filled = folder / "empty", folder / "filled"
+        self.damaged, self.remote = folder / "damaged", folder / "remote"
+        self.empty.mkdir(mode=0o700)
+        entry = subject.prepare(self.filled)
+        shutil.copytree(self.filled, self.damaged)
+        path = next(path for path in (self.damaged / entry.relative_to(self.filled)).rglob("*.json"))
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        self.remote.mkdir()
+        code, _, text = forks.call(functools.partial(self._start, folder / "sender" / "store", remote=True))
+        assert code == 0, text
+        shutil.rmtree(folder / "sender")
+        store = LocalStore(self.filled)
+        bundles.export_bundle(store, scan_entries(self.filled), folder / "bundle", Trust())
+        self.bundle = folder / "bundle"
+
+    def _start(self, root: Path, remote: bool = False) -> dict[str, Any]:
+        section = {"remote": {"url": str(self.remote), "timeout_seconds": 20}} if remote else {}
+        facts = self.subject.start(root, **section)
+        wait_for_room()
+        return facts
+
+    def _import(self, root: Path) -> None:
+        try:
+            bundles.import_bundle(LocalStore(root), self.bundle, Trust())
+        except (StoreError, OSError, RefusedError):
+            return
+
+    def _tidy(self, root: Path) -> None:
+        try:
+            make_room(root, Limits(entries=0), Limits())
+        except OSError:
+            return
+
+    def _repair(self, root: Path) -> None:
+        list(audit(root, repair=True))
+
+    def all(self) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
+        """Each operation, with the store that it is done on."""
+        return {
+            "build": (self.empty, self._start),
+            "hit": (self.filled, self._start),
+            "rebuild": (self.damaged, self._start),
+            "fetch": (self.empty, functools.partial(self._start, remote=True)),
+            "evict": (self.filled, self._tidy),
+            "repair": (self.damaged, self._repair),
+            "import": (self.empty, self._import),
+        }
+
+
+def run(tally: Tally, folder: Path, seed: int, trials: int) -> None:
+    """Every operation with every fault at every call, or a random choice of so many."""
+    injected, operations = _Injected(), Operations(Subject(folder / "subject", real=False), folder)
+    todo = list(_all(injected, operations, folder))
+    random.Random(seed).shuffle(todo)
+    print(f"faults: {len(todo)} places, {min(trials, len(todo))} tried", file=sys.stderr)
+    for name, fault, index in todo[:trials]:
+        _one(tally, injected, operations, folder, name, fault, index)
+
+
+def _all(injected: _Injected, operations: Operations, folder: Path) -> Iterator[tuple[str, Fault, int]]:
+    for name, (start, operation) in operations.all().items():
+        counts = {}
+        for mode in (EVERY, CHANGES, OPENS, WRITES):
+            root = _copy(start, folder)
+
+            def count(root: Path = root, operation: Callable[[Path], Any] = operation, mode: int = mode) -> int:
+                injected.arm(root, Fault("", mode, 0, False), -1)
+                operation(root)
+                return injected.disarm()
+
+            code, counts[mode], text = forks.call(count)
+            assert code == 0, text
+        for fault in FAULTS:
+            yield from ((name, fault, index) for index in range(counts[fault.mode]))
+
+
+def _copy(start: Path, folder: Path) -> Path:
+    root = folder / "store"
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.copytree(start, root)
+    return root
+
+
+def _one(
+    tally: Tally, injected: _Injected, operations: Operations, folder: Path, name: str, fault: Fault, index: int
+) -> None:
+    start, operation = operations.all()[name]
+    root = _copy(start, folder)
+    what = f"faults: {name}: {fault.name} at call {index}"
+
+    def work() -> Any:
+        injected.arm(root, fault, index)
+        try:
+            return operation(root)
+        finally:
+            injected.disarm()
+
+    code, facts, text = forks.call(work)
+    if code == 0:
+        _judge(tally, what, facts)
+    elif code == -9 and fault.error == KILL:
+        tally.trial("killed")
+    elif code < 0:
+        tally.trial("crash", f"{what}: signal {-code}: {text[-1500:]}")
+    else:
+        tally.trial("escaped", f"{what}: {text[-2500:]}")
+    _afterwards(tally, operations, root, what)
+
+
+def _judge(tally: Tally, what: str, facts: dict[str, Any] | None) -> None:
+    if facts is None:
+        tally.trial("ended")
+        return
+    outcome = {"hit": "served", "waited": "served", "built": "rebuild"}.get(facts["result"], "refusal")
+    reasons = [reason.split(":")[0] for reason in facts["fallbacks"]]
+    if not facts["right"]:
+        outcome = "wrong"
+    elif any(reason not in (*EXPECTED, *OF_A_DISK) and not reason.startswith("the store ") for reason in reasons):
+        outcome = "escaped"
+    tally.trial(outcome, f"{what}: {facts}")
+
+
+def _afterwards(tally: Tally, operations: Operations, root: Path, what: str) -> None:
+    """The disk works again, the clock is right: a start serves or builds, the next one hits, nothing is left over."""
+    for expected in (("hit", "built"), ("hit",)):
+        code, facts, text = forks.call(lambda: operations.subject.start(root))
+        if code or not facts["right"] or facts["result"] not in expected:
+            tally.note("stuck", f"{what}, then a start: {facts or text}")
+            return
+    for finding in audit(root):
+        if finding.problem is not None:
+            tally.note("stuck", f"{what}, then: {finding}")
+    make_room(root, Limits(), Limits())
+    left = list((root / "staging").glob("*")) if (root / "staging").exists() else []
+    if left or len(scan_entries(root)) != 1:
+        tally.note("stuck", f"{what}, then left: {left}, {len(scan_entries(root))} entries")
+
+
+def clocks(tally: Tally, folder: Path) -> None:
+    """Every operation with a clock that is wrong, or with files that are of the future or of the past."""
+    injected, operations = _Injected(), Operations(Subject(folder / "subject", real=False), folder)
+    for name, (start, operation) in operations.all().items():
+        for skew in SKEWS:
+            for files in (False, True):
+                root = _copy(start, folder)
+                what = f"clock: {name}, {'files' if files else 'process'} {skew:+g} s"
+
+                def work(
+                    root: Path = root,
+                    skew: float = skew,
+                    files: bool = files,
+                    operation: Callable[[Path], Any] = operation,
+                ) -> Any:
+                    if files:
+                        _shift(root, skew)
+                    else:
+                        injected.clock(skew)
+                    return operation(root)
+
+                code, facts, text = forks.call(work)
+                if code:
+                    tally.trial("crash" if code < 0 else "escaped", f"{what}: {text[-2500:]}")
+                    continue
+                _judge(tally, what, facts)
+                if facts is not None and facts["result"] == "eager":
+                    tally.note("stuck", f"{what}: {facts}")
+                if name == "hit" and facts["result"] != "hit":
+                    tally.note("lost", f"{what}: {facts}")
+                _afterwards(tally, operations, root, what)
+
+
+def _shift(root: Path, seconds: float) -> None:
+    for path in root.rglob("*"):
+        status = path.stat()
+        os.utime(path, (status.st_atime + seconds, max(0.0, status.st_mtime + seconds)))
