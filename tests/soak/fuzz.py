@@ -15,7 +15,6 @@ import io
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -122,9 +121,7 @@ def dumps(value: Any) -> bytes:
 
 
 def _fuzzed_json(data: st.DataObject, value: Any) -> bytes:
-    return (
-        changed_bytes(data, dumps(value)) if data.draw(st.integers(0, 3)) == 0 else dumps(changed_json(data, value))
-    )
+    return changed_bytes(data, dumps(value)) if data.draw(st.integers(0, 3)) == 0 else dumps(changed_json(data, value))
 
 
 def _fuzzed_manifest(data: st.DataObject, value: Any) -> bytes:
@@ -215,7 +212,15 @@ def _resealed(raw: bytes, change: Callable[[Any], Any]) -> bytes:
     size, _, rest = raw.removeprefix(MAGIC).partition(b"\n")
     header, body = rest[: int(size)], rest[int(size) + 1 :].partition(b"\n")[2]
     header = dumps(change(json.loads(header)))
-    return MAGIC + b"%d\n" % len(header) + header + b"\n" + hashlib.sha256(MAGIC + header).hexdigest().encode() + b" -\n" + body
+    return (
+        MAGIC
+        + b"%d\n" % len(header)
+        + header
+        + b"\n"
+        + hashlib.sha256(MAGIC + header).hexdigest().encode()
+        + b" -\n"
+        + body
+    )
 
 
 def bundles_of(folder: Path) -> Example:
@@ -379,7 +384,9 @@ def records(folder: Path) -> Example:
         if name.startswith("verified/"):
             raw = hashlib.sha256(raw).hexdigest().encode() + b"\n" + raw
         elif name.startswith("guards/"):
-            raw += data.draw(st.sampled_from([b"", b"\nTimeout (0:00:01)!\n", b"\nFatal Python error: Aborted\n", b"\n\xff"]))
+            raw += data.draw(
+                st.sampled_from([b"", b"\nTimeout (0:00:01)!\n", b"\nFatal Python error: Aborted\n", b"\n\xff"])
+            )
         (root / name).write_bytes(raw)
         read_status(root / "leases", key)
         _describe(root / "leases", key, 1.0, None)
@@ -499,4 +506,3 @@ def run(tally: Tally, folder: Path, seed: int, trials: int) -> None:
             tally.trial("refusal", count=done[1])
             tally.trial("served", count=done[0] - done[1])
         shutil.rmtree(place)
-        print(tally.summary("fuzz"), file=sys.stderr)

@@ -23,7 +23,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -42,7 +41,7 @@ from ts_handlers.metrics import Metrics
 from ts_handlers.store import eviction
 from ts_handlers.store.audit import audit
 from ts_handlers.store.base import Address, Hit
-from ts_handlers.store.entry import Manifest, list_files, read_manifest
+from ts_handlers.store.entry import Manifest, list_files
 from ts_handlers.store.eviction import EVICTED, Limits
 from ts_handlers.store.garbage import find_garbage
 from ts_handlers.store.local import LocalStore
@@ -277,9 +276,7 @@ def round_of(tally: Tally, folder: Path, subject: Subject, seed: int, lives: int
     examine(tally, world, f"race seed {seed}, hosts {hosts}")
 
 
-def _begin(
-    running: dict[int, _Life], world: World, folder: Path, rng: random.Random, seed: int, number: int
-) -> None:
+def _begin(running: dict[int, _Life], world: World, folder: Path, rng: random.Random, seed: int, number: int) -> None:
     (kind,) = rng.choices(list(KINDS), list(KINDS.values()))
     errors = folder / f"stderr-{number}"
     errors.touch()
@@ -374,7 +371,11 @@ def _overlaps(events: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], di
             (
                 later["at"]
                 for later in events[index:]
-                if (later["event"] in ("end", "unpublished") and later["pid"] == event["pid"] and later["key"] == event["key"])
+                if (
+                    later["event"] in ("end", "unpublished")
+                    and later["pid"] == event["pid"]
+                    and later["key"] == event["key"]
+                )
                 or (later["event"] in ("kill", "dead") and later["who"] == event["pid"])
                 or (shared and later["event"] == "stop" and later["who"] == event["pid"] and _is_long(events, later))
             ),
@@ -444,7 +445,9 @@ def _lost(events: list[dict[str, Any]], world: World) -> Iterator[str]:
                 yield f"{path.name} was moved aside and was not damaged: {(path / 'reason.txt').read_text()}"
 
 
-def run(tally: Tally, folder: Path, seed: int, trials: int, *, hosts: int = 1, lives: int = 150, width: int = 6) -> None:
+def run(
+    tally: Tally, folder: Path, seed: int, trials: int, *, hosts: int = 1, lives: int = 150, width: int = 6
+) -> None:
     """Rounds until there are enough trials."""
     subject = Subject(folder / "subject", real=False)
     rounds = 0
@@ -456,4 +459,3 @@ def run(tally: Tally, folder: Path, seed: int, trials: int, *, hosts: int = 1, l
         if tally.clean:
             shutil.rmtree(place)
         rounds += 1
-        print(tally.summary(f"race, {hosts} hosts"), file=sys.stderr)
