@@ -26,7 +26,7 @@ FILES = 12  # about as many in a store; a region has six changes
 def _flip(tally: Tally, folder: Path, seed: int, trials: int) -> None:
     (folder / "quarantined").mkdir()
     flip.run(tally, folder, seed, real=False, regions=max(1, trials // (6 * FILES)), limit=trials)
-    flip.quarantined(tally, folder / "quarantined", seed, regions=4)
+    flip.quarantined(tally, folder / "quarantined", seed, regions=max(1, trials // 300))
 
 
 def _flip_real(tally: Tally, folder: Path, seed: int, trials: int) -> None:
