@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -153,7 +152,6 @@ def run(tally: Tally, folder: Path, seed: int, trials: int) -> None:
     injected, operations = _Injected(), Operations(Subject(folder / "subject", real=False), folder)
     todo = list(_all(injected, operations, folder))
     random.Random(seed).shuffle(todo)
-    print(f"faults: {len(todo)} places, {min(trials, len(todo))} tried", file=sys.stderr)
     for name, fault, index in todo[:trials]:
         _one(tally, injected, operations, folder, name, fault, index)
 
@@ -237,37 +235,33 @@ def _afterwards(tally: Tally, operations: Operations, root: Path, what: str) -> 
         tally.note("stuck", f"{what}, then left: {left}, {len(scan_entries(root))} entries")
 
 
-def clocks(tally: Tally, folder: Path) -> None:
+def clocks(tally: Tally, folder: Path, seed: int, trials: int) -> None:
     """Every operation with a clock that is wrong, or with files that are of the future or of the past."""
     injected, operations = _Injected(), Operations(Subject(folder / "subject", real=False), folder)
-    for name, (start, operation) in operations.all().items():
-        for skew in SKEWS:
-            for files in (False, True):
-                root = _copy(start, folder)
-                what = f"clock: {name}, {'files' if files else 'process'} {skew:+g} s"
+    todo = [(name, skew, files) for name in operations.all() for skew in SKEWS for files in (False, True)]
+    random.Random(seed).shuffle(todo)
+    for name, skew, files in todo[:trials]:
+        start, operation = operations.all()[name]
+        root = _copy(start, folder)
+        what = f"clock: {name}, {'files' if files else 'process'} {skew:+g} s"
+        code, facts, text = forks.call(functools.partial(_at, injected, root, skew, files, operation))
+        if code:
+            tally.trial("crash" if code < 0 else "escaped", f"{what}: {text[-2500:]}")
+            continue
+        _judge(tally, what, facts)
+        if facts is not None and facts["result"] == "eager":
+            tally.note("stuck", f"{what}: {facts}")
+        if name == "hit" and facts["result"] != "hit":
+            tally.note("lost", f"{what}: {facts}")
+        _afterwards(tally, operations, root, what)
 
-                def work(
-                    root: Path = root,
-                    skew: float = skew,
-                    files: bool = files,
-                    operation: Callable[[Path], Any] = operation,
-                ) -> Any:
-                    if files:
-                        _shift(root, skew)
-                    else:
-                        injected.clock(skew)
-                    return operation(root)
 
-                code, facts, text = forks.call(work)
-                if code:
-                    tally.trial("crash" if code < 0 else "escaped", f"{what}: {text[-2500:]}")
-                    continue
-                _judge(tally, what, facts)
-                if facts is not None and facts["result"] == "eager":
-                    tally.note("stuck", f"{what}: {facts}")
-                if name == "hit" and facts["result"] != "hit":
-                    tally.note("lost", f"{what}: {facts}")
-                _afterwards(tally, operations, root, what)
+def _at(injected: _Injected, root: Path, skew: float, files: bool, operation: Callable[[Path], Any]) -> Any:
+    if files:
+        _shift(root, skew)
+    else:
+        injected.clock(skew)
+    return operation(root)
 
 
 def _shift(root: Path, seconds: float) -> None:

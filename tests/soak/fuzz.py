@@ -13,10 +13,7 @@ import functools
 import hashlib
 import io
 import json
-import os
 import shutil
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,106 +24,27 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
-from models import LINEAR_SECTION, settings_of
+from models import settings_of
 
 from soak import forks
+from soak.fuzz_records import records, sections
+from soak.mutations import Example, WrongError, changed_bytes, changed_json, dumps, fuzzed_json, tree
 from soak.tally import Tally
-from ts_handlers.errors import QuarantinedError, RefusedError, SettingsError, StoreError
-from ts_handlers.fingerprint import runtime_identity
-from ts_handlers.settings import parse_settings
+from ts_handlers.errors import RefusedError, StoreError
 from ts_handlers.store import bundles, exchange
 from ts_handlers.store.audit import audit
 from ts_handlers.store.base import Hit
-from ts_handlers.store.breaker import Breaker, _boot_id
 from ts_handlers.store.canaries import load_record
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest, verify_files
 from ts_handlers.store.garbage import find_garbage
-from ts_handlers.store.guard import Guard, Marker
-from ts_handlers.store.lease import _describe, read_status
 from ts_handlers.store.local import LocalStore, entry_path
-from ts_handlers.store.pins import pinned_keys
-from ts_handlers.store.quarantine import Quarantine, lift_quarantine, read_quarantines
 from ts_handlers.store.scan import scan_entries
 from ts_handlers.store.sealed import MAGIC, seal
 from ts_handlers.store.trust import Trust, generate_keys, load_trust
-from ts_handlers.store.verified import KnownDigests, record_name
-
-
-class WrongError(AssertionError):
-    """Something was accepted that must not be."""
-
-
-Example = Callable[[st.DataObject], bool]
-"""Does one example; returns whether it was refused."""
-
-NAMES = ["", ".", "..", "../x", "/etc/passwd", "a\0b", "x" * 300, "code", "code/model.so/x", "manifest.json", "\ud800"]
-NUMBERS = [0, -1, 2**31, 2**63, 2**64, 10**400, 1e308, -0.5, float("inf"), float("nan")]
-scalars = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.sampled_from(NAMES + NUMBERS)
-)
-values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
-)
-
-
-def changed_json(data: st.DataObject, value: Any) -> Any:
-    """A copy of a JSON value with a few of its parts replaced, removed, added or exchanged."""
-    top = {"": json.loads(json.dumps(value))}
-    for _ in range(data.draw(st.integers(1, 3))):
-        places = list(_places(top))
-        container, key = places[data.draw(st.integers(0, len(places) - 1))]
-        action = data.draw(st.sampled_from(["replace", "remove", "rename", "exchange", "wrap"]))
-        if action == "remove" and container is not top:
-            del container[key]
-        elif action == "rename" and isinstance(container, dict) and container is not top:
-            container[data.draw(st.sampled_from(NAMES) | st.text(max_size=5))] = container.pop(key)
-        elif action == "exchange":
-            other, second = places[data.draw(st.integers(0, len(places) - 1))]
-            container[key] = json.loads(json.dumps(other[second]))
-        elif action == "wrap":
-            container[key] = [container[key]]
-        else:
-            container[key] = data.draw(values)
-    return top[""]
-
-
-def _places(value: Any) -> Any:
-    found = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in list(found):
-        yield value, key
-        yield from _places(inner)
-
-
-def changed_bytes(data: st.DataObject, raw: bytes) -> bytes:
-    """A copy of some bytes with a few regions changed."""
-    for _ in range(data.draw(st.integers(1, 3))):
-        start = data.draw(st.integers(0, max(0, len(raw) - 1)))
-        end = min(len(raw), start + data.draw(st.integers(1, 64)))
-        action = data.draw(st.sampled_from(["flip", "cut", "truncate", "zero", "double", "insert", "number"]))
-        middle = {
-            "flip": lambda part: bytes([part[0] ^ (1 << data.draw(st.integers(0, 7)))]) + part[1:] if part else b"",
-            "cut": lambda part: b"",
-            "truncate": lambda part: b"",
-            "zero": lambda part: bytes(len(part)),
-            "double": lambda part: part + part,
-            "insert": lambda part: data.draw(st.binary(max_size=16)) + part,
-            "number": lambda part: b"9" * len(part),
-        }[action](raw[start:end])
-        raw = raw[:start] + middle + (b"" if action == "truncate" else raw[end:])
-    return raw
-
-
-def dumps(value: Any) -> bytes:
-    """JSON, with whatever Python's encoder lets through."""
-    return json.dumps(value).encode("utf-8", "surrogatepass")
-
-
-def _fuzzed_json(data: st.DataObject, value: Any) -> bytes:
-    return changed_bytes(data, dumps(value)) if data.draw(st.integers(0, 3)) == 0 else dumps(changed_json(data, value))
 
 
 def _fuzzed_manifest(data: st.DataObject, value: Any) -> bytes:
-    raw = _fuzzed_json(data, value)
+    raw = fuzzed_json(data, value)
     with contextlib.suppress(ValueError, RecursionError):
         raw = msgspec.json.encode(msgspec.json.decode(raw, type=Manifest).sealed())
     return raw
@@ -167,10 +85,6 @@ def manifests(folder: Path) -> Example:
     return example
 
 
-def _tree(folder: Path) -> set[str]:
-    return {path.as_posix() for path in folder.rglob("*")}
-
-
 def _import(folder: Path, raw: bytes, trust: Trust) -> bool:
     """Import a bundle into an empty store; True when it was refused."""
     jail = folder / "jail"
@@ -185,7 +99,7 @@ def _import(folder: Path, raw: bytes, trust: Trust) -> bool:
     except (RefusedError, StoreError):
         refused = True
     published = scan_entries(root)
-    if {path for path in _tree(jail) if not path.startswith(root.as_posix())} != {
+    if {path for path in tree(jail) if not path.startswith(root.as_posix())} != {
         (jail / "bundle").as_posix(),
         (jail / "inner").as_posix(),
     }:
@@ -350,117 +264,6 @@ def _zipped(members: dict[str, bytes]) -> bytes:
     return target.getvalue()
 
 
-def records(folder: Path) -> Example:
-    """What processes tell each other: lease status, breaker, outcome of a build, pins, markers, quarantine, digests."""
-    root = folder / "store"
-    store = LocalStore(root)
-    where = entries.address()
-    directory = entries.publish(store, where)
-    key = where.key.digest
-    for name in ("leases", "remote", "pins", "guards", "quarantine", "verified"):
-        (root / name).mkdir(exist_ok=True)
-    marker = Marker(key, "m", "b", "load", "seal", runtime_identity(), 0, 9.0, None, 0, "2026", "host", 7)
-    record = Quarantine(key, "m", "b", "load", "other", runtime_identity(), "reason")
-    known = KnownDigests(root, directory)
-    subject = os.path.realpath(directory)
-    stamp = {"stamp": [1, 2, 3, 4, 5], "sha256": "0" * 64, "computed": time.time()}
-    written: dict[str, Any] = {
-        f"leases/{key}.json": {"pid": 1, "started": time.time(), "phase": "build", "estimate": 3.0},
-        "remote/state": {"boot": _boot_id(), "until": time.monotonic() + 5, "reason": "r"},
-        f"pins/{key}": "note",
-        f"guards/{key}.aa": msgspec.to_builtins(marker),
-        f"quarantine/{key}-aa.json": msgspec.to_builtins(record),
-        f"verified/{record_name(subject)}": {
-            "boot": known._boot,
-            "subject": subject,
-            "files": {str(directory / "constants.pt"): stamp},
-        },
-        f"leases/{key}.background.outcome": {"time": time.time(), "result": "built"},
-    }
-    outside = _tree(folder)
-
-    def example(data: st.DataObject) -> bool:
-        name = data.draw(st.sampled_from(sorted(written)))
-        raw = _fuzzed_json(data, written[name])
-        if name.startswith("verified/"):
-            raw = hashlib.sha256(raw).hexdigest().encode() + b"\n" + raw
-        elif name.startswith("guards/"):
-            raw += data.draw(
-                st.sampled_from([b"", b"\nTimeout (0:00:01)!\n", b"\nFatal Python error: Aborted\n", b"\n\xff"])
-            )
-        (root / name).write_bytes(raw)
-        read_status(root / "leases", key)
-        _describe(root / "leases", key, 1.0, None)
-        assert Breaker(root / "remote" / "state", "r", 1.0).is_open in (True, False)
-        pinned_keys(root)
-        read_quarantines(root)
-        list(audit(root))
-        find_garbage(root)
-        found = LocalStore(root).lookup(where)
-        if not isinstance(found, Hit):
-            raise WrongError(f"{found} because of {name}")
-        refused = False
-        guard = Guard(root, settings_of(), where.key, "m", lambda: "")
-        for seal_of in ("seal", ""):
-            try:
-                guard.refuse(seal_of)
-                with guard.marked("load", seal_of):
-                    pass
-            except QuarantinedError:
-                refused = True
-        lift_quarantine(root, key)
-        (root / name).unlink(missing_ok=True)
-        new = {path for path in _tree(folder) - outside if not path.startswith(root.as_posix())}
-        if new:
-            raise WrongError(f"written outside the store: {new}")
-        return refused
-
-    return example
-
-
-SECTION: dict[str, Any] = {
-    **LINEAR_SECTION,
-    "store": "/tmp/store",
-    "backends": ["aot_inductor", "eager"],
-    "on_miss": "compile",
-    "strict": False,
-    "verify": "changed",
-    "outside": "refuse",
-    "warmup": [{"batch": 2}],
-    "canary": {"tolerance": 0.1, "seed": 3},
-    "guard": {"load_seconds": 3.0, "load_memory_mb": 7},
-    "contexts": {"count": 2},
-    "space": {"store": {"bytes": "3GiB", "entries": 4, "inodes": 5}, "per_model": {"bytes": 7}},
-    "remote": {"url": "/tmp/remote", "options": {"a": 1}, "timeout_seconds": 3, "lease": "auto"},
-    "background": {},
-}
-
-
-def sections(folder: Path) -> Example:
-    """model-config.yaml as a parsed mapping."""
-    config: dict[str, Any] = {
-        "minWorkers": 1,
-        "pt2": {"compile": {"enable": True, "backend": "inductor", "mode": "default", "options": {}}},
-        "handler": {"ts_handlers": SECTION},
-    }
-    generate_keys(folder / "private", folder / "public")
-    config["handler"]["ts_handlers"]["trust"] = {
-        "public_keys": [str(folder / "public")],
-        "signing_key": str(folder / "private"),
-        "folders": ["/tmp"],
-    }
-    parse_settings(config)
-
-    def example(data: st.DataObject) -> bool:
-        try:
-            parse_settings(changed_json(data, config))
-        except SettingsError:
-            return True
-        return False
-
-    return example
-
-
 TARGETS: dict[str, Callable[[Path], Example]] = {
     "manifests": manifests,
     "bundles": bundles_of,
@@ -507,4 +310,3 @@ def run(tally: Tally, folder: Path, seed: int, trials: int) -> None:
             tally.trial("refusal", count=done[1])
             tally.trial("served", count=done[0] - done[1])
         shutil.rmtree(place)
-        print(tally.summary("fuzz"), file=sys.stderr)

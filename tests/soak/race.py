@@ -1,14 +1,8 @@
 """Writers, readers, evictions and repairs on one store, killed and stopped at random; then the log is examined.
 
 Each trial is the life of one process: a worker that looks up or builds a few entries, a whole start, a `make_room`, an
-`audit` that repairs, or a process that damages an entry which nobody reads. Processes append what they do to one log,
-with the kernel's monotonic clock, before or after the deed such that a kill in between cannot make a proof wrong:
-
-- two builds of one key that overlap are duplicates. A build ends when its end is logged or its process is killed; where
-  hosts share a remote store it also ends when its process is stopped for longer than the lease allows, and builds of a
-  host that said that it goes on alone do not count.
-- an entry whose publication was logged, and for which neither a planned eviction nor a damage is logged, must be found
-  by every lookup that begins later, and lie in the store when all is over.
+`audit` that repairs, or a process that damages an entry which nobody reads. What they do is proven afterwards from
+their log, see `soak.race_log`.
 """
 
 from __future__ import annotations
@@ -23,10 +17,9 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +28,7 @@ import file_backend
 from models import settings_of
 
 from soak import forks
+from soak.race_log import HEARTBEAT, examine
 from soak.subject import Subject
 from soak.tally import Tally
 from ts_handlers.errors import StoreError
@@ -43,8 +37,7 @@ from ts_handlers.store import eviction
 from ts_handlers.store.audit import audit
 from ts_handlers.store.base import Address, Hit
 from ts_handlers.store.entry import Manifest, list_files
-from ts_handlers.store.eviction import EVICTED, Limits
-from ts_handlers.store.garbage import find_garbage
+from ts_handlers.store.eviction import Limits
 from ts_handlers.store.local import LocalStore
 from ts_handlers.store.opening import open_store
 from ts_handlers.store.remote_lease import LOST_AFTER
@@ -52,7 +45,6 @@ from ts_handlers.store.scan import scan_entries
 from ts_handlers.store.space import make_room
 from ts_handlers.store.usage import exclusive
 
-HEARTBEAT = 1.0
 LIMIT_SECONDS = 60.0  # a life that takes longer hangs
 KEYS = 3  # in use at a time
 NEW_KEY_EVERY = 12  # lives, so that there is always something to build
@@ -274,7 +266,12 @@ def round_of(tally: Tally, folder: Path, subject: Subject, seed: int, lives: int
         for child in running:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-    examine(tally, world, f"race seed {seed}, hosts {hosts}")
+    examine(
+        tally,
+        [json.loads(line) for line in world.log.read_text().splitlines()],
+        world.hosts,
+        f"race seed {seed}, hosts {hosts}",
+    )
 
 
 def _begin(running: dict[int, _Life], world: World, folder: Path, rng: random.Random, seed: int, number: int) -> None:
@@ -334,118 +331,6 @@ def _reap(tally: Tally, running: dict[int, _Life], log: Log) -> None:
             tally.trial("crash" if code < 0 else "escaped", f"{life.what}: {code}: {text}")
 
 
-def examine(tally: Tally, world: World, what: str) -> None:
-    """What the log and the stores prove."""
-    events = [json.loads(line) for line in world.log.read_text().splitlines()]
-    for event in events:
-        if event["event"] in ("wrong", "partial"):
-            tally.note(event["event"], f"{what}: {event}")
-        elif event["event"] == "started":
-            outcome = {"hit": "served", "waited": "served", "built": "rebuild"}.get(event["result"], "refusal")
-            tally.note(outcome if event["right"] else "wrong", f"{what}: {event}")
-        elif event["event"] == "lookup":
-            tally.note({"Hit": "served", "Miss": "missed", "Corrupt": "refusal"}[event["found"]])
-        elif event["event"] == "published":
-            tally.note("rebuild")
-        elif event["event"] == "unpublished":
-            tally.note("unpublished", event["reason"])
-    for first, second in _overlaps(events):
-        tally.note("duplicate", f"{what}: {first} and {second}")
-    for text in (*_unfound(events), *_lost(events, world)):
-        tally.note("lost", f"{what}: {text}")
-    for host in world.hosts:
-        for life in range(3):
-            make_room(host / "store", Limits(), Limits()) if life else list(audit(host / "store", repair=True))
-        left = [str(item.path) for item in find_garbage(host / "store") if "staging" in item.path.parts]
-        if left or any((host / "store" / "staging").glob("*")):
-            tally.note("stuck", f"{what}: left in staging: {left}")
-
-
-def _overlaps(events: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Builds of one key at the same time under live leases."""
-    shared = len({event["host"] for event in events if "host" in event}) > 1
-    builds: list[dict[str, Any]] = []
-    for index, event in enumerate(events):
-        if event["event"] != "begin" or event["alone"]:
-            continue
-        end = next(
-            (
-                later["at"]
-                for later in events[index:]
-                if (
-                    later["event"] in ("end", "unpublished")
-                    and later["pid"] == event["pid"]
-                    and later["key"] == event["key"]
-                )
-                or (later["event"] in ("kill", "dead") and later["who"] == event["pid"])
-                or (shared and later["event"] == "stop" and later["who"] == event["pid"] and _is_long(events, later))
-            ),
-            event["at"],
-        )
-        builds.append({"key": event["key"], "pid": event["pid"], "begin": event["at"], "end": end})
-    builds.sort(key=lambda build: build["begin"])
-    for index, first in enumerate(builds):
-        for second in builds[index + 1 :]:
-            if second["begin"] < first["end"] and second["key"] == first["key"]:
-                yield first, second
-
-
-def _is_long(events: list[dict[str, Any]], stop: dict[str, Any]) -> bool:
-    """Whether a stop may have cost a lease."""
-    ends = (event["at"] for event in events if event["event"] == "continue" and event["who"] == stop["who"])
-    return next((end for end in ends if end >= stop["at"]), stop["at"]) - stop["at"] > HEARTBEAT
-
-
-def _gone(events: list[dict[str, Any]], published: dict[str, Any]) -> float:
-    """When an entry may have been removed or damaged for the first time."""
-    times = [float("inf")]
-    for index, event in enumerate(events):
-        if event["event"] not in ("evict", "damage"):
-            continue
-        if (event["key"], event["host"]) != (published["key"], published["host"]):
-            continue
-        ends = (
-            later
-            for later in events[index:]
-            if (later["event"] == "done" and (later["pid"], later["key"]) == (event["pid"], event["key"]))
-            or (later["event"] == "dead" and later["who"] == event["pid"])
-        )
-        end = next(ends)
-        if end["at"] >= published["at"] and not end.get("refusal"):
-            times.append(event["at"])
-    return min(times)
-
-
-def _unfound(events: list[dict[str, Any]]) -> Iterator[str]:
-    """Lookups that did not find what was there."""
-    published = [event for event in events if event["event"] == "published"]
-    for lookup in (event for event in events if event["event"] == "lookup" and event["found"] != "Hit"):
-        for entry in published:
-            if entry["key"] == lookup["key"] and entry["host"] == lookup["host"] and entry["at"] < lookup["began"]:
-                if _gone(events, entry) > lookup["ended"]:
-                    yield f"{lookup} did not find {entry}"
-
-
-def _lost(events: list[dict[str, Any]], world: World) -> Iterator[str]:
-    """Entries that are not in the store any more though nobody has removed or damaged them."""
-    for host in world.hosts:
-        present = {}
-        for info in scan_entries(host / "store"):
-            with contextlib.suppress(OSError):
-                present[info.key] = (info.directory / "nonce").read_text()
-        for event in events:
-            if event["event"] != "published" or event["host"] != host.name:
-                continue
-            if _gone(events, event) < float("inf"):
-                continue
-            if present.get(event["key"]) != event["nonce"]:
-                yield f"{event} is not in the store, which holds {present}"
-        damaged = {event["key"] for event in events if event["event"] == "damage" and event["host"] == host.name}
-        for path in (host / "store" / "trash").glob("*"):
-            if not path.name.startswith(EVICTED) and path.name.rpartition("-")[0] not in damaged:
-                yield f"{path.name} was moved aside and was not damaged: {(path / 'reason.txt').read_text()}"
-
-
 def run(
     tally: Tally, folder: Path, seed: int, trials: int, *, hosts: int = 1, lives: int = 150, width: int = 6
 ) -> None:
@@ -460,4 +345,3 @@ def run(
         if tally.clean:
             shutil.rmtree(place)
         rounds += 1
-        print(tally.summary(f"race, {hosts} hosts"), file=sys.stderr)
