@@ -30,6 +30,11 @@ def message(section: Any, **config: Any) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("section", [{"\ud800": 1}, {"dimensions": {"a": {"\ud800": 1}}}])
+def test_half_of_a_surrogate_pair_is_a_mistake(section: dict[str, Any]) -> None:
+    assert "surrogate" in message(section)
+
+
 def test_nothing_gives_the_defaults() -> None:
     assert parse_settings(None) == parse_settings({}) == parse_settings({"handler": {}}) == Settings()
     assert parse_settings({"handler": {"ts_handlers": None}}) == Settings()

@@ -13,6 +13,9 @@ from models import archive_source, settings_of
 import ts_handlers.backends
 from cli.conftest import Result
 from ts_handlers import start_model
+from ts_handlers.store.scan import scan_entries
+from ts_handlers.store.sealed import SealedReader, seal
+from ts_handlers.store.trust import Trust
 
 Run = Callable[..., Result]
 
@@ -123,6 +126,21 @@ def test_damaged_bundle_publishes_nothing(position: int, run: Run, filled: Path,
     assert run("import", bundle, "--store", tmp_path / "new").code == 4
     assert not (tmp_path / "new" / "entries").exists()
     assert list((tmp_path / "new" / "staging").iterdir()) == []
+
+
+def test_bundle_with_something_damaged_inside_publishes_nothing(run: Run, filled: Path, tmp_path: Path) -> None:
+    """Whoever made the bundle put damaged bytes in; its own digests are right."""
+    bundle, parts = tmp_path / "bundle", tmp_path / "parts"
+    assert run("export", bundle, "--store", filled).code == 0
+    parts.mkdir()
+    with bundle.open("rb") as stream:
+        SealedReader(stream, Trust(), "bundle").extract(parts)
+    (canary,) = parts.glob("canary-*")
+    canary.write_bytes(canary.read_bytes()[:-1] + b"?")
+    with bundle.open("wb") as target:
+        seal(target, "bundle", "bundle", {path.name: path for path in parts.iterdir()}, Trust())
+    assert run("import", bundle, "--store", tmp_path / "new").code == 4
+    assert scan_entries(tmp_path / "new") == []
 
 
 def test_nothing_to_export(run: Run, filled: Path, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def changes(path: Path, regions: int, rng: random.Random) -> Iterator[tuple[str,
     yield "double", _edit(lambda data: data + data)
     yield "empty", _edit(lambda data: b"")
     yield "not UTF-8", _edit(lambda data: b"\xff\xfe" * max(1, len(data) // 2))
-    yield "deeply nested", _edit(lambda data: b'{"artifact":' + b"[" * 50_000 + b"]" * 50_000 + b"}")
+    yield "deeply nested", _edit(lambda data: b'{"artifact":{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}}")
     yield "remove", lambda path: path.unlink()
     yield "replace by a folder", _replace_by_folder
     yield "replace by a dangling link", _replace_by_link

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from entries import address, fill, manifest_of, publish
 
+from ts_handlers.store import pins
 from ts_handlers.store.base import Hit
 from ts_handlers.store.entry import write_manifest
 from ts_handlers.store.eviction import Limits
@@ -105,6 +106,15 @@ def test_quarantines_and_pins_outlive_their_entries(store: LocalStore) -> None:
     kept = [write(store.root / "quarantine" / f"{KEY}-0123456789ab.json"), write(store.root / "pins" / KEY)]
     assert find_garbage(store.root, time.time() + 999 * DAY) == []
     assert all(path.exists() for path in kept)
+
+
+def test_pins_that_cannot_be_read_hold(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    pins.pin(store.root, KEY, "a note")
+    (store.root / "pins" / KEY).write_bytes(b"\xff")
+    assert list(pins.pinned_keys(store.root)) == [KEY]
+    (store.root / "pins").rename(store.root / "elsewhere")
+    (store.root / "pins").symlink_to("pins")  # ELOOP: nobody can tell what is pinned
+    assert pins.is_pinned(store.root, KEY)
 
 
 def test_lease_that_somebody_holds_is_not_removed(store: LocalStore) -> None:

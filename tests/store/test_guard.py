@@ -265,12 +265,27 @@ def test_a_temporary_folder_that_others_can_write_is_not_used(root: Path) -> Non
         assert guard.problem is not None
 
 
-def test_damaged_files_are_ignored(root: Path) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [b"{", b'{"key": "\xff"}', b'{"other": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"],
+    ids=["truncated", "no UTF-8", "nested"],
+)
+def test_damaged_files_are_ignored(text: bytes, root: Path) -> None:
     for folder, name in (("guards", f"{KEY.digest}.torn"), ("quarantine", f"{KEY.digest}-torn.json")):
         (root / folder).mkdir()
-        (root / folder / name).write_text("{")
+        (root / folder / name).write_bytes(text)
     attempt(root, lambda: None)
     assert read_quarantines(root) == []
+
+
+def test_marker_that_names_another_key_is_no_record(root: Path) -> None:
+    """A record's file is named after the key that its marker holds, which damage must not turn into a path."""
+    assert die(root, "abort") == -signal.SIGABRT
+    (path,) = markers(root)
+    path.write_bytes(path.read_bytes().replace(KEY.digest.encode(), b"../../" + KEY.digest.encode()[6:]))
+    attempt(root, lambda: None)
+    assert read_quarantines(root) == []
+    assert not list(root.parent.rglob("*.json"))
 
 
 def test_limits_end_with_the_block(root: Path) -> None:

@@ -72,6 +72,11 @@ def test_errors_of_the_block_come_through_and_free_the_lease(tmp_path: Path, bro
         pass
 
 
-def test_damaged_status_does_not_stop_a_waiter(tmp_path: Path) -> None:
-    (tmp_path / "key.json").write_text("{half")
+@pytest.mark.parametrize(
+    "text",
+    [b"{half", b"\xff", b"[" * 50_000, b"[]", b'{"started": 1' + b"0" * 400 + b', "pid": 1, "phase": "x"}'],
+    ids=["truncated", "no UTF-8", "nested", "list", "huge"],
+)
+def test_damaged_status_does_not_stop_a_waiter(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "key.json").write_bytes(text)
     assert "waited 3 s" in lease_module._describe(tmp_path, "key", 3.0, None)

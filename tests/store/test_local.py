@@ -23,6 +23,7 @@ from ts_handlers.store import entry, local
 from ts_handlers.store.base import Corrupt, Hit, Miss
 from ts_handlers.store.entry import MANIFEST, Manifest, list_files
 from ts_handlers.store.local import LocalStore
+from ts_handlers.store.trash import move_aside
 
 
 @pytest.fixture
@@ -377,3 +378,75 @@ def test_build_estimate_is_the_latest_builds(store: LocalStore) -> None:
     assert store.build_estimate(address()) is None
     publish(store, address(device="other"))
     assert store.build_estimate(address()) == 2.0
+
+
+def test_entry_published_while_another_looks_stays(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that found no manifest a moment ago must not take what has been published since for a broken entry."""
+    other = LocalStore(store.root)
+
+    def acquire(directory: Path) -> bool:
+        publish(other, address())
+        return False
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store._in_use, "acquire", acquire)
+        assert isinstance(store.lookup(address()), Miss)
+    assert trash(store) == []
+    assert isinstance(store.lookup(address()), Hit)
+
+
+def test_slow_process_does_not_discard_what_has_replaced_the_entry(store: LocalStore) -> None:
+    publish(store, address())
+    slow, other = LocalStore(store.root), LocalStore(store.root)
+    assert isinstance(slow.lookup(address()), Hit)
+    assert isinstance(other.lookup(address()), Hit)
+    assert other.discard(address(), "does not load")
+    publish(other, address())
+    assert not slow.discard(address(), "does not load")
+    assert isinstance(LocalStore(store.root).lookup(address()), Hit)
+    assert len(trash(store)) == 1
+
+
+def test_what_was_replaced_just_before_it_is_moved_aside_is_put_back(store: LocalStore) -> None:
+    directory = publish(store, address())
+    with pytest.raises(FileNotFoundError):
+        move_aside(store.root, directory, "a reason", lambda moved: False)
+    assert trash(store) == []
+    assert isinstance(store.lookup(address()), Hit)
+    moved = move_aside(store.root, directory, "a reason", lambda moved: (moved / MANIFEST).exists())
+    assert (moved / "reason.txt").read_text() == "a reason\n"
+
+
+def _nested(path: Path) -> None:
+    path.write_bytes(b'{"artifact":{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}}")
+
+
+def _folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("change", [_nested, _folder, _link, lambda path: path.write_bytes(b"\xff")])
+def test_entry_whose_manifest_cannot_be_read_makes_room_for_a_new_one(
+    change: Callable[[Path], None], store: LocalStore
+) -> None:
+    change(publish(store, address()) / MANIFEST)
+    fresh = LocalStore(store.root)
+    assert isinstance(fresh.lookup(address(device="other")), Miss)
+    assert isinstance(fresh.lookup(address()), Corrupt)
+    publish(fresh, address())
+    assert isinstance(LocalStore(store.root).lookup(address()), Hit)
+
+
+def test_canary_record_under_another_name_is_none(store: LocalStore) -> None:
+    store.write_canary(address(), "w", {"cases": []})
+    store.write_canary(address(), "v", {"cases": []})
+    (path,) = (store.root / "canaries").rglob("w")
+    shutil.copyfile(path.with_name("v"), path)
+    assert store.read_canary(address(), "w") is None
+    assert store.read_canary(address(), "v") == {"cases": []}

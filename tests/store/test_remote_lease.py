@@ -74,6 +74,22 @@ def test_one_holder_and_growing_tokens(host: Host) -> None:
     assert b.renew(other)
 
 
+def test_token_that_was_used_and_removed_before_is_no_lease(
+    folder: RemoteSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that looked, was stopped, and goes on when others have held the lease in turn."""
+    slow, first, second = (ObjectLeases(Remote(folder, tmp_path / name)) for name in ("slow", "first", "second"))
+    look, stale = slow._tokens, [[]]
+    monkeypatch.setattr(
+        slow, "_tokens", lambda *arguments, **options: stale.pop() if stale else look(*arguments, **options)
+    )
+    first.release(acquired(first.acquire("key", charged=True)))
+    held = acquired(second.acquire("key", charged=True))
+    assert isinstance(slow.acquire("key", charged=True), Busy)
+    assert stale == []
+    assert second.renew(held)
+
+
 def test_holder_that_was_taken_over_finds_out(host: Host) -> None:
     a, b = host("a"), host("b")
     first = acquired(a.acquire("key", charged=True))
