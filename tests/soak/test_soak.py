@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,25 @@ def test_builds_without_a_lease_are_found(tmp_path: Path, subject: Subject) -> N
 
         yield Lease(None, 0.0)
 
+    begun = tmp_path / "begun"
+    begun.mkdir()
+
     def life(world: race.World, log: race.Log, host: Path, rng: Any) -> None:
         store = world.store(host)
-        store.lease = no_lease
+        staging = store.staging
+
+        @contextlib.contextmanager
+        def with_another(where: Any) -> Iterator[Path]:
+            """Go on when a second build has begun, which the lease would have prevented."""
+            (begun / str(os.getpid())).touch()
+            for _ in range(6000):
+                if len(os.listdir(begun)) > 1:
+                    break
+                time.sleep(0.01)
+            with staging(where) as directory:
+                yield directory
+
+        store.lease, store.staging = no_lease, with_another
         race.build(world, log, store, host, race.address(0), rng)
 
     assert _events(tmp_path, subject, life).counts["duplicate"] > 0
