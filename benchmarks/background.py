@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import shutil
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import archives
+import command_line
 import environment
 from measure import READY_INTERVAL_SECONDS, TIMEOUT_SECONDS, Host, check_answer, clean, settle
 
@@ -218,26 +216,12 @@ def main() -> int:
     """Parse the command line, run, and print or write what was asked for; 1 when anything failed."""
     parser = argparse.ArgumentParser(description="on_miss: background: time to READY, and requests during a build.")
     parser.add_argument("--model", choices=archives.MODELS, default="resnet50")
-    parser.add_argument("-n", type=int, default=3, metavar="ROUNDS", help="interleaved rounds (default 3)")
     parser.add_argument("--pause", type=float, default=0.05, help="seconds between two requests (default 0.05)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    parser.add_argument("--table", action="store_true", help="print Markdown tables")
-    parser.add_argument("--workdir", type=Path, help="keep archives and logs here")
+    command_line.add_options(parser, "archives and logs")
     arguments = parser.parse_args()
-    if arguments.n < 1:
-        parser.error("-n: at least one round")
-    if arguments.workdir is not None:
-        arguments.workdir.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix="background-", dir=arguments.workdir)).resolve()
-    try:
+    with command_line.work_folder("background", arguments.workdir) as directory:
         result = run(arguments.model, arguments.n, arguments.pause, directory)
-    finally:
-        if arguments.workdir is None:
-            shutil.rmtree(directory, ignore_errors=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    if arguments.table or not arguments.json:
-        print(markdown(result))
+    command_line.write(result, arguments, markdown)
     failed = sum(facts["failed"] for facts in result["summary"]["requests"].values())
     return 1 if failed or any(each["problems"] for each in result["runs"]) else 0
 

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import archives
+import command_line
 import environment
 import report
 from measure import Bench, Run
@@ -75,32 +73,17 @@ def main() -> int:
     parser.add_argument("--model", choices=archives.MODELS, default="resnet50")
     parser.add_argument("--archive-format", choices=sorted(archives.FORMATS), default="zip")
     parser.add_argument("--rows", help=f"comma-separated; default: all of {', '.join(row.name for row in ROWS)}")
-    parser.add_argument("-n", type=int, default=3, metavar="ROUNDS", help="interleaved rounds (default 3)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    parser.add_argument("--table", action="store_true", help="print Markdown tables")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a bar chart (.png or .svg; needs matplotlib)")
-    parser.add_argument("--workdir", type=Path, help="keep archives, caches and logs of failed runs here")
+    command_line.add_options(parser, "archives, caches and logs of failed runs")
     arguments = parser.parse_args()
-    if arguments.n < 1:
-        parser.error("-n: at least one round")
     rows = select(arguments.rows)
-    parent = arguments.workdir
-    if parent is not None:
-        parent.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix="cold_start-", dir=parent)).resolve()
-    try:
+    with command_line.work_folder("cold_start", arguments.workdir) as directory:
         result = run(arguments.model, arguments.archive_format, rows, arguments.n, directory)
-    finally:
-        if parent is None:
-            shutil.rmtree(directory, ignore_errors=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    command_line.write(result, arguments, report.markdown)
     if arguments.plot:
         from plot import plot
 
         plot(result, arguments.plot)
-    if arguments.table or not arguments.json:
-        print(report.markdown(result))
     return 1 if any(summary["failed"] for summary in result["rows"].values()) else 0
 
 

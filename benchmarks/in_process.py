@@ -12,16 +12,15 @@ import argparse
 import dataclasses
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import archives
+import command_line
 import environment
 import torch
 from measure import TOLERANCE, Host
@@ -231,22 +230,16 @@ def main() -> int:
     parser.add_argument("--models", default="resnet50,bert_base", help="comma-separated, or none")
     parser.add_argument("--overhead", default="16,128", help="sequence lengths, comma-separated, or none")
     parser.add_argument("--calls", type=int, default=300, help="calls of each kind per process (default 300)")
-    parser.add_argument("-n", type=int, default=3, metavar="ROUNDS", help="interleaved rounds (default 3)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--table", action="store_true", help="print Markdown tables")
-    parser.add_argument("--workdir", type=Path, help="keep models, caches and stores here")
+    command_line.add_options(parser, "models, caches and stores")
     arguments = parser.parse_args()
     models = [] if arguments.models == "none" else arguments.models.split(",")
     if unknown := sorted(set(models) - set(archives.MODELS)):
         parser.error(f"--models: unknown {', '.join(unknown)}; known: {', '.join(archives.MODELS)}")
     sequences = [] if arguments.overhead == "none" else [int(item) for item in arguments.overhead.split(",")]
-    if arguments.workdir is not None:
-        arguments.workdir.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix="in_process-", dir=arguments.workdir)).resolve()
     facts = environment.facts()
     if warning := environment.warn_if_busy(facts):
         _say(f"warning: {warning}")
-    try:
+    with command_line.work_folder("in_process", arguments.workdir) as directory:
         result = {
             "benchmark": "in_process",
             "rounds": arguments.n,
@@ -254,13 +247,7 @@ def main() -> int:
             "models": {model: measure_starts(model, arguments.n, directory) for model in models},
             "overhead": measure_overhead(sequences, arguments.calls, arguments.n, directory) if sequences else {},
         }
-    finally:
-        if arguments.workdir is None:
-            shutil.rmtree(directory, ignore_errors=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    if arguments.table or not arguments.json:
-        print(markdown(result))
+    command_line.write(result, arguments, markdown)
     failed = any(summary["failed"] for each in result["models"].values() for summary in each["modes"].values())
     return 1 if failed else 0
 

@@ -18,7 +18,6 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import archives
+import command_line
 import environment
 import torch
 from measure import Bench, Run
@@ -228,24 +228,15 @@ def main() -> int:
     """Parse the command line, measure, print; 1 when any run failed."""
     parser = argparse.ArgumentParser(description="What the remote store costs and saves.")
     parser.add_argument("--model", choices=archives.MODELS, default="resnet50")
-    parser.add_argument("-n", type=int, default=3, metavar="ROUNDS", help="interleaved rounds (default 3)")
     parser.add_argument("--heartbeat", type=float, default=1.0, metavar="SECONDS", help="of the takeover (default 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--table", action="store_true", help="print Markdown tables")
-    parser.add_argument("--workdir", type=Path, help="keep archives, stores and logs of failed runs here")
+    command_line.add_options(parser, "archives, stores and logs of failed runs")
     arguments = parser.parse_args()
     facts = environment.facts()
     if warning := environment.warn_if_busy(facts):
         _say(f"warning: {warning}")
-    if arguments.workdir is not None:
-        arguments.workdir.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix="remote-", dir=arguments.workdir)).resolve()
-    try:
+    with command_line.work_folder("remote", arguments.workdir) as directory:
         beyond = measure_takeover(arguments.heartbeat, arguments.n, directory)
         runs = measure_starts(arguments.model, arguments.n, directory)
-    finally:
-        if arguments.workdir is None:
-            shutil.rmtree(directory, ignore_errors=True)
     result = {
         "benchmark": "remote",
         "model": arguments.model,
@@ -255,10 +246,7 @@ def main() -> int:
         "takeover_heartbeats": [round(value, 3) for value in beyond],
         "runs": [dataclasses.asdict(run) for run in runs],
     }
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    if arguments.table or not arguments.json:
-        print(markdown(result))
+    command_line.write(result, arguments, markdown)
     return 1 if any(not run.ok for run in runs) else 0
 
 

@@ -7,9 +7,12 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import file_backend
 import pytest
 from hypothesis import HealthCheck, settings
 from models import write_archive
+
+import ts_handlers.backends
 
 # Deadlines are durations, and a shared machine has no say about those.
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -28,6 +31,15 @@ def _no_shared_caches(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.
 def archive(tmp_path: Path) -> Path:
     """An archive with one linear layer."""
     return write_archive(tmp_path / "archive")
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch) -> file_backend.FileBackend:
+    """A fresh test backend in place of ``aot_inductor``."""
+    monkeypatch.setitem(ts_handlers.backends._MODULES, "aot_inductor", "file_backend")
+    fresh = file_backend.FileBackend()
+    monkeypatch.setattr(file_backend, "BACKEND", fresh)
+    return fresh
 
 
 @pytest.fixture

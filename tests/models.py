@@ -24,6 +24,38 @@ class Model(torch.nn.Module):
         return self.layer(x)
 """
 
+TWO_LAYERS = """
+import torch
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(4, 8)
+        self.second = torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x)))
+"""
+
+# `int(...)` of a tensor breaks the graph in two, and decides which branch is taken.
+GRAPH_BREAK = """
+import torch
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(4, 8)
+        self.second = torch.nn.Linear(8, 2)
+
+    def forward(self, x, *, factor):
+        hidden = torch.relu(self.first(x)) * factor
+        if int(hidden.isnan().sum()):
+            return hidden[:, :2]
+        return self.second(hidden).softmax(-1)
+"""
+
 LINEAR_SECTION: dict[str, Any] = {
     "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 4]}],
     "dimensions": {"batch": {"min": 1, "max": 8}},

@@ -17,7 +17,6 @@ import pytest
 import torch
 from models import LINEAR, archive_source, eager_model, settings_of, write_archive, write_weights
 
-import ts_handlers.backends
 from ts_handlers import CompiledModel, ModuleSource, Settings, start_model
 from ts_handlers.errors import (
     BuildError,
@@ -34,16 +33,9 @@ from ts_handlers.store.base import Miss
 from ts_handlers.store.local import LocalStore
 from ts_handlers.store.quarantine import lift_quarantine, read_quarantines
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 ROWS = torch.arange(8.0).reshape(2, 4)
-
-
-@pytest.fixture(autouse=True)
-def backend(monkeypatch: pytest.MonkeyPatch) -> file_backend.FileBackend:
-    """A fresh test backend in place of ``aot_inductor``."""
-    monkeypatch.setitem(ts_handlers.backends._MODULES, "aot_inductor", "file_backend")
-    fresh = file_backend.FileBackend()
-    monkeypatch.setattr(file_backend, "BACKEND", fresh)
-    return fresh
 
 
 @pytest.fixture

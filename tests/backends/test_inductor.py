@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import archive_source, settings_of, write_archive, write_weights
+from models import GRAPH_BREAK, archive_source, settings_of, write_archive, write_weights
 from subprocesses import run_python
 
 from ts_handlers import start_model
@@ -16,23 +16,6 @@ from ts_handlers.errors import MissError
 
 pytestmark = pytest.mark.compile
 
-# `int(...)` of a tensor breaks the graph in two, and decides which branch is taken.
-CODE = """
-import torch
-
-
-class Model(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = torch.nn.Linear(4, 8)
-        self.second = torch.nn.Linear(8, 2)
-
-    def forward(self, x, *, factor):
-        hidden = torch.relu(self.first(x)) * factor
-        if int(hidden.isnan().sum()):
-            return hidden[:, :2]
-        return self.second(hidden).softmax(-1)
-"""
 SECTION: dict[str, Any] = {
     "inputs": [
         {"name": "x", "dtype": "float32", "shape": ["batch", 4]},
@@ -105,7 +88,7 @@ def start(archive: Path, store: Path, host: Path) -> dict[str, Any]:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Build once, in a process of its own."""
     folder = tmp_path_factory.mktemp("inductor")
-    archive = write_archive(folder / "archive", CODE)
+    archive = write_archive(folder / "archive", GRAPH_BREAK)
     return Built(archive, folder / "store", start(archive, folder / "store", folder / "host"))
 
 
@@ -136,7 +119,7 @@ def test_warm_start_on_another_host_compiles_nothing(built: Built, tmp_path: Pat
 
 
 def test_new_weights_hit_the_same_entry(built: Built, tmp_path: Path) -> None:
-    archive = write_archive(tmp_path / "archive", CODE)
+    archive = write_archive(tmp_path / "archive", GRAPH_BREAK)
     write_weights(archive, 77)
     facts = start(archive, built.store, tmp_path / "host")
     assert (facts["result"], facts["key"]) == ("hit", built.facts["key"])

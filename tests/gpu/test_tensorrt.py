@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import archive_source, eager_model, settings_of, write_archive, write_weights
+from models import TWO_LAYERS, archive_source, eager_model, settings_of, write_archive, write_weights
 
 from ts_handlers import CompiledModel, start_model
 from ts_handlers.backends.tensorrt_library import installed_flavours
@@ -34,19 +34,7 @@ class Model(torch.nn.Module):
         y = self.norm(torch.relu(self.conv(x)).mean((2, 3)))
         return {"logits": self.head(y) * scale.unsqueeze(1), "spread": y.abs().amax(1)}
 """
-PARTIAL = """
-import torch
-
-
-class Model(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = torch.nn.Linear(4, 8)
-        self.second = torch.nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.second(torch.erfinv(torch.tanh(self.first(x)) * 0.9))
-"""
+PARTIAL = TWO_LAYERS.replace("torch.relu(self.first(x))", "torch.erfinv(torch.tanh(self.first(x)) * 0.9)")
 SECTION: dict[str, Any] = {
     "backends": ["tensorrt"],
     "strict": True,

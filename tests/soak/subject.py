@@ -11,7 +11,7 @@ from typing import Any
 
 import file_backend
 import torch
-from models import LINEAR, archive_source, eager_model, settings_of, write_archive
+from models import LINEAR, TWO_LAYERS, archive_source, eager_model, settings_of, write_archive
 
 import ts_handlers.backends
 from soak import forks
@@ -19,19 +19,6 @@ from soak.tally import Tally
 from ts_handlers import start_model
 from ts_handlers.store.scan import scan_entries
 
-DEEP = """
-import torch
-
-
-class Model(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = torch.nn.Linear(4, 8)
-        self.second = torch.nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.second(torch.relu(self.first(x)))
-"""
 EXPECTED = ("CanaryError", "LoadError", "MissError", "QuarantinedError", "StoreError")
 """Errors of a start that end on the next backend as they should."""
 INPUTS = [torch.ones(2, 4), torch.linspace(-3, 3, 20).reshape(5, 4)]
@@ -45,8 +32,8 @@ class Subject:
 
     def __init__(self, folder: Path, *, real: bool) -> None:
         self.real = real
-        self.archive = write_archive(folder / "archive", DEEP if real else LINEAR)
-        self.other = write_archive(folder / "other", DEEP if real else LINEAR, seed=1)
+        self.archive = write_archive(folder / "archive", TWO_LAYERS if real else LINEAR)
+        self.other = write_archive(folder / "other", TWO_LAYERS if real else LINEAR, seed=1)
         with torch.inference_mode():
             self.answers = {name: self._eager(name) for name in ("archive", "other")}
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from ts_handlers.settings.sections import RemoteSettings
+from ts_handlers.store.trust import generate_keys
 
 S3_KEYS = {"key": "test-access-key", "secret": "test-secret-key"}
 
@@ -45,6 +46,15 @@ def s3(s3_port: int) -> RemoteSettings:
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
     s3fs.S3FileSystem(**s3_options(s3_port), skip_instance_cache=True).call_s3("create_bucket", Bucket=bucket)
     return RemoteSettings(f"s3://{bucket}/some/prefix", options=s3_options(s3_port), timeout_seconds=30.0)
+
+
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two pairs of keys, ``a`` and ``b``."""
+    directory = tmp_path_factory.mktemp("keys")
+    for name in "ab":
+        generate_keys(directory / f"{name}.key", directory / f"{name}.pub")
+    return directory
 
 
 @pytest.fixture

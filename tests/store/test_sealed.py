@@ -19,18 +19,9 @@ from hypothesis import strategies as st
 from ts_handlers.errors import RefusedError, StoreError
 from ts_handlers.settings.sections import TrustSettings
 from ts_handlers.store.sealed import MAGIC, SealedReader, check_name, seal
-from ts_handlers.store.trust import Trust, generate_keys, load_trust
+from ts_handlers.store.trust import Trust, load_trust
 
 FILES: dict[str, Path | bytes] = {"manifest.json": b"{}", "code/model.so": bytes(range(256)) * 5, "empty": b""}
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two pairs of keys, ``a`` and ``b``."""
-    folder = tmp_path_factory.mktemp("keys")
-    for name in "ab":
-        generate_keys(folder / f"{name}.key", folder / f"{name}.pub")
-    return folder
 
 
 def trust(keys: Path, accepted: str, signing: str | None) -> Trust:

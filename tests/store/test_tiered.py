@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import file_backend
 import msgspec
 import pytest
 import torch
@@ -21,25 +20,16 @@ from models import archive_source, eager_model, settings_of, write_weights
 from subprocesses import run_python
 from tcp_proxy import Proxy
 
-import ts_handlers.backends
 from ts_handlers import CompiledModel, start_model
 from ts_handlers.errors import LoadError, SettingsError
 from ts_handlers.settings.sections import RemoteSettings
 from ts_handlers.store import local
 from ts_handlers.store.sealed import MAGIC
 from ts_handlers.store.tiered import TieredStore
-from ts_handlers.store.trust import generate_keys
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 ROWS = torch.arange(8.0).reshape(2, 4)
-
-
-@pytest.fixture(autouse=True)
-def backend(monkeypatch: pytest.MonkeyPatch) -> file_backend.FileBackend:
-    """A fresh test backend in place of ``aot_inductor``."""
-    monkeypatch.setitem(ts_handlers.backends._MODULES, "aot_inductor", "file_backend")
-    fresh = file_backend.FileBackend()
-    monkeypatch.setattr(file_backend, "BACKEND", fresh)
-    return fresh
 
 
 @dataclasses.dataclass
@@ -71,14 +61,6 @@ def fleet(archive: Path, tmp_path: Path, remote_settings: RemoteSettings) -> Fle
 def shared(archive: Path, tmp_path: Path, folder: RemoteSettings) -> Fleet:
     """A fleet that shares the folder ``remote``."""
     return Fleet(archive, tmp_path, msgspec.to_builtins(folder))
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("keys")
-    for name in "ab":
-        generate_keys(directory / f"{name}.key", directory / f"{name}.pub")
-    return directory
 
 
 def trust(keys: Path, accepted: str, signing: str | None = None) -> dict[str, Any]:
