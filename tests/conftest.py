@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from models import write_archive
 
 import ts_handlers.backends
+from ts_handlers.store import verified
 
 # Deadlines are durations, and a shared machine has no say about those.
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -40,6 +41,20 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> file_backend.FileBackend:
     fresh = file_backend.FileBackend()
     monkeypatch.setattr(file_backend, "BACKEND", fresh)
     return fresh
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Digests that were really computed by `KnownDigests`, in order."""
+    computed: list[str] = []
+    compute = verified.digest_stream
+
+    def digest_stream(file: object) -> str:
+        computed.append(compute(file))  # type: ignore[arg-type]
+        return computed[-1]
+
+    monkeypatch.setattr(verified, "digest_stream", digest_stream)
+    return computed
 
 
 @pytest.fixture

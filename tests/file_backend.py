@@ -33,10 +33,13 @@ PHASES = ("before staging", "during build", "after files", "before rename", "aft
 
 
 class FileBackend:
-    """Stands in for ``aot_inductor``."""
+    """Stands in for ``aot_inductor``; the next loads raise `load_errors`, one each."""
 
     name = "aot_inductor"
     persistent = True
+
+    def __init__(self) -> None:
+        self.load_errors: list[Exception] = []
 
     def bakes_weights(self, request: Request) -> bool:
         return False
@@ -66,6 +69,8 @@ class FileBackend:
         if description != {"kind": "linear"}:
             raise LoadError("not an artifact of the test backend")
         crash_at("load")
+        if self.load_errors:
+            raise self.load_errors.pop(0)
         weights = request.source.weights()
         names = json.loads((directory / "part" / "first.json").read_text())
         names |= json.loads((directory / "second.json").read_text())

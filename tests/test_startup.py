@@ -129,17 +129,10 @@ def test_damaged_entry_is_rebuilt(start: Start, archive: Path, tmp_path: Path) -
 
 
 def test_entry_that_does_not_load_is_moved_aside_and_rebuilt(
-    start: Start, archive: Path, tmp_path: Path, backend: Any, monkeypatch: pytest.MonkeyPatch
+    start: Start, archive: Path, tmp_path: Path, backend: file_backend.FileBackend
 ) -> None:
     start()
-    load, failures = backend.load, iter([LoadError("undefined symbol")])
-
-    def fail_once(*arguments: Any) -> Any:
-        for error in failures:
-            raise error
-        return load(*arguments)
-
-    monkeypatch.setattr(backend, "load", fail_once)
+    backend.load_errors.append(LoadError("undefined symbol"))
     facts = check(start(), archive)
     assert facts["result"] == "built"
     assert "undefined symbol" in facts["notes"][0]

@@ -16,6 +16,7 @@ import msgspec
 import pytest
 import torch
 from conftest import needs_root
+from file_backend import FileBackend
 from models import archive_source, eager_model, settings_of, write_weights
 from subprocesses import run_python
 from tcp_proxy import Proxy
@@ -246,18 +247,9 @@ def test_entry_that_is_damaged_here_is_fetched_anew(shared: Fleet) -> None:
     assert "damaged entry, fetched anew" in notes(again)
 
 
-def test_entry_that_does_not_load_here_is_built_here_and_fetched_once(
-    shared: Fleet, backend: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_entry_that_does_not_load_here_is_built_here_and_fetched_once(shared: Fleet, backend: FileBackend) -> None:
     shared.start("first")
-    load, failures = backend.load, iter([LoadError("undefined symbol")])
-
-    def fail_once(*arguments: Any) -> Any:
-        for error in failures:
-            raise error
-        return load(*arguments)
-
-    monkeypatch.setattr(backend, "load", fail_once)
+    backend.load_errors.append(LoadError("undefined symbol"))
     second = shared.start("second")
     assert second.outcome.result == "built"
     assert counters(second)["remote_hit"] == 1

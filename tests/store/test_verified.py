@@ -19,6 +19,8 @@ from ts_handlers.store.base import Corrupt, Hit
 from ts_handlers.store.local import LocalStore
 from ts_handlers.store.verified import KnownDigests, known_digest, read_record, record_name
 
+pytestmark = pytest.mark.usefixtures("clock")
+
 HOUR = 3600.0
 TICK = 0.05  # longer than the granularity of change times; `clock` has taken away the protection against that
 
@@ -26,20 +28,6 @@ TICK = 0.05  # longer than the granularity of change times; `clock` has taken aw
 @pytest.fixture
 def store(tmp_path: Path) -> LocalStore:
     return LocalStore(tmp_path / "store")
-
-
-@pytest.fixture
-def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Digests that were really computed by `KnownDigests`, in order."""
-    computed: list[str] = []
-    compute = verified.digest_stream
-
-    def digest_stream(file: object) -> str:
-        computed.append(compute(file))  # type: ignore[arg-type]
-        return computed[-1]
-
-    monkeypatch.setattr(verified, "digest_stream", digest_stream)
-    return computed
 
 
 @pytest.fixture
@@ -64,9 +52,7 @@ def digest_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_unchanged_file_is_hashed_once(
-    store: LocalStore, tmp_path: Path, hashed: list[str], clock: Callable[[float], None]
-) -> None:
+def test_unchanged_file_is_hashed_once(store: LocalStore, tmp_path: Path, hashed: list[str]) -> None:
     path = weights(tmp_path)
     assert [known_digest(store.root, path) for _ in range(3)] == [digest_of(path)] * 3
     assert len(hashed) == 1
@@ -101,7 +87,6 @@ def test_changed_file_is_hashed_again_although_size_and_modification_time_are_th
     store: LocalStore,
     tmp_path: Path,
     hashed: list[str],
-    clock: Callable[[float], None],
 ) -> None:
     path = weights(tmp_path)
     first = known_digest(store.root, path)
@@ -138,7 +123,6 @@ def test_record_of_another_boot_counts_for_nothing(
     store: LocalStore,
     tmp_path: Path,
     hashed: list[str],
-    clock: Callable[[float], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = weights(tmp_path)
@@ -152,7 +136,7 @@ def test_record_of_another_boot_counts_for_nothing(
 
 
 def test_record_of_a_store_copied_elsewhere_counts_for_nothing(
-    store: LocalStore, tmp_path: Path, hashed: list[str], clock: Callable[[float], None]
+    store: LocalStore, tmp_path: Path, hashed: list[str]
 ) -> None:
     publish(store, address())
     assert isinstance(store.lookup(address()), Hit)
@@ -188,7 +172,6 @@ def test_record_that_is_damaged_or_not_ours_counts_for_nothing(
     store: LocalStore,
     tmp_path: Path,
     hashed: list[str],
-    clock: Callable[[float], None],
 ) -> None:
     path = weights(tmp_path)
     known_digest(store.root, path)
@@ -202,7 +185,6 @@ def test_nothing_is_remembered_on_a_network_file_system(
     store: LocalStore,
     tmp_path: Path,
     hashed: list[str],
-    clock: Callable[[float], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(verified, "LOCAL_FILE_SYSTEMS", frozenset({"of another kind"}))
@@ -213,7 +195,7 @@ def test_nothing_is_remembered_on_a_network_file_system(
 
 
 def test_folder_that_is_linked_under_a_new_name_at_each_start_is_known(
-    store: LocalStore, tmp_path: Path, hashed: list[str], clock: Callable[[float], None]
+    store: LocalStore, tmp_path: Path, hashed: list[str]
 ) -> None:
     path = weights(tmp_path)
     known_digest(store.root, path)
@@ -225,15 +207,13 @@ def test_folder_that_is_linked_under_a_new_name_at_each_start_is_known(
     assert record.subject == str(path)
 
 
-def test_store_that_does_not_exist_is_not_made(
-    tmp_path: Path, hashed: list[str], clock: Callable[[float], None]
-) -> None:
+def test_store_that_does_not_exist_is_not_made(tmp_path: Path, hashed: list[str]) -> None:
     path = weights(tmp_path)
     assert known_digest(tmp_path / "nothing", path) == digest_of(path)
     assert not (tmp_path / "nothing").exists()
 
 
-def test_damage_after_the_digest_was_remembered_is_found(store: LocalStore, clock: Callable[[float], None]) -> None:
+def test_damage_after_the_digest_was_remembered_is_found(store: LocalStore) -> None:
     directory = publish(store, address())
     assert isinstance(store.lookup(address()), Hit)
     assert list((store.root / "verified").iterdir())
@@ -248,9 +228,7 @@ def test_damage_after_the_digest_was_remembered_is_found(store: LocalStore, cloc
     assert "digest differs" in found.reason
 
 
-def test_always_hashes_every_time_and_remembers_nothing(
-    tmp_path: Path, clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_always_hashes_every_time_and_remembers_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = LocalStore(tmp_path / "store", verify="always")
     publish(store, address())
     assert isinstance(store.lookup(address()), Hit)
