@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,10 @@ from file_backend import FileBackend
 from models import archive_source, settings_of, write_archive
 
 import ts_handlers.backends
-from ts_handlers import CompiledModel, start_model
+from ts_handlers import CompiledModel, ExportedSource, start_model
 from ts_handlers.digests import digest_file
-from ts_handlers.errors import SettingsError
+from ts_handlers.errors import MissError, SettingsError
 from ts_handlers.store import verified
-from ts_handlers.store.opening import weights_digester
 from ts_handlers.store.scan import scan_entries
 
 ONE = {"store": {"entries": 1}}
@@ -92,20 +92,58 @@ def test_impossible_quotas_are_refused_with_path_value_and_remedy(space: dict[st
         assert part in str(error.value)
 
 
-def test_weights_are_hashed_again_only_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A store that is there already, and files that count as written long ago."""
     monkeypatch.setattr(verified, "RACY_SECONDS", 0.0)
-    archive = write_archive(tmp_path / "archive")
-    changed = settings_of(store=str(tmp_path / "store"))
     (tmp_path / "store").mkdir(mode=0o700)
-    expected = digest_file(archive / "model.pt")
-    assert archive_source(archive, digest_file=weights_digester(changed)).weights_digest() == expected
-    monkeypatch.setattr(verified, "digest_stream", lambda file: "hashed again")
-    assert archive_source(archive, digest_file=weights_digester(changed)).weights_digest() == expected
-    always = settings_of(store=str(tmp_path / "store"), verify="always")
-    assert archive_source(archive, digest_file=weights_digester(always)).weights_digest() == expected
-    write_archive(archive, seed=1)
-    assert archive_source(archive, digest_file=weights_digester(changed)).weights_digest() == "hashed again"
-    assert archive_source(archive, digest_file=weights_digester(always)).weights_digest() not in (
-        expected,
-        "hashed again",
-    )
+    return str(tmp_path / "store")
+
+
+def hashes_of_weights(archive: Path, hashed: list[str]) -> int:
+    """How often the weights were hashed through `verified` since the last call."""
+    count = hashed.count(digest_file(archive / "model.pt"))
+    hashed.clear()
+    return count
+
+
+def test_start_hashes_weights_again_only_when_they_may_have_changed(
+    archive: Path, settled: str, hashed: list[str]
+) -> None:
+    for seed in (0, 1):
+        write_archive(archive, seed=seed)
+        for expected in (1, 0, 0):
+            model = start_model(archive_source(archive), settings_of(store=settled, backends=["aot_inductor"]))
+            assert model.outcome.backend == "aot_inductor"
+            assert hashes_of_weights(archive, hashed) == expected
+
+
+def test_start_of_an_exported_program_remembers_its_digest(tmp_path: Path, settled: str, hashed: list[str]) -> None:
+    path = tmp_path / "model.pt2"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("model/anything", "which no build needs to read")
+    settings = settings_of(store=settled, backends=["aot_inductor"], on_miss="fail")
+    for expected in (1, 0):
+        with pytest.raises(MissError):
+            start_model(
+                ExportedSource("m", path), settings_of(store=settled, backends=["aot_inductor"], on_miss="fail")
+            )
+        assert hashed.count(digest_file(path)) == expected
+        hashed.clear()
+
+
+def test_start_that_verifies_always_remembers_no_digest(archive: Path, settled: str, hashed: list[str]) -> None:
+    settings = settings_of(store=settled, backends=["aot_inductor"], verify="always")
+    source = archive_source(archive)
+    start_model(source, settings)
+    assert source.weights_digest() == digest_file(archive / "model.pt")
+    assert not hashed
+    assert not (Path(settled) / verified.FOLDER).exists()
+
+
+def test_eager_start_hashes_no_weights(archive: Path, settled: str, hashed: list[str]) -> None:
+    start_model(archive_source(archive), settings_of(store=settled, backends=["eager"]))
+    for thread in threading.enumerate():
+        if thread.name == "ts_handlers-digest":
+            thread.join()
+    assert not hashed

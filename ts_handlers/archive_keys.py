@@ -14,6 +14,7 @@ from ts_handlers.errors import ModelError
 from ts_handlers.key import compute_key
 from ts_handlers.prewarm import archive_recipe
 from ts_handlers.recipes import make_source
+from ts_handlers.store.opening import weights_digester
 from ts_handlers.store.scan import EntryInfo
 from ts_handlers.unpacking import unpacked
 
@@ -49,6 +50,7 @@ def archive_keys(
         made = make_source(archive_recipe(directory, device, config, model_name))
         if made.settings is None or made.device is None:
             raise ModelError(f"{archive}: its handler starts no model")
+        made.source.begin_digest(weights_digester(made.settings))
         request = Request(made.source, made.settings, made.device)
         ladder = [get_backend(backend) for backend in made.settings.backends]
         return [

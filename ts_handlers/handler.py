@@ -28,7 +28,6 @@ from ts_handlers.model_source import ArchiveSource, ExportedSource, ModelSource,
 from ts_handlers.request_batch import REFUSALS, CurrentBatch, RequestBatch
 from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS, SECTION, Settings, parse_settings
 from ts_handlers.startup import start_model
-from ts_handlers.store.opening import weights_digester
 
 
 def _base_handler() -> Any:
@@ -180,7 +179,7 @@ class CompiledHandlerMixin:
         name = self._context.model_name
         if model_file == _EXPORTED:
             assert model_pt_path is not None
-            return self._start(ExportedSource(name, model_pt_path, digest_file=weights_digester(self.settings)))
+            return self._start(ExportedSource(name, model_pt_path))
         directory = Path(model_dir)
         weights = None if model_pt_path is None else os.path.relpath(model_pt_path, model_dir)
         build, extra = self._custom_build(model_dir, model_file, model_pt_path)
@@ -196,7 +195,6 @@ class CompiledHandlerMixin:
             build=build,
             ignored_files=ignored,
             mmap=self._may_map(directory),
-            digest_file=weights_digester(self.settings),
             recipe=self._recipe,
         )
         return self._start(source)

@@ -15,17 +15,17 @@ import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 
 from ts_handlers import fingerprint
 from ts_handlers.archive_files import Tensors, imported_modules, load_model_class, read_weights
+from ts_handlers.digests import DigestFile, FileDigest
 from ts_handlers.errors import ModelError
 from ts_handlers.initialization import skip_random_initialization
 from ts_handlers.module_identity import module_facts
 
-T = TypeVar("T")
 Recipe = Mapping[str, Any]
 """How another process makes the same source: JSON-compatible, read by `ts_handlers.recipes.make_source`."""
 
@@ -59,6 +59,13 @@ class ModelSource(Protocol):
     name: str
     weights_by_name: bool
 
+    def begin_digest(self, digest_file: DigestFile) -> None:
+        """Digest the file of the weights on a thread; does nothing when that has begun or there is no file.
+
+        `start_model` calls it with what remembers digests between starts. Without a call the file is hashed when a
+        digest is asked for.
+        """
+
     def digest(self) -> str:
         """Digest of the model's source and tensor specification, not of the weights' values."""
 
@@ -78,11 +85,12 @@ class ModelSource(Protocol):
         """How another process makes this source; None when it cannot."""
 
 
-class _EagerOnce:
-    """Builds the eager module at most once."""
+class _Source:
+    """What all sources have: a recipe, an eager module that is built at most once, and perhaps a file of weights."""
 
-    def __init__(self, recipe: Recipe | None) -> None:
+    def __init__(self, recipe: Recipe | None, file: Path | None = None) -> None:
         self._recipe = recipe
+        self._file_digest = None if file is None else FileDigest(file)
         self._eager: torch.nn.Module | None = None
         self._lock = threading.Lock()
 
@@ -101,11 +109,19 @@ class _EagerOnce:
         """Forget the eager module."""
         self._eager = None
 
+    def begin_digest(self, digest_file: DigestFile) -> None:
+        """Digest the file of the weights on a thread; does nothing when that has begun or there is no file."""
+        if self._file_digest is not None:
+            self._file_digest.begin(digest_file)
+
+    def _hash_file(self) -> str:
+        return "none" if self._file_digest is None else self._file_digest.result()
+
     def _build(self) -> torch.nn.Module:
         raise NotImplementedError
 
 
-class ArchiveSource(_EagerOnce):
+class ArchiveSource(_Source):
     """An archive with a model file (one `nn.Module` class without constructor arguments) and a state dict.
 
     Parameters
@@ -126,8 +142,6 @@ class ArchiveSource(_EagerOnce):
         Glob patterns of further files that do not shape the model.
     mmap:
         Map the weights file (its pages are then shared between workers) instead of reading it.
-    digest_file:
-        Computes, or remembers, the SHA-256 of the weights file; see `ts_handlers.store.verified.known_digest`.
     recipe:
         How another process makes this source; needed only when `build` is given, which no other process can call.
     """
@@ -143,25 +157,23 @@ class ArchiveSource(_EagerOnce):
         extra_source: Sequence[str] = (),
         ignored_files: Sequence[str] = (),
         mmap: bool = True,
-        digest_file: Callable[[Path], str] = fingerprint.digest_file,
         recipe: Recipe | None = None,
     ) -> None:
         if build is None:
             files = {"directory": os.path.abspath(directory), "model_file": model_file, "weights_file": weights_file}
             globs = {"extra_source": list(extra_source), "ignored_files": list(ignored_files)}
             recipe = {"kind": "archive", "name": name, **files, **globs, "mmap": mmap}
-        super().__init__(recipe)
-        self.name = name
-        self.weights_by_name = True
         self._directory = Path(directory)
         self._model_path = self._directory / model_file
         self._weights_path = None if weights_file is None else self._directory / weights_file
+        super().__init__(recipe, self._weights_path)
+        self.name = name
+        self.weights_by_name = True
         self._build_hook = build
         self._extra_source = tuple(extra_source)
         self._ignored = (*IGNORED_FILES, *ignored_files)
         self._mmap = mmap
         self._weights: Tensors | None = None
-        self._weights_digest: _Background[str] | None = None
         if self._weights_path is not None and not self._weights_path.is_file():
             raise ModelError(
                 f"the archive has no weights file {weights_file!r}; expected it beside {model_file!r}: "
@@ -171,8 +183,6 @@ class ArchiveSource(_EagerOnce):
             raise ModelError(
                 f"the archive has no model file {model_file!r}; name it with --model-file when the archive is built"
             )
-        if self._weights_path is not None:
-            self._weights_digest = _Background(functools.partial(digest_file, self._weights_path))
 
     def digest(self) -> str:
         """Digest over the archive's model-shaping files, the imported libraries' versions and the tensor names."""
@@ -205,8 +215,8 @@ class ArchiveSource(_EagerOnce):
         return self._weights
 
     def weights_digest(self) -> str:
-        """SHA-256 of the weights file, computed on a thread since the source was made."""
-        return "none" if self._weights_digest is None else self._weights_digest.result()
+        """SHA-256 of the weights file."""
+        return self._hash_file()
 
     def _build(self) -> torch.nn.Module:
         if self._build_hook is not None:
@@ -249,7 +259,7 @@ def _construct(model_class: type[torch.nn.Module], path: Path) -> torch.nn.Modul
         ) from error
 
 
-class ModuleSource(_EagerOnce):
+class ModuleSource(_Source):
     """A module that already exists in this process.
 
     Its identity is taken from the source files of every submodule's class, from each submodule's attributes that are
@@ -284,19 +294,14 @@ class ModuleSource(_EagerOnce):
         return self._module
 
 
-class ExportedSource(_EagerOnce):
-    """An exported program (``torch.export.save``, ``.pt2``). Weights are part of the artifact.
+class ExportedSource(_Source):
+    """An exported program (``torch.export.save``, ``.pt2``). Weights are part of the artifact."""
 
-    `digest_file` computes, or remembers, the SHA-256 of the file.
-    """
-
-    def __init__(
-        self, name: str, path: str | Path, *, digest_file: Callable[[Path], str] = fingerprint.digest_file
-    ) -> None:
-        super().__init__({"kind": "exported", "name": name, "path": os.path.abspath(path)})
+    def __init__(self, name: str, path: str | Path) -> None:
+        self.path = Path(path)
+        super().__init__({"kind": "exported", "name": name, "path": os.path.abspath(path)}, self.path)
         self.name = name
         self.weights_by_name = False
-        self.path = Path(path)
         if not self.path.is_file():
             raise ModelError(f"the archive has no exported program {self.path.name!r}")
         try:
@@ -309,11 +314,10 @@ class ExportedSource(_EagerOnce):
                 f"{self.path.name} is a compiled AOTInductor package, which fits one machine only and does not check "
                 "its inputs; archive the exported program (torch.export.save) instead"
             )
-        self._digest = _Background(functools.partial(digest_file, self.path))
 
     def digest(self) -> str:
         """Digest of the whole file."""
-        return self._digest.result()
+        return self._hash_file()
 
     def weights(self) -> Tensors:
         """Nothing: the artifact holds the weights."""
@@ -321,7 +325,7 @@ class ExportedSource(_EagerOnce):
 
     def weights_digest(self) -> str:
         """Digest of the whole file."""
-        return self._digest.result()
+        return self._hash_file()
 
     @functools.cached_property
     def program(self) -> Any:
@@ -370,26 +374,3 @@ def exported_input_names(program: Any) -> tuple[list[str], list[str]]:
     keyword_names = list(keywords.context or [])
     taken = [name for name in names if name not in keyword_names][: positional.num_leaves]
     return [*taken, *keyword_names], keyword_names
-
-
-class _Background(Generic[T]):
-    """A value computed on a thread that starts at once."""
-
-    def __init__(self, compute: Callable[[], T]) -> None:
-        self._compute = compute
-        self._value: list[T] = []
-        self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True, name="ts_handlers-digest")
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._value.append(self._compute())
-        except Exception as error:
-            self._error = error
-
-    def result(self) -> T:
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._value[0]

@@ -108,6 +108,7 @@ def _build(spec: dict[str, Any], send: Send) -> dict[str, Any]:
     from ts_handlers.recipes import make_source
     from ts_handlers.settings import Settings
     from ts_handlers.startup import start_model
+    from ts_handlers.store.opening import weights_digester
     from ts_handlers.store.space import wait_for_room
 
     os.chdir(spec["directory"])
@@ -123,6 +124,7 @@ def _build(spec: dict[str, Any], send: Send) -> dict[str, Any]:
         torch.set_num_threads(spec["threads"])
     if spec["float32_matmul"] is not None:
         torch.set_float32_matmul_precision(spec["float32_matmul"])
+    made.source.begin_digest(weights_digester(settings))
     _check_keys(Request(made.source, settings, device), spec["keys"])
     model = start_model(
         made.source, settings, device, progress=lambda phase, estimate: send({"phase": phase, "estimate": estimate})

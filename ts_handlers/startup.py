@@ -41,7 +41,7 @@ from ts_handlers.settings.sections import GuardSettings
 from ts_handlers.store.base import Address, Corrupt, Hit, Miss, Store
 from ts_handlers.store.entry import Manifest, list_files, read_manifest
 from ts_handlers.store.guard import Guard
-from ts_handlers.store.opening import open_store
+from ts_handlers.store.opening import open_store, weights_digester
 from ts_handlers.store.space import Report, make_room_in_background
 from ts_handlers.warmup import check_canary, run_warmup
 
@@ -49,7 +49,6 @@ logger = logging.getLogger(__name__)
 
 # Errors of the archive or of the settings: no other backend would do better.
 _FINAL = (ModelError, SettingsError, MissError)
-
 
 Progress = Callable[[str, "float | None"], None]
 
@@ -125,8 +124,10 @@ class _Start:
 
     def run(self) -> CompiledModel:
         ladder = [get_backend(name) for name in self._settings.backends]
-        if any(backend.persistent for backend in ladder) and self._request.source.weights_by_name:
-            self._request.require_signature()
+        if any(backend.persistent for backend in ladder):
+            self._request.source.begin_digest(weights_digester(self._settings))
+            if self._request.source.weights_by_name:
+                self._request.require_signature()
         last: Exception | None = None
         for backend in ladder:
             try:

@@ -6,11 +6,10 @@ import functools
 import logging
 import re
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ts_handlers.digests import digest_file
+from ts_handlers.digests import DigestFile, digest_file
 from ts_handlers.errors import StoreError
 from ts_handlers.metrics import Metrics
 from ts_handlers.settings import Settings, default_store_root
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def weights_digester(settings: Settings) -> Callable[[Path], str]:
+def weights_digester(settings: Settings) -> DigestFile:
     """What digests an archive's weights: remembered in the store between processes, unless ``verify: always``."""
     if settings.verify == "always":
         return digest_file
