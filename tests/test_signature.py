@@ -86,6 +86,7 @@ def test_check_accepts_exactly_what_is_declared(call: tuple[Signature, list[torc
     if fits(signature, tensors):
         sizes = signature.check(tensors)
         assert set(sizes) == set(signature.dimensions)
+        assert signature.sizes(tensors) == sizes
     else:
         with pytest.raises(InputError):
             signature.check(tensors)

@@ -125,9 +125,7 @@ def test_start_of_an_exported_program_remembers_its_digest(tmp_path: Path, settl
     settings = settings_of(store=settled, backends=["aot_inductor"], on_miss="fail")
     for expected in (1, 0):
         with pytest.raises(MissError):
-            start_model(
-                ExportedSource("m", path), settings_of(store=settled, backends=["aot_inductor"], on_miss="fail")
-            )
+            start_model(ExportedSource("m", path), settings)
         assert hashed.count(digest_file(path)) == expected
         hashed.clear()
 

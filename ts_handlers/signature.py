@@ -36,6 +36,12 @@ class Signature:
         self.names = tuple(spec.name for spec in self.inputs)
         self._dtypes = tuple(getattr(torch, spec.dtype) for spec in self.inputs)
         self._ranges = {name: (d.min, d.max) for name, d in self.dimensions.items()}
+        self._axes = {
+            size: (index, axis)
+            for index, spec in enumerate(self.inputs)
+            for axis, size in enumerate(spec.shape)
+            if isinstance(size, str)
+        }
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> list[torch.Tensor]:
         """Put a call's arguments in declared order, contiguous and on `device`.
@@ -116,6 +122,10 @@ class Signature:
                     f"larger input, or widen handler.ts_handlers.dimensions.{name}"
                 )
         return sizes
+
+    def sizes(self, tensors: Sequence[torch.Tensor]) -> Sizes:
+        """The sizes of the dynamic dimensions of tensors that `check` has accepted."""
+        return {name: tensors[index].shape[axis] for name, (index, axis) in self._axes.items()}
 
     def generate(self, sizes: Mapping[str, int], seed: int = 0) -> list[torch.Tensor]:
         """Draw inputs of the given sizes on the CPU, the same for the same seed.

@@ -324,7 +324,7 @@ class _Runner:
 
 def _route(runners: list[tuple[Sizes, _Runner]], signature: Signature, tensors: list[torch.Tensor]) -> _Runner:
     """The variant for these sizes: the one that fixes most of them."""
-    sizes = signature.check(tensors)
+    sizes = signature.sizes(tensors)
     fitting = [pair for pair in runners if all(sizes[name] == size for name, size in pair[0].items())]
     if not fitting:
         known = "; ".join(str(fixed) for fixed, _ in runners)

@@ -226,7 +226,7 @@ def _load(request: Request, directory: Path, description: Description) -> tuple[
     several = len(profiles) > 1
 
     def run(tensors: list[torch.Tensor]) -> Any:
-        index = choose_profile(profiles, signature.check(tensors)) if several else 0
+        index = choose_profile(profiles, signature.sizes(tensors)) if several else 0
         return unflatten(runner.run(index, tensors), output)
 
     facts = {
