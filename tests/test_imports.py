@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+from file_backend import START
+from import_budget import beyond_budget
+from models import archive_source, settings_of
 from subprocesses import run_python
 
-pytestmark = pytest.mark.processes
+from ts_handlers import start_model
 
-HEAVY = (
-    "sympy",
-    "torch._inductor",
-    "torch._dynamo",
-    "transformers",
-    "fsspec",
-    "s3fs",
-    "redis",
-    "cryptography",
-    "rich",
-    "typer",
-    "torch_tensorrt",
-)
+pytestmark = pytest.mark.processes
 
 
 def imported(code: str) -> set[str]:
@@ -35,12 +27,23 @@ def test_the_package_alone_imports_neither_torch_nor_torchserve() -> None:
 
 def test_everything_but_the_handler_works_without_torchserve() -> None:
     code = "import sys; sys.modules['ts'] = None\nfrom ts_handlers import start_model, ArchiveSource, parse_settings"
-    assert not imported(code) & set(HEAVY)
+    assert not beyond_budget(imported(code))
 
 
 def test_the_handler_imports_no_compiler() -> None:
     pytest.importorskip("ts", reason="TorchServe is not installed")
-    assert not imported("from ts_handlers import CompiledHandler") & set(HEAVY)
+    assert not beyond_budget(imported("from ts_handlers import CompiledHandler"))
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_hit_imports_nothing_that_only_builds_need(archive: Path, tmp_path: Path) -> None:
+    """tests/backends/test_aot_inductor.py looks at a hit of a real artifact."""
+    store = tmp_path / "store"
+    start_model(archive_source(archive), settings_of(store=str(store), backends=["aot_inductor"]))
+    ends = 'print(json.dumps({"result": model.outcome.result, "modules": sorted(sys.modules)}))'
+    facts = json.loads(run_python(f"{START}    {ends}", archive, store).splitlines()[-1])
+    assert facts["result"] == "hit"
+    assert not beyond_budget(facts["modules"])
 
 
 def test_unknown_name_is_an_attribute_error() -> None:

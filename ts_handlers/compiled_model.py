@@ -11,7 +11,7 @@ import torch
 from ts_handlers.backends.base import Loaded, Request, Run
 from ts_handlers.backends.eager import eager_run
 from ts_handlers.errors import BusyError, InputError
-from ts_handlers.metrics import Metrics
+from ts_handlers.metrics import Metrics, compiled_graphs
 from ts_handlers.serving.contexts import PoolStats
 from ts_handlers.serving.slots import ModuleSlots
 from ts_handlers.store.base import Store
@@ -138,8 +138,6 @@ class CompiledModel:
 
     def describe(self) -> dict[str, Any]:
         """Backend, key, hit or miss with the missed part, phases, counters and fallback reasons, JSON-compatible."""
-        from ts_handlers.backends.inductor import compiled_graphs
-
         facts = dataclasses.asdict(self.outcome)
         facts["phases_ms"] = {name: round(value, 1) for name, value in self.metrics.phases_ms.items()}
         facts["build_ms"] = {name: round(value, 1) for name, value in self.metrics.build_ms.items()}

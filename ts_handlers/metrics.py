@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -147,3 +148,14 @@ def process_age_ms() -> float | None:
     except (OSError, ValueError, IndexError):
         return None
     return (uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")) * 1000
+
+
+def dynamo_counter(group: str, name: str) -> int:
+    """A counter of torch._dynamo, 0 when it has not been imported."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    return int(utils.counters[group][name]) if utils is not None else 0
+
+
+def compiled_graphs() -> int:
+    """Number of graphs that Dynamo has compiled in this process."""
+    return dynamo_counter("stats", "unique_graphs")

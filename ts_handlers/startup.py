@@ -42,7 +42,6 @@ from ts_handlers.store.base import Address, Corrupt, Hit, Miss, Store
 from ts_handlers.store.entry import Manifest, list_files, read_manifest
 from ts_handlers.store.guard import Guard
 from ts_handlers.store.opening import open_store, weights_digester
-from ts_handlers.store.space import Report, make_room_in_background
 from ts_handlers.warmup import check_canary, run_warmup
 
 logger = logging.getLogger(__name__)
@@ -101,12 +100,12 @@ def start_model(
     model = start.run()
     log_outcome("start" if progress is None else "build", source.name, model)
     if metrics.counters["build"] and model.store is not None:
-        make_room_in_background(model.store.root, settings.space, lambda report: _count_evictions(metrics, report))
+        from ts_handlers.store.space import make_room_in_background
+
+        make_room_in_background(
+            model.store.root, settings.space, lambda report: metrics.count("evicted", report.evicted)
+        )
     return model
-
-
-def _count_evictions(metrics: Metrics, report: Report) -> None:
-    metrics.count("evicted", sum(step.kind == "evict" for step in report.done))
 
 
 class _Start:

@@ -32,6 +32,7 @@ START = """
     from models import archive_source, eager_model, settings_of
     from ts_handlers import InputError, start_model
     import ts_handlers.backends.inductor as inductor
+    from ts_handlers.metrics import compiled_graphs
 
     stance = inductor.stance
     def strict_stance(sealed):  # a request that misses a guard fails here, instead of running eagerly
@@ -44,7 +45,7 @@ START = """
     model = start_model(archive_source(sys.argv[1]), settings)
     facts = {**model.describe(), "children": children}
     eager = eager_model(__import__("pathlib").Path(sys.argv[1]))
-    before = inductor.compiled_graphs()
+    before = compiled_graphs()
     wrong = []
     for batch in range(1, 13):
         for layout in ("plain", "transposed"):
@@ -62,7 +63,7 @@ START = """
             model(torch.randn(batch, 4), torch.rand(8))
         except InputError:
             refused += 1
-    late = inductor.compiled_graphs() - before
+    late = compiled_graphs() - before
     print(json.dumps({**facts, "late": late, "wrong": wrong, "refused": refused}))
 """
 

@@ -48,6 +48,7 @@ START = """
     from models import archive_source, eager_model, settings_of
     from ts_handlers import start_model
     import ts_handlers.backends.inductor as inductor
+    from ts_handlers.metrics import compiled_graphs
 
     # A request that misses a guard fails here, instead of running eagerly.
     inductor.stance = lambda sealed: torch.compiler.set_stance("fail_on_recompile" if sealed else "default")
@@ -60,7 +61,7 @@ START = """
             image = torch.randn(batch, 3, 12, 12)
             if not torch.allclose(model(image), eager(image), atol=1e-5):
                 wrong.append(batch)
-    print(json.dumps({**facts, "wrong": wrong, "graphs": inductor.compiled_graphs()}))
+    print(json.dumps({**facts, "wrong": wrong, "graphs": compiled_graphs()}))
 """
 
 

@@ -24,34 +24,21 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ts_handlers import fingerprint
 from ts_handlers.archive_files import Tensors
-from ts_handlers.backends.aot_inductor_export import (
-    PREFIX,
-    FlatModel,
-    Variant,
-    compile_program,
-    export_ladder,
-    export_program,
-    output_structure,
-    refuse_folded_weights,
-)
-from ts_handlers.backends.base import (
-    Built,
-    Description,
-    Loaded,
-    Phase,
-    Request,
-)
+from ts_handlers.backends.base import Built, Description, Loaded, Phase, Request
 from ts_handlers.errors import BuildError, InputError, LoadError, ModelError
 from ts_handlers.model_source import ExportedSource
 from ts_handlers.settings import Dimension, InputSpec
 from ts_handlers.signature import Signature, Sizes
 from ts_handlers.structure import unflatten
+
+if TYPE_CHECKING:
+    from ts_handlers.backends.aot_inductor_export import Variant
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +75,8 @@ class AotInductorBackend:
         """Export, compile, check against eager, and leave the shared libraries in `directory`."""
         if isinstance(request.source, ExportedSource):
             return _build_exported(request, request.source, directory, phase)
+        from ts_handlers.backends.aot_inductor_export import export_ladder
+
         signature = request.require_signature()
         module = request.eager()
         reasons = []
@@ -149,6 +138,15 @@ def _build_step(
     directory: Path,
     phase: Phase,
 ) -> Description:
+    from ts_handlers.backends.aot_inductor_export import (
+        PREFIX,
+        FlatModel,
+        compile_program,
+        export_program,
+        output_structure,
+        refuse_folded_weights,
+    )
+
     example = request.example_sizes
     description: Description = {"variants": [], "constants": {}, "weights_from": "archive"}
     extras: Tensors = {}
@@ -216,6 +214,7 @@ def _verify(
 
 def _build_exported(request: Request, source: ExportedSource, directory: Path, phase: Phase) -> Built:
     """Compile an exported program as it is, with its weights inside."""
+    from ts_handlers.backends.aot_inductor_export import compile_program
     from ts_handlers.backends.exported import describe_program
 
     with phase("export"):

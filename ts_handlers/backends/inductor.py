@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from ts_handlers.backends.one_graph import mark_dynamic, one_graph
 from ts_handlers.backends.torch_compile import plain, stance, warmup_sizes
 from ts_handlers.backends.warm_compiler import warm_compiler
 from ts_handlers.errors import LoadError
+from ts_handlers.metrics import dynamo_counter
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ def _compile(request: Request, *, warm: bool, oblivious: bool) -> Loaded:
             run(tensors)
     after = _cache_counters()
     facts = {name: after[name] - before[name] for name in after}
-    facts["graphs"] = _counter("stats", "unique_graphs")
+    facts["graphs"] = dynamo_counter("stats", "unique_graphs")
     if warm and facts["fxgraph_cache_miss"]:
         logger.warning("%s: the entry lacked %d graphs", request.source.name, facts["fxgraph_cache_miss"])
     return Loaded(run=run, signature=signature, facts=facts, seal=seal, warmed_up=True)
@@ -197,20 +197,9 @@ def _set(config: Any, **values: Any) -> None:
 
 def _cache_counters() -> dict[str, int]:
     return {
-        "fxgraph_cache_hit": _counter("inductor", "fxgraph_cache_hit"),
-        "fxgraph_cache_miss": _counter("inductor", "fxgraph_cache_miss"),
+        "fxgraph_cache_hit": dynamo_counter("inductor", "fxgraph_cache_hit"),
+        "fxgraph_cache_miss": dynamo_counter("inductor", "fxgraph_cache_miss"),
     }
-
-
-def _counter(group: str, name: str) -> int:
-    """A counter of torch._dynamo, 0 when it has not been imported."""
-    utils = sys.modules.get("torch._dynamo.utils")
-    return int(utils.counters[group][name]) if utils is not None else 0
-
-
-def compiled_graphs() -> int:
-    """Number of graphs that Dynamo has compiled in this process."""
-    return _counter("stats", "unique_graphs")
 
 
 BACKEND = InductorBackend()

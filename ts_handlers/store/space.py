@@ -45,6 +45,11 @@ class Report:
         return tuple(step for step in self.steps if step.refusal is None)
 
     @property
+    def evicted(self) -> int:
+        """How many entries have gone."""
+        return sum(step.kind == "evict" for step in self.done)
+
+    @property
     def freed_bytes(self) -> int:
         """Bytes that are free now."""
         return sum(step.bytes for step in self.done)
