@@ -45,7 +45,7 @@ def measure_starts(model: str, rounds: int, directory: Path) -> dict[str, Any]:
     """Start every mode `rounds` times, interleaved, and summarise."""
     files = archives.prepare(model, directory / model)
     expected = files.answer()
-    work = _write_work(files, directory / f"{model}-work")
+    work = write_work(files, directory / f"{model}-work")
     hosts = {mode: Host(directory / f"{model}-{mode}").create() for mode in MODES}
     for mode in MODES:
         _say(f"{model}: preparing {mode}")
@@ -61,7 +61,7 @@ def measure_starts(model: str, rounds: int, directory: Path) -> dict[str, Any]:
     return {"modes": {mode: _summarise(runs, mode) for mode in MODES}, "bars": _start_bars(runs), "runs": runs}
 
 
-def _write_work(files: archives.ModelFiles, work: Path) -> Path:
+def write_work(files: archives.ModelFiles, work: Path) -> Path:
     """Inputs as raw bytes and one settings file for each backend."""
     work.mkdir()
     specs = {}
@@ -159,7 +159,7 @@ def measure_overhead(sequences: list[int], calls: int, rounds: int, directory: P
     for sequence in sequences:
         section = {**files.config["handler"]["ts_handlers"], "warmup": [{"batch": 1, "sequence": sequence}]}
         sized = dataclasses.replace(files, config={"handler": {"ts_handlers": section}})
-        work = _write_work(sized, directory / f"overhead-{sequence}")
+        work = write_work(sized, directory / f"overhead-{sequence}")
         host = Host(directory / f"overhead-host-{sequence}").create()
         env = {**host.env("store"), "TORCHINDUCTOR_CACHE_DIR": str(host.root / "inductor")}
         _say(f"overhead, sequence {sequence}: preparing")

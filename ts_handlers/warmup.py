@@ -17,7 +17,8 @@ from ts_handlers.store.base import Address, Store
 from ts_handlers.structure import flatten
 
 # Largest accepted relative error, ||artifact - eager|| / ||eager||, by dtype of the output. Compiled float32 differs
-# by a few 1e-6 from eager on the CPU and by a few 1e-4 where TF32 is on; half precision by 1e-3 (ResNet-50, fp16).
+# from eager in its last digits on the CPU and by far more where TF32 is on; half precision by 1e-3 (ResNet-50 in fp16,
+# benchmarks/results/2026-11-21-h200-tensorrt-contexts-resnet50.json).
 TOLERANCES = {
     torch.float64: 1e-7,
     torch.float32: 2e-3,
@@ -147,7 +148,8 @@ def few_threads(loaded: Loaded) -> Iterator[None]:
     """Run torch's own operators on as many threads as there are idle processors, where that compiles nothing anew.
 
     Workers of a server start together, each with as many threads as there are processors, and OpenMP threads spin
-    while they wait for a descheduled one: two workers on two processors took 4.7 s for a canary that takes 0.3 s alone.
+    while they wait for a descheduled one: the canaries of two workers on two processors then take many times as long as
+    one alone.
     """
     threads = torch.get_num_threads()
     few = min(threads, max(1, _idle_processors()))

@@ -337,7 +337,7 @@ def ensure_loadable() -> None:
 
     libtorch_cpu of some builds (seen with torch 2.11.0+cu130, built with GCC 13.3) exports its own weak copies of
     std::regex; a shared library that AOTInductor compiled with another compiler then mixes both and every load ends
-    in a segmentation fault. With libstdc++ promoted to the global scope the fault is gone; measured in
+    in a segmentation fault. With libstdc++ promoted to the global scope the fault is gone; see
     docs/decisions/0003-libstdcxx-global.md: it also works after torch has been imported, which is the case in a
     TorchServe worker.
     """

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 CACHE = "cache"
 
-# The precompiled header lies outside the cache directory and costs 5-6 s when it is lost; the probe for instruction
+# The precompiled header lies outside the cache directory and takes seconds when it is lost; the probe for instruction
 # sets compiles a program, and ours are in the key. Both switches are part of Inductor's own keys, so they are the same
 # when building and when loading.
 KNOBS = {"TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0", "TORCHINDUCTOR_VEC_ISA_OK": "1"}
@@ -142,7 +142,7 @@ def _configure(working: Path, *, warm: bool) -> None:
     _set(inductor_config.cpp, vec_isa_ok=True)  # KNOBS again: the model's libraries may have imported the compiler
     if warm:
         _set(inductor_config, compile_threads=1)
-        _set(torch._dynamo.config, run_gc_after_compile=False)  # a quarter of a second for each graph of ResNet-50
+        _set(torch._dynamo.config, run_gc_after_compile=False)  # a full pass for each graph
 
 
 def _compile(request: Request, *, warm: bool, oblivious: bool) -> Loaded:

@@ -16,7 +16,7 @@ def warm_compiler() -> Iterator[None]:
     """Import Inductor, and inside the block let it trust the processor's instruction sets.
 
     Inductor compiles a small library for each extension of the instruction sets (AVX512-VNNI, BF16, AMX) and opens it
-    in a child process. A warm start finds these libraries in its seeded directory, and opening them again, 0.1 s, could
+    in a child process. A warm start finds these libraries in its seeded directory, and opening them again could
     only tell what the key has told: instruction sets, C++ compiler and torch are those of the build.
     """
     from torch._inductor import codecache, cpu_vec_isa

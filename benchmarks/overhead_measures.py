@@ -1,0 +1,378 @@
+"""The measured processes of overheads.py: one function for each measurement, named as there. Prints one JSON line.
+
+A measurement that needs a model, or an artifact in the store, has a second function that prepares it once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import json
+import os
+import random
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Figures = dict[str, float]
+REPETITIONS = 300
+BLOCK = 200
+SECONDS = 2.0
+
+
+def median_us(call: Callable[[], Any], repetitions: int = REPETITIONS) -> float:
+    """Median microseconds of one call."""
+    times = []
+    for _ in range(repetitions):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times) * 1e6
+
+
+def in_turn(calls: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
+    """Seconds of each call, all of them called in turn and in a random order."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
+    for _ in range(repetitions):
+        for name in order.sample(list(calls), len(calls)):
+            started = time.perf_counter()
+            calls[name]()
+            times[name].append(time.perf_counter() - started)
+    return times
+
+
+def ratio(times: dict[str, list[float]], name: str, reference: str) -> float:
+    """Median of the ratios of neighbouring calls."""
+    return statistics.median(a / b for a, b in zip(times[name], times[reference], strict=True))
+
+
+def guard(folder: Path) -> Figures:
+    """`warm_start_us`: judging the dead, marker and limits; `first_in_process_us`: reading versions, once."""
+    from ts_handlers.cache_key import CacheKey
+    from ts_handlers.fingerprint import runtime_identity
+    from ts_handlers.settings import Settings
+    from ts_handlers.store.guard import Guard
+
+    store = folder / "store"
+    store.mkdir(mode=0o700, exist_ok=True)
+    started = time.perf_counter()
+    runtime_identity()
+    first = time.perf_counter() - started
+    made = Guard(store, Settings(), CacheKey((("backend", "aot_inductor"),)), "model", lambda: "")
+
+    def warm_start() -> None:
+        made.refuse("seal")
+        with made.marked("load", "seal"), made.limited():
+            pass
+
+    return {"warm_start_us": median_us(warm_start), "first_in_process_us": first * 1e6}
+
+
+def slot(folder: Path) -> Figures:
+    """`us`: what `ModuleSlots` adds to a call of a function that does nothing."""
+    import torch
+
+    from ts_handlers.backends.base import Loaded
+    from ts_handlers.serving.slots import ModuleSlots
+    from ts_handlers.settings.sections import ContextSettings
+    from ts_handlers.signature import Signature
+
+    def block(run: Callable[[list[Any]], Any]) -> Callable[[], None]:
+        def calls() -> None:
+            for _ in range(BLOCK):
+                run([])
+
+        return calls
+
+    bare = Loaded(lambda tensors: tensors, Signature([], {}))
+    lent = ModuleSlots(ContextSettings(), torch.device("cpu")).wrap(bare)
+    times = in_turn({"bare": block(bare.run), "lent": block(lent.run)}, REPETITIONS)
+    differences = [lent - bare for lent, bare in zip(times["lent"], times["bare"], strict=True)]
+    return {"us": statistics.median(differences) / BLOCK * 1e6}
+
+
+def usage(folder: Path) -> Figures:
+    """`us`: one `record_use`."""
+    from ts_handlers.store.usage import record_use
+
+    (folder / "store").mkdir(mode=0o700, exist_ok=True)
+    return {"us": median_us(lambda: record_use(folder / "store", "key"))}
+
+
+def memory(folder: Path) -> Figures:
+    """`import_torch_mib`: what RLIMIT_DATA counts after ``import torch``, VmData in proc_pid_status(5)."""
+    import torch  # noqa: F401
+
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith("VmData:"))
+    return {"import_torch_mib": int(kilobytes) / 1024}
+
+
+def prepare_initialization(folder: Path) -> None:
+    """Weights of BERT-base."""
+    import archives
+
+    archives.prepare("bert_base", folder / "model")
+
+
+def initialization(folder: Path) -> Figures:
+    """`skipped_ratio`: constructor and state dict, random initialization skipped over drawn; `sound` is 1 if it was."""
+    import torch
+
+    from ts_handlers.archive_files import load_model_class
+    from ts_handlers.initialization import skip_random_initialization
+
+    model_class = load_model_class(folder / "model" / "model.py")
+    weights = torch.load(folder / "model" / "model.pt", weights_only=True, mmap=True)
+    size = sum(tensor.nbytes for tensor in weights.values())
+    sound = []
+
+    def build(skip: bool) -> None:
+        with skip_random_initialization(size) if skip else contextlib.nullcontext() as skipped:
+            module = model_class()
+            module.load_state_dict(weights)
+        if skipped is not None:
+            sound.append(skipped.was_sound(module))
+
+    build(False)
+    times = in_turn({"skipped": lambda: build(True), "drawn": lambda: build(False)}, 5)
+    return {"skipped_ratio": ratio(times, "skipped", "drawn"), "sound": float(all(sound))}
+
+
+def prepare_artifacts(model: str, backends: list[str], folder: Path) -> None:
+    """A model, its request, and an entry of each of the backends in the store."""
+    import archives
+    from in_process import write_work
+    from start_child import start_ours
+
+    files = archives.prepare(model, folder / "model")
+    work = write_work(files, folder / "work")
+    for backend in backends:
+        found = start_ours(folder / "model", work / f"{backend}.json")
+        if found.outcome.backend != backend:
+            raise SystemExit(f"{model} is served by {found.outcome.backend}: {found.outcome.fallbacks}")
+
+
+def start_hit(folder: Path, backend: str) -> Any:
+    """The model from the store, which must hold it."""
+    from start_child import start_ours
+
+    found = start_ours(folder / "model", folder / "work" / f"{backend}.json")
+    if (found.outcome.backend, found.outcome.result) != (backend, "hit"):
+        raise SystemExit(f"{found.outcome.backend} {found.outcome.result}, expected {backend} hit")
+    return found
+
+
+def prepare_call(folder: Path) -> None:
+    """An entry of `inductor`."""
+    prepare_artifacts("tiny", ["inductor"], folder)
+
+
+def call(folder: Path) -> Figures:
+    """`added_us`: `CompiledModel` minus ``torch.compile(model)``, in turn; `torch_compile_us`: the latter alone."""
+    import torch
+    from start_child import build_eager, read_inputs
+
+    inputs = read_inputs(folder / "work")
+    model = start_hit(folder, "inductor")
+    compiled = torch.compile(build_eager(folder / "model"))
+    with torch.inference_mode():
+        calls = {"ours": lambda: model(**inputs), "plain": lambda: compiled(**inputs)}
+        in_turn(calls, 50)
+        times = in_turn(calls, 10 * REPETITIONS)
+    differences = [ours - plain for ours, plain in zip(times["ours"], times["plain"], strict=True)]
+    plain = statistics.median(times["plain"])
+    return {"added_us": statistics.median(differences) * 1e6, "torch_compile_us": plain * 1e6}
+
+
+def prepare_lock(folder: Path) -> None:
+    """An entry of `aot_inductor`."""
+    prepare_artifacts("minilm_size", ["aot_inductor"], folder)
+
+
+def lock(folder: Path) -> Figures:
+    """Steps per second of a counting thread: `beside_runner_ratio`, beside the artifact's runner over beside eager.
+
+    At batch 16 and sequence 128, so that calls are long against the interpreter's switch interval.
+    """
+    import torch
+    from overhead_child import open_runner
+    from start_child import build_eager, read_inputs
+
+    inputs = {name: tensor.repeat(16, 8) for name, tensor in read_inputs(folder / "work").items()}
+    tensors = list(inputs.values())
+    runner = open_runner(start_hit(folder, "aot_inductor"))
+    eager = build_eager(folder / "model")
+    with torch.inference_mode():
+        beside_eager = steps_beside(lambda: eager(**inputs))
+        beside_runner = steps_beside(lambda: runner(tensors))
+    return {
+        "beside_runner_ratio": beside_runner / beside_eager,
+        "beside_eager_per_s": beside_eager,
+        "beside_runner_per_s": beside_runner,
+    }
+
+
+def steps_beside(call: Callable[[], Any]) -> float:
+    """Steps per second that a thread counts while this one calls."""
+    steps, stop = itertools.count(), threading.Event()
+
+    def count() -> None:
+        while not stop.is_set():
+            next(steps)
+
+    call()
+    thread = threading.Thread(target=count)
+    started = time.perf_counter()
+    thread.start()
+    while time.perf_counter() < started + SECONDS:
+        call()
+    stop.set()
+    seconds = time.perf_counter() - started
+    thread.join()
+    return next(steps) / seconds
+
+
+def prepare_collector(folder: Path) -> None:
+    """An entry of `inductor`."""
+    prepare_artifacts("minilm_size", ["inductor"], folder)
+
+
+def collector(folder: Path) -> Figures:
+    """Seconds of two warm starts in fresh processes, with the collector paused while loading and without.
+
+    `paused_ratio` is the phase ``load`` with over without; `objects` what the collector knows after a start,
+    `full_pass_ms` one full pass over them, `unreachable` what the first such pass finds, `frozen_pass_ms` one after
+    `exempt_from_collection`.
+    """
+    paused, running = forked(start_and_collect, folder, True), forked(start_and_collect, folder, False)
+    return {"paused_ratio": paused.pop("load_ms") / running["load_ms"], **paused}
+
+
+def forked(function: Callable[..., Figures], *arguments: Any) -> Figures:
+    """What `function` returns in a child process that has imported no more than this one."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.write(writer, json.dumps(function(*arguments)).encode())
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(writer)
+    with open(reader, encoding="utf-8") as file:
+        text = file.read()
+    if os.waitpid(child, 0)[1] != 0:
+        raise SystemExit("a measured child process failed; its traceback is above")
+    found: Figures = json.loads(text)
+    return found
+
+
+def start_and_collect(folder: Path, pause: bool) -> Figures:
+    """One warm start; see `collector`."""
+    import ts_handlers.startup
+    from ts_handlers.cycle_collector import exempt_from_collection
+
+    if not pause:
+        ts_handlers.startup.collection_paused = contextlib.nullcontext
+    model = start_hit(folder, "inductor")
+    found: Figures = {"load_ms": model.metrics.phases_ms["load"], "objects": len(gc.get_objects())}
+    started = time.perf_counter()
+    found["unreachable"] = gc.collect()
+    found["full_pass_ms"] = (time.perf_counter() - started) * 1000
+    exempt_from_collection(False)
+    started = time.perf_counter()
+    gc.collect()
+    found["frozen_pass_ms"] = (time.perf_counter() - started) * 1000
+    return found
+
+
+prepare_beside = prepare_collector
+
+
+def beside(folder: Path) -> Figures:
+    """Latencies of eager calls, 5 ms between them, while a thread loads an `inductor` entry, over those of calls alone.
+
+    ``short_``: with the interpreter's switch interval at a tenth of its default.
+    """
+    found = forked(load_beside, folder, sys.getswitchinterval())
+    short = forked(load_beside, folder, sys.getswitchinterval() / 10)
+    return {**found, **{f"short_{name}": value for name, value in short.items()}}
+
+
+def load_beside(folder: Path, interval: float) -> Figures:
+    """One load beside calls; see `beside`."""
+    import torch
+    from start_child import build_eager, read_inputs
+
+    sys.setswitchinterval(interval)
+    torch.set_num_threads(1)
+    inputs = read_inputs(folder / "work")
+    eager = build_eager(folder / "model")
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+    def latencies(until: Callable[[], bool]) -> list[float]:
+        times = []
+        with torch.inference_mode():
+            while not until():
+                started = time.perf_counter()
+                eager(**inputs)
+                times.append(time.perf_counter() - started)
+                time.sleep(0.005)
+        return sorted(times)
+
+    end = time.perf_counter() + SECONDS
+    alone = latencies(lambda: time.perf_counter() > end)
+    thread = threading.Thread(target=start_hit, args=(folder, "inductor"))
+    thread.start()
+    loading = latencies(lambda: not thread.is_alive())
+    thread.join()
+    return {
+        "median_ratio": statistics.median(loading) / statistics.median(alone),
+        "p99_ratio": loading[int(0.99 * len(loading))] / alone[int(0.99 * len(alone))],
+    }
+
+
+def prepare_threads(folder: Path) -> None:
+    """Entries of `aot_inductor` with and without the option."""
+    prepare_artifacts("resnet50", ["aot_inductor"], folder)
+    path = folder / "work" / "aot_inductor.json"
+    config = json.loads(path.read_text("utf-8"))
+    config["pt2"] = {"compile": {"enable": True, "options": {"cpp.dynamic_threads": True}}}
+    (folder / "work" / "dynamic.json").write_text(json.dumps(config), "utf-8")
+    from start_child import start_ours
+
+    start_ours(folder / "model", folder / "work" / "dynamic.json")
+
+
+def threads(folder: Path) -> Figures:
+    """`dynamic_ratio`: a call of the artifact with ``cpp.dynamic_threads`` over one without, in turn."""
+    import torch
+    from start_child import read_inputs, start_ours
+
+    inputs = read_inputs(folder / "work")
+    fixed = start_hit(folder, "aot_inductor")
+    dynamic = start_ours(folder / "model", folder / "work" / "dynamic.json")
+    if dynamic.outcome.result != "hit" or dynamic.outcome.key == fixed.outcome.key:
+        raise SystemExit(f"{dynamic.outcome}, expected a hit of another artifact")
+    with torch.inference_mode():
+        calls = {"dynamic": lambda: dynamic(**inputs), "fixed": lambda: fixed(**inputs)}
+        in_turn(calls, 5)
+        times = in_turn(calls, 60)
+    return {"dynamic_ratio": ratio(times, "dynamic", "fixed")}
+
+
+if __name__ == "__main__":
+    step, name, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    if step == "measure":
+        print(json.dumps(globals()[name](folder)))
+    else:
+        globals().get(f"prepare_{name}", lambda folder: None)(folder)
+        print("{}")
