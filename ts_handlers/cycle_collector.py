@@ -11,8 +11,8 @@ from collections.abc import Iterator
 def collection_paused() -> Iterator[None]:
     """Pause the collector inside the block, while an entry is loaded.
 
-    Importing a compiler and tracing a model make a million objects that stay: each pass over them finds next to
-    nothing, and together they were a tenth of a warm start of `inductor`.
+    Importing a compiler and tracing a model make objects that stay: each pass over them finds next to nothing, see
+    docs/decisions/0020-warm-torch-compile.md for what the passes cost together.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -26,8 +26,8 @@ def collection_paused() -> Iterator[None]:
 def exempt_from_collection(collect: bool) -> None:
     """Exempt the objects made so far from the collector; with `collect` what a build left is freed before.
 
-    A request should not wait for a collector that walks half a million objects of torch and its compiler: 0.3 s with
-    the backend `inductor`.
+    A request should not wait for a collector that walks all objects of torch and its compiler; see
+    docs/decisions/0020-warm-torch-compile.md.
     """
     if collect:
         gc.collect()

@@ -1,8 +1,8 @@
 """Build a model without drawing the random initial weights that the checkpoint replaces anyway.
 
-Measured for a BERT-base of transformers: about a second of the eager start goes into random numbers that
-`load_state_dict` overwrites. Skipping them is only right when nobody can tell, so `skip_random_initialization` keeps
-a record and `was_sound` decides afterwards; if it was not, the caller builds the model again in the ordinary way.
+Random numbers that `load_state_dict` overwrites are work for nothing (docs/decisions/0006-skipped-initialization.md).
+Skipping them is only right when nobody can tell, so `skip_random_initialization` keeps a record and `was_sound` decides
+afterwards; if it was not, the caller builds the model again in the ordinary way.
 """
 
 from __future__ import annotations
