@@ -36,6 +36,7 @@ from ts_handlers.key import CacheKey, compute_key
 from ts_handlers.metrics import Metrics, process_age_ms
 from ts_handlers.model_source import ModelSource
 from ts_handlers.serving.slots import ModuleSlots
+from ts_handlers.serving.torch_device import begin_cuda
 from ts_handlers.settings import Settings
 from ts_handlers.settings.sections import GuardSettings
 from ts_handlers.store.base import Address, Corrupt, Hit, Miss, Store
@@ -94,6 +95,7 @@ def start_model(
     if age is not None:
         metrics.phases_ms["process"] = age
     request = Request(source, settings, torch.device(device))
+    begin_cuda(request.device)
     start = _Start(request, metrics)
     if progress is not None:
         metrics.observer = lambda phase: progress(phase, start.estimate)
@@ -102,9 +104,8 @@ def start_model(
     if metrics.counters["build"] and model.store is not None:
         from ts_handlers.store.space import make_room_in_background
 
-        make_room_in_background(
-            model.store.root, settings.space, lambda report: metrics.count("evicted", report.evicted)
-        )
+        root, space = model.store.root, settings.space
+        make_room_in_background(root, space, lambda report: metrics.count("evicted", report.evicted))
     return model
 
 

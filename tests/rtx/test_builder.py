@@ -16,6 +16,7 @@ pytestmark = pytest.mark.compile
 
 PRELUDE = """
 import sys, json
+from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import without_gpu
 import torch
@@ -79,6 +80,11 @@ two = plan(conv, [[ranges(8, 8, 8, image)], [ranges(1, 4, 16, image)]], rest=ima
 found["converted"] = [one.converted, one.total]
 found["tensors"] = [one.inputs, one.outputs]
 found["bytes"] = [len(one.data), len(two.data)]
+softmax = plan(lambda self, x: torch.ops.aten._safe_softmax(x, -1))
+found["softmax"] = [softmax.converted, softmax.total]
+scores = torch.randn(3, 5)
+scores[1] = scores[2, 3] = float("-inf")
+found["softmax values"] = torch.equal(build._safe_softmax(scores, -1), torch.ops.aten._safe_softmax(scores, -1))
 
 def refusal(**options):
     try:
@@ -95,6 +101,8 @@ found["tf32"] = build.compilation_settings(TensorRTSettings(tf32=False), 0).disa
     assert found["converted"][0] == found["converted"][1] > 0
     assert found["tensors"] == [["x"], ["output0"]]
     assert 0 < found["bytes"][0] < found["bytes"][1]  # a profile adds to the plan
+    assert found["softmax"][0] == found["softmax"][1] > 0  # what attention without a mask may become
+    assert found["softmax values"]
     assert "options.use_fp32_acx" in found["unknown"]
     assert "did you mean 'use_fp32_acc'" in found["unknown"]
     assert "governed by: workspace_mb" in found["governed"]
@@ -174,12 +182,16 @@ found["dtypes"] = [name for name in tensorrt_runtime._DTYPES if not hasattr(trt.
 
 from ts_handlers.backends.tensorrt_runtime import TensorRTEngine
 good = plan(lambda self, x: x + 1).data
+import tempfile
+file = Path(tempfile.mkstemp()[1])
 refused = []
 for data in (b"", b"x" * 100, good[: len(good) // 2], good):  # without a GPU not even a good plan is accepted
+    file.write_bytes(data)
     try:
-        TensorRTEngine("tensorrt_rtx", data, name="n", inputs=["x"], outputs=["output0"], device=torch.device("cuda"))
+        TensorRTEngine("tensorrt_rtx", file, name="n", inputs=["x"], outputs=["output0"], device=torch.device("cuda"))
     except LoadError as error:
         refused.append(str(error))
+file.unlink()
 found["refused"] = refused
 try:
     choose_flavour("tensorrt")

@@ -39,13 +39,12 @@ from torch_tensorrt.dynamo._engine_cache import BaseEngineCache
 from models import archive_source, eager_model, settings_of
 from ts_handlers import start_model
 from ts_handlers.backends import tensorrt_build as build
-from ts_handlers.backends.tensorrt_engine_cache import EngineFiles, make_engine_cache
+from ts_handlers.backends.tensorrt_engine_cache import engine_key
 from ts_handlers.settings.sections import TensorRTSettings
 
 folder = Path(sys.argv[2])
 found = {}
 settings = build.compilation_settings(TensorRTSettings(), 0)
-cache = make_engine_cache(EngineFiles(folder / "none", writable=False), "entry")
 
 def graph(function, *modules, shape=(4, 4), largest=None):
     class Model(torch.nn.Module):
@@ -59,9 +58,9 @@ def graph(function, *modules, shape=(4, 4), largest=None):
     program = torch.export.export(Model().eval(), (torch.ones(shape),), dynamic_shapes=dynamic, strict=False)
     return build.lower(program, settings)
 
-def keys(module, shape=(4, 4), settings=settings, cache=cache):
+def keys(module, shape=(4, 4), settings=settings, identity="entry"):
     inputs = [Input(shape=shape, dtype=torch.float32)]
-    return [cache.get_hash(module, inputs, settings), BaseEngineCache.get_hash(module, inputs, settings)]
+    return [engine_key(identity, module, inputs, settings), BaseEngineCache.get_hash(module, inputs, settings)]
 
 def linear(outputs, seed=0):
     torch.manual_seed(seed)
@@ -94,7 +93,7 @@ def other_names(y, only):
 plus = graph(lambda x: x + 1)
 found["isomorphic"] = [keys(graph(call, linear(8)))[0], keys(graph(other_names, linear(8)))[0]]
 found["shape"] = [keys(plus)[0], keys(plus, (5, 4))[0]]
-found["identity"] = [keys(plus)[0], keys(plus, cache=make_engine_cache(EngineFiles(folder, writable=False), "b"))[0]]
+found["identity"] = [keys(plus)[0], keys(plus, identity="b")[0]]
 
 def with_options(index=0, **options):
     return keys(plus, settings=build.compilation_settings(TensorRTSettings(options=options), index))[0]

@@ -6,15 +6,13 @@ the driver is stood in for: plans are built with fixed weights, no engine is des
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch_tensorrt.dynamo._compiler as compiler
-from torch_tensorrt import Input
-from torch_tensorrt.dynamo._settings import settings_are_compatible
-from torch_tensorrt.dynamo.conversion._conversion import infer_module_output_dtypes
+from torch_tensorrt.dynamo.conversion import _conversion
+from torch_tensorrt.dynamo.conversion._conversion import SerializedInterpreterResult, infer_module_output_dtypes
 from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
 
 from ts_handlers.backends import torch_tensorrt_jit
@@ -37,28 +35,29 @@ class Engine(torch.nn.Module):
         """Memory of outputs is torch's here."""
 
 
+def interpret_module_to_result(
+    module: torch.fx.GraphModule, inputs: Sequence[Any], settings: Any, engine_cache: Any = None
+) -> SerializedInterpreterResult:
+    """Torch-TensorRT's function of this name without deserialising what it built."""
+    plan = build(module, inputs, settings)
+    plans.append(len(plan))
+    known = {"serialized_engine": plan, "input_names": ["x"], "output_names": ["y"]}
+    return SerializedInterpreterResult(**{name: known.get(name) for name in SerializedInterpreterResult._fields})
+
+
 def convert_module(
     module: torch.fx.GraphModule, inputs: Sequence[Any], settings: Any, name: str, engine_cache: Any
 ) -> Engine:
     """`torch_tensorrt.dynamo.conversion.convert_module` without running anything."""
-    key = engine_cache.get_hash(module, inputs, settings)
-    found = engine_cache.check(key)
-    if found is None:
-        plan = build(module, inputs, settings)
-        plans.append(len(plan))
-        engine_cache.check(key)  # upstream asks again before it inserts
-        engine_cache.insert(key, (plan, ["x"], ["y"], inputs, settings, False, False))
-    else:
-        plan, _, _, known, built_with, *_ = found
-        assert len(plan) > 1000
-        assert settings_are_compatible(settings, built_with) == (True, set())
-        assert all(Input.equivalent_spec(*pair) for pair in zip(known, inputs, strict=True))
+    result = _conversion.interpret_module_to_result(module, inputs, settings, engine_cache=engine_cache)
+    assert len(result.serialized_engine) > 1000
+    assert result.input_names == ["x"]
     return Engine(module)
 
 
 def build(module: torch.fx.GraphModule, inputs: Sequence[Any], settings: Any) -> bytes:
-    """The plan as Torch-TensorRT builds it, but with fixed weights: for others the builder needs a GPU."""
-    settings = dataclasses.replace(settings, immutable_weights=True)
+    """The plan as Torch-TensorRT builds it."""
+    assert settings.immutable_weights
     interpreter = TRTInterpreter(
         module, inputs, output_dtypes=infer_module_output_dtypes(module), compilation_settings=settings
     )
@@ -68,6 +67,7 @@ def build(module: torch.fx.GraphModule, inputs: Sequence[Any], settings: Any) ->
     return bytes(memoryview(data))
 
 
+_conversion.interpret_module_to_result = interpret_module_to_result
 compiler.convert_module = convert_module
 compiler.to_torch_device = lambda device: torch.device("cpu")  # where operators without a converter go
 torch_tensorrt_jit.require_gpu = lambda request: None

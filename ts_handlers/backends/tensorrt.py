@@ -212,13 +212,14 @@ def _load(request: Request, directory: Path, description: Description) -> tuple[
     profiles = description["profiles"]
     engine: Any = TensorRTEngine(
         description["flavour"],
-        (directory / PLAN).read_bytes(),
+        directory / PLAN,
         name=" | ".join(_label(ranges) for ranges in profiles),
         inputs=description["inputs"],
         outputs=description["outputs"],
         device=request.device,
         runtime_cache=directory / CACHE,
         cuda_graphs=contexts.cuda_graphs,
+        output_bytes=description.get("output_bytes"),
     )
     device: Any = TorchDevice(request.device)
     runner = EngineRunner([engine], contexts, device)
@@ -298,6 +299,7 @@ def _verify(request: Request, signature: Signature, directory: Path, description
     from ts_handlers.warmup import compare_outputs
 
     loaded, engine = _load(request, directory, description)
+    description["output_bytes"] = engine.output_bytes
     eager = eager_run(request, signature.names)
     for ranges in description["profiles"]:
         for corner in itertools.product(*(sorted(set(bounds)) for bounds in ranges.values())):

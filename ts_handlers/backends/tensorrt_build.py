@@ -197,8 +197,16 @@ def lower(program: Any, settings: Any) -> Any:
         "decompose_attention": getattr(settings, "decompose_attention", False),
     }
     known = inspect.signature(get_decompositions).parameters
-    program = program.run_decompositions(get_decompositions(**{k: v for k, v in wanted.items() if k in known}))
+    decompositions = get_decompositions(**{k: v for k, v in wanted.items() if k in known})
+    decompositions.setdefault(torch.ops.aten._safe_softmax.default, _safe_softmax)
+    program = program.run_decompositions(decompositions)
     return post_lowering(program.module(), settings)
+
+
+def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """What attention becomes here and there, from operators that have converters: 0 in rows that are masked whole."""
+    masked = scores.amax(dim, keepdim=True) == float("-inf")
+    return torch.where(masked, 0.0, torch.softmax(scores, dim, dtype=dtype))
 
 
 def _count_convertible(graph: Any, settings: Any) -> tuple[int, int]:

@@ -8,7 +8,7 @@ A file is named after its key and made by one rename::
 
     8 bytes   b"TSHENG1\\n"
     32 bytes  SHA-256 of the rest
-    rest      the blob, which is Torch-TensorRT's business
+    rest      MessagePack: the fields of Torch-TensorRT's `SerializedInterpreterResult`, the engine with its weights
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import logging
 import operator
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from ts_handlers.backends.graph_digest import canonical_graph, canonical_value
@@ -162,37 +163,70 @@ def _settings(settings: Any) -> dict[str, Any]:
     return facts
 
 
-def make_engine_cache(files: EngineFiles, identity: str) -> Any:
-    """A `BaseEngineCache` on `files`, for Torch-TensorRT's option ``custom_engine_cache``; imports Torch-TensorRT.
+class EngineCache:
+    """Engines for the graphs that Torch-TensorRT converts, each found by `engine_key` or built and kept.
 
-    Its attribute `operators` counts the operators of the graphs that became engines, found or built.
+    Parameters
+    ----------
+    files:
+        Where the engines lie.
+    identity:
+        As for `engine_key`.
+
+    Attributes
+    ----------
+    operators:
+        Operators of the graphs that became engines, found or built.
     """
-    from torch_tensorrt.dynamo._engine_cache import BaseEngineCache
 
-    class EngineCache(BaseEngineCache):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.operators = 0
+    def __init__(self, files: EngineFiles, identity: str) -> None:
+        self._files = files
+        self._identity = identity
+        self.operators = 0
 
-        # A static method upstream, where it is called on the instance.
-        def get_hash(self, gm: torch.fx.GraphModule, input_specs: Sequence[Any], settings: Any) -> str:
-            self.operators += count_operators(gm)
-            return engine_key(identity, gm, input_specs, settings)
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Let conversions inside the block find their engines here.
 
-        def save(self, hash: str, blob: bytes, *args: Any, **kwargs: Any) -> None:
-            files.save(hash, blob)
+        Torch-TensorRT's hook for caches, `BaseEngineCache`, takes the weights out of an engine and puts them back by
+        comparing values, which leaves some out (docs/decisions/0017-engine-cache.md). So whole engines with their
+        weights are kept, one step further out.
+        """
+        from torch_tensorrt.dynamo.conversion import _conversion
 
-        def load(self, hash: str, *args: Any, **kwargs: Any) -> bytes | None:
-            return files.load(hash)
+        build = _conversion.interpret_module_to_result
 
-        def check(self, hash: str, *args: Any, **kwargs: Any) -> Any:
-            try:
-                return super().check(hash, *args, **kwargs)
-            except Exception as error:  # unpickling raises anything
-                logger.warning("the engine %s cannot be read: %s: %s", hash, type(error).__name__, error)
-                files.refuse(hash)
-                return None
+        def interpret(
+            module: torch.fx.GraphModule, inputs: Sequence[Any], settings: Any, *args: Any, **more: Any
+        ) -> Any:
+            self.operators += count_operators(module)
+            key = engine_key(self._identity, module, inputs, settings)
+            found = self._load(key)
+            if found is not None:
+                shapes = _conversion.extract_symbolic_shape_expressions(module)
+                return _conversion.SerializedInterpreterResult(symbolic_shape_expressions=shapes, **found)
+            built = build(module, inputs, settings, *args, **more)
+            facts = {**built._asdict(), "weight_name_map": None}  # for refitting, which is never done
+            kept = {name: facts[name] for name in built._fields if name != "symbolic_shape_expressions"}
+            self._files.save(key, msgspec.msgpack.encode(kept))
+            return built
 
-    return EngineCache()
+        _conversion.interpret_module_to_result = interpret
+        try:
+            yield
+        finally:
+            _conversion.interpret_module_to_result = build
+
+    def _load(self, key: str) -> dict[str, Any] | None:
+        blob = self._files.load(key)
+        if blob is None:
+            return None
+        try:
+            return msgspec.msgpack.decode(blob, type=dict[str, Any])
+        except msgspec.MsgspecError as error:
+            logger.warning("the engine %s cannot be read: %s", key, error)
+            self._files.refuse(key)
+            return None
 
 
 def count_operators(module: torch.fx.GraphModule) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class TensorRTEngine:
     Parameters
     ----------
     flavour, plan:
-        The TensorRT flavour and the serialised engine.
+        The TensorRT flavour and the file with the serialised engine.
     name:
         Shown in messages.
     inputs, outputs:
@@ -51,6 +52,9 @@ class TensorRTEngine:
         File with TensorRT for RTX's compiled kernels; None, or one that does not exist, starts without.
     cuda_graphs:
         Contexts record their launches once for each shape and replay them.
+    output_bytes:
+        For each profile the bytes of each output at its largest input shapes, as this class found them when the plan
+        was built; None finds them.
 
     Raises
     ------
@@ -61,7 +65,7 @@ class TensorRTEngine:
     def __init__(
         self,
         flavour: str,
-        plan: bytes,
+        plan: Path,
         *,
         name: str,
         inputs: Sequence[str],
@@ -69,6 +73,7 @@ class TensorRTEngine:
         device: torch.device,
         runtime_cache: Path | None = None,
         cuda_graphs: bool = False,
+        output_bytes: Sequence[dict[str, int]] | None = None,
     ) -> None:
         self.trt = import_tensorrt(flavour)
         self.name = name
@@ -76,7 +81,10 @@ class TensorRTEngine:
         self.device = device
         self.cuda_graphs = cuda_graphs
         self._runtime = self.trt.Runtime(trt_logger(flavour))
-        self.engine = self._runtime.deserialize_cuda_engine(plan)
+        self.engine: Any = None
+        if plan.stat().st_size:  # an empty file cannot be mapped
+            with open(plan, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                self.engine = self._runtime.deserialize_cuda_engine(data)
         if self.engine is None:
             raise LoadError(f"{flavour} does not accept the plan {name!r}; its log says why")
         present = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
@@ -88,7 +96,7 @@ class TensorRTEngine:
         self._cache: Any = None
         if hasattr(self.engine, "create_runtime_config") and hasattr(self.trt, "IRuntimeCache"):
             self._config, self._cache = self._runtime_config(runtime_cache)
-        self._largest = [self._largest_outputs(profile) for profile in range(self.profiles)]
+        self.output_bytes = output_bytes or [self._largest_outputs(profile) for profile in range(self.profiles)]
 
     def _runtime_config(self, path: Path | None) -> tuple[Any, Any]:
         config = self.engine.create_runtime_config()
@@ -112,7 +120,7 @@ class TensorRTEngine:
         return context
 
     def _largest_outputs(self, profile: int) -> dict[str, int]:
-        """Bytes of each output at a profile's largest input shapes."""
+        """Bytes of each output at a profile's largest input shapes; costs a context."""
         stream = torch.cuda.current_stream(self.device)
         context = self.create_context(profile, stream.cuda_stream)
         stream.synchronize()  # the profile is switched on the stream
@@ -127,7 +135,7 @@ class TensorRTEngine:
 
     def output_buffers(self, profile: int) -> dict[str, int]:
         """Bytes of the preallocated buffer of each output."""
-        return dict(self._largest[profile])
+        return dict(self.output_bytes[profile])
 
     def input_buffers(self, profile: int) -> dict[str, int]:
         """Bytes of the preallocated buffer of each input, which CUDA graphs need."""

@@ -28,7 +28,7 @@ from ts_handlers.backends import tensorrt_library
 from ts_handlers.backends.base import Built, Description, Loaded, Phase, Request, Run, call_module, takes_names
 from ts_handlers.backends.inductor_cache import make_working_directory
 from ts_handlers.backends.tensorrt import engine_options, require_gpu
-from ts_handlers.backends.tensorrt_engine_cache import EngineFiles, count_operators, make_engine_cache
+from ts_handlers.backends.tensorrt_engine_cache import EngineCache, EngineFiles, count_operators
 from ts_handlers.backends.torch_compile import plain, stance, warmup_sizes
 from ts_handlers.errors import BuildError, LoadError
 from ts_handlers.key import compute_key
@@ -126,8 +126,6 @@ def _options(request: Request) -> dict[str, Any]:
         )
     settings = compilation_settings(section, torch.cuda.current_device())
     options = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    # The cache is skipped for engines with immutable weights.
-    options.update(immutable_weights=False, cache_built_engines=True, reuse_cached_engines=True)
     # The default is a file in the temporary folder that all users share, written without a lock.
     options["timing_cache_path"] = str(make_working_directory() / "timing.cache")
     return options
@@ -156,11 +154,11 @@ def _compile(request: Request, files: EngineFiles, options: dict[str, Any], shap
     signature = request.require_signature()
     module = request.eager()
     by_name = takes_names(module, signature.names)
-    cache = make_engine_cache(files, compute_key(BACKEND, request).digest)
+    cache = EngineCache(files, compute_key(BACKEND, request).digest)
     in_torch: list[int | None] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        compiled = torch_tensorrt_backend(graph, inputs, options={**options, "custom_engine_cache": cache})
+        compiled = torch_tensorrt_backend(graph, inputs, options=options)
         in_torch.append(count_operators(compiled) if isinstance(compiled, torch.fx.GraphModule) else None)
         return compiled
 
@@ -184,7 +182,7 @@ def _compile(request: Request, files: EngineFiles, options: dict[str, Any], shap
     breaks = sum(counters["graph_break"].values())
     # Beyond the limit Dynamo would run eagerly without saying so.
     limits: dict[str, Any] = {"recompile_limit": 8 * len(sizes), "fail_on_recompile_limit_hit": True}
-    with torch._dynamo.config.patch(**limits):
+    with torch._dynamo.config.patch(**limits), cache.serving():
         for tensors in _inputs(request, sizes):
             if shapes == RANGES:
                 _mark_ranges(signature, tensors)

@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import threading
+
 import torch
+
+
+def begin_cuda(device: torch.device) -> None:
+    """Create a CUDA device's primary context on a thread, while this one reads files; torch then finds it made.
+
+    torch's own initialization holds the interpreter's lock. Says nothing of errors: torch meets them again.
+    """
+
+    def run() -> None:
+        with contextlib.suppress(OSError):  # no driver
+            driver = ctypes.CDLL("libcuda.so.1")
+            ordinal, context = ctypes.c_int(), ctypes.c_void_p()
+            if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(ordinal), device.index or 0) == 0:
+                driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), ordinal)  # kept while the process lives
+
+    if device.type == "cuda" and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        threading.Thread(target=run, daemon=True, name="ts_handlers-cuda").start()
 
 
 class TensorBuffer:
