@@ -211,7 +211,8 @@ class BackgroundBuild:
 
     def _build(self, recipe: dict[str, Any], report: Callable[[str, float | None], None]) -> Ended:
         settings = self._request.settings
-        key = compute_key(self._backend, self._request)
+        # The child's start goes the same way as this one, also to a stand-in of the backend.
+        key = compute_key(get_backend(self._backend.name), self._request)
         spec = {
             "source": recipe,
             "settings": msgspec.to_builtins(settings),

@@ -33,6 +33,10 @@ class LoadError(WarmStartError, RuntimeError):
     """A stored artifact cannot be loaded here; it is rebuilt, or the next backend is tried."""
 
 
+class RefitError(LoadError):
+    """A stored plan is sound and cannot take the weights at hand; they get a plan of their own."""
+
+
 class CanaryError(WarmStartError, RuntimeError):
     """An artifact did not reproduce the eager model's output; it is not served."""
 

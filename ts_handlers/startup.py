@@ -27,11 +27,19 @@ import torch
 
 import ts_handlers
 from ts_handlers import fingerprint
-from ts_handlers.backends import get_backend
+from ts_handlers.backends import get_backend, stand_in
 from ts_handlers.backends.base import Backend, Loaded, Request
 from ts_handlers.compiled_model import CompiledModel, Outcome
 from ts_handlers.cycle_collector import collection_paused
-from ts_handlers.errors import CanaryError, MissError, ModelError, QuarantinedError, SettingsError, StoreError
+from ts_handlers.errors import (
+    CanaryError,
+    MissError,
+    ModelError,
+    QuarantinedError,
+    RefitError,
+    SettingsError,
+    StoreError,
+)
 from ts_handlers.key import CacheKey, compute_key
 from ts_handlers.metrics import Metrics, process_age_ms
 from ts_handlers.model_source import ModelSource
@@ -129,14 +137,19 @@ class _Start:
             if self._request.source.weights_by_name:
                 self._request.require_signature()
         last: Exception | None = None
-        for backend in ladder:
+        while ladder:
+            backend = ladder.pop(0)
             try:
                 return self._try(backend)
             except Exception as error:
                 # A miss is final with `on_miss: fail`, unless the backend stands in for a quarantined one.
                 stands_in = isinstance(error, MissError) and self._metrics.counters["quarantined"] > 0
-                if self._settings.strict or (isinstance(error, _FINAL) and not stands_in):
+                strict = self._settings.strict and not isinstance(error, RefitError)  # which the same backend mends
+                if strict or (isinstance(error, _FINAL) and not stands_in):
                     raise
+                instead = stand_in(backend, self._settings, error)
+                if instead is not None:
+                    ladder.insert(0, instead)
                 last = error
                 reason = f"{type(error).__name__}: {_one_line(error)}"
                 logger.warning("%s: backend %s failed: %s", self._request.source.name, backend.name, reason)
@@ -385,7 +398,7 @@ class _Start:
 
 def _is_damage(error: Exception) -> bool:
     """Whether an error while loading a verified entry says that the entry is at fault, not the model or the weights."""
-    return not isinstance(error, (CanaryError, MemoryError))
+    return not isinstance(error, (CanaryError, MemoryError, RefitError))
 
 
 def _one_line(error: BaseException) -> str:

@@ -46,7 +46,8 @@ def export(function, rest=(4,), dtype=torch.float32):
 
 def plan(function, profiles=None, rest=(4,), dtype=torch.float32, settings=settings):
     whole = ranges(1, 4, 16, rest, dtype)
-    return build.convert(export(function, rest, dtype), [whole], profiles or [[whole]], settings, None)
+    program = export(function, rest, dtype)
+    return build.Conversion(program, [whole], profiles or [[whole]], settings).network.build(None)
 
 found = {}
 """

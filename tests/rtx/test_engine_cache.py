@@ -56,7 +56,7 @@ def graph(function, *modules, shape=(4, 4), largest=None):
             return function(x, *(getattr(self, f"layer{index}") for index in range(len(modules))))
     dynamic = None if largest is None else ({0: torch.export.Dim("batch", min=1, max=largest)},)
     program = torch.export.export(Model().eval(), (torch.ones(shape),), dynamic_shapes=dynamic, strict=False)
-    return build.lower(program, settings)
+    return build.lower(build.decompose(program, settings).module(), settings)
 
 def keys(module, shape=(4, 4), settings=settings, identity="entry"):
     inputs = [Input(shape=shape, dtype=torch.float32)]

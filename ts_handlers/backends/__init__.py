@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 
 from ts_handlers.backends.base import Backend
+from ts_handlers.errors import BuildError
+from ts_handlers.settings import Settings
 
 _MODULES = {
     "tensorrt": "ts_handlers.backends.tensorrt",
@@ -20,3 +22,15 @@ def get_backend(name: str) -> Backend:
     module = importlib.import_module(_MODULES[name])
     backend: Backend = module.BACKEND
     return backend
+
+
+def stand_in(backend: Backend, settings: Settings, error: Exception) -> Backend | None:
+    """What to try after `error` before the next backend: a plan with its weights inside for one that is refitted.
+
+    Where nothing could be built, it could not either.
+    """
+    if backend.name != "tensorrt" or not settings.tensorrt.refit or isinstance(error, BuildError):
+        return None
+    from ts_handlers.backends import tensorrt
+
+    return tensorrt.WEIGHTS_INSIDE if backend is tensorrt.BACKEND else None

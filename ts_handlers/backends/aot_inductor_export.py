@@ -153,7 +153,7 @@ def refuse_folded_weights(program: Any, fqns: set[str]) -> None:
     """Refuse code into which a weight was folded: it would survive an update of the weights."""
     signature = program.graph_signature
     sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    used = {sources[name] for name in _live_placeholders(program.graph) if name in sources}
+    used = {sources[name] for name in live_placeholders(program.graph) if name in sources}
     state = program.state_dict
     storages = {state[fqn].untyped_storage().data_ptr() for fqn in fqns if fqn in state}
     folded = {fqn for fqn in used - fqns if fqn in state and state[fqn].untyped_storage().data_ptr() not in storages}
@@ -161,7 +161,7 @@ def refuse_folded_weights(program: Any, fqns: set[str]) -> None:
         raise BuildError(f"the compiler folded weights into the code: {', '.join(sorted(folded)[:5])}")
 
 
-def _live_placeholders(graph: Any) -> set[str]:
+def live_placeholders(graph: Any) -> set[str]:
     """Names of the placeholders on which the output depends; exported graphs keep code that nobody uses."""
     pending = [node for node in graph.nodes if node.op == "output"]
     seen = set(pending)

@@ -2,7 +2,7 @@
 
 The entry holds the plan and, with TensorRT for RTX, the kernels that were compiled at its first run. Loading imports
 neither Torch-TensorRT nor the compiler nor the model's own Python files. A plan holds its weights, so new weights need
-a new plan.
+a new plan; with ``refit: true`` it takes them from the archive, where that can be proven right.
 
 Files of an entry::
 
@@ -23,9 +23,10 @@ from typing import Any
 import torch
 
 from ts_handlers import fingerprint
-from ts_handlers.backends import tensorrt_library
-from ts_handlers.backends.base import Built, Description, Loaded, Phase, Request
-from ts_handlers.errors import BuildError, CanaryError, InputError
+from ts_handlers.archive_files import Tensors
+from ts_handlers.backends import tensorrt_library, tensorrt_refit
+from ts_handlers.backends.base import Built, Description, Loaded, Phase, Request, Run
+from ts_handlers.errors import BuildError, CanaryError, InputError, RefitError
 from ts_handlers.settings import Dimension
 from ts_handlers.settings.sections import Range, TensorRTSettings
 from ts_handlers.signature import Signature, Sizes
@@ -45,13 +46,19 @@ class TensorRTBackend:
     name = "tensorrt"
     persistent = True
 
+    def refits(self, request: Request) -> bool:
+        """Whether plans shall take their weights from the archive."""
+        return request.settings.tensorrt.refit and request.source.weights_by_name
+
     def bakes_weights(self, request: Request) -> bool:
-        """Always: TensorRT folds and rearranges weights."""
-        return True
+        """TensorRT folds and rearranges weights; a plan that is refitted takes others."""
+        return not self.refits(request)
 
     def options(self, request: Request) -> dict[str, str]:
         """Every setting of the section that changes the plan, with the ranges it is built for."""
         facts = engine_options(request.settings.tensorrt)
+        if self.refits(request):
+            facts["refit"] = "True"
         facts["partial"] = request.settings.tensorrt.partial
         profiles = [_canonical(ranges) for ranges in profile_ranges(request)]
         facts["profiles"] = json.dumps(profiles, separators=(",", ":"))
@@ -65,7 +72,7 @@ class TensorRTBackend:
     def build(self, request: Request, directory: Path, phase: Phase) -> Built:
         """Export, convert, build the plans, check them against eager, and leave them in `directory`."""
         from ts_handlers.backends.aot_inductor_export import FlatModel, output_structure
-        from ts_handlers.backends.tensorrt_build import PartialConversionError, compilation_settings, convert
+        from ts_handlers.backends.tensorrt_build import Conversion, PartialConversionError, compilation_settings
 
         require_gpu(request)
         flavour = tensorrt_library.builder_flavour_for(request.settings.tensorrt.flavour)
@@ -81,34 +88,63 @@ class TensorRTBackend:
         flat = FlatModel(module, signature.names).eval()
         with phase("export"):
             program = export_range(flat, signature, whole, request.device)
+        inputs = [input_ranges(signature, ranges, program) for ranges in profiles]
+        timing_cache = _timing_cache(request, flavour)
         try:
             with phase("convert"):
-                inputs = [input_ranges(signature, ranges, program) for ranges in profiles]
-                plan = convert(
-                    program, input_ranges(signature, whole, program), inputs, settings, _timing_cache(request, flavour)
-                )
+                conversion = Conversion(program, input_ranges(signature, whole, program), inputs, settings)
         except PartialConversionError as error:
             if request.settings.tensorrt.partial == "next":
                 raise
             from ts_handlers.backends.tensorrt_module import build_module
 
+            if self.refits(request):
+                description["refit"] = refused(request, "not every operator is in TensorRT")
             return build_module(request, directory, phase, program, whole, settings, description, error)
-        (directory / PLAN).write_bytes(plan.data)
-        description["inputs"], description["outputs"] = list(plan.inputs), list(plan.outputs)
-        description["in_tensorrt"] = [plan.converted, plan.total]
-        del module, flat, program
+        if self.refits(request):
+            from ts_handlers.backends.tensorrt_refit_build import build_refittable
+
+            try:
+                return build_refittable(request, directory, phase, conversion, flat, timing_cache, description)
+            except RefitError as error:
+                logger.warning("%s: the plan is for these weights only: %s", request.source.name, error)
+                description["refit"] = refused(request, str(error))
+        with phase("convert"):
+            plan = conversion.network.build(timing_cache)
+        del module, flat, program, conversion
+        write_plan(plan, directory, description)
         with phase("verify"):
-            loaded = _verify(request, signature, directory, description)
-        return Built(description, loaded)
+            return Built(description, verify(request, directory, description))
 
     def load(self, request: Request, directory: Path, description: Description) -> Loaded:
-        """Deserialise the plans and create the execution contexts."""
+        """Deserialise the plans, give them the weights where they take them, and create the execution contexts."""
         require_gpu(request)
         if "module" in description:
+            tensorrt_refit.plan_weights(request, description)  # refuses other weights than its own
             from ts_handlers.backends.tensorrt_module import load_module
 
             return load_module(request, directory, description)
         return _load(request, directory, description)[0]
+
+
+class WeightsInside(TensorRTBackend):
+    """The same where `refit` cannot be had: plans for one set of weights each, found by their digest."""
+
+    def refits(self, request: Request) -> bool:
+        """Never."""
+        return False
+
+
+def refused(request: Request, reason: str) -> dict[str, str]:
+    """What a description says under ``refit`` of a plan that holds its weights."""
+    return {"refused": reason, "weights_digest": request.source.weights_digest()}
+
+
+def write_plan(plan: Any, directory: Path, description: Description) -> None:
+    """Leave a `tensorrt_build.Plan` in an entry."""
+    (directory / PLAN).write_bytes(plan.data)
+    description["inputs"], description["outputs"] = list(plan.inputs), list(plan.outputs)
+    description["in_tensorrt"] = [plan.converted, plan.total]
 
 
 def engine_options(settings: TensorRTSettings) -> dict[str, str]:
@@ -201,8 +237,10 @@ def _timing_cache(request: Request, flavour: str) -> Path | None:
     return request.shared_folder / "timing" / f"{tensorrt_library.version(flavour)}-{device}.cache"
 
 
-def _load(request: Request, directory: Path, description: Description) -> tuple[Loaded, Any]:
-    """The plan on the device, and its engine."""
+def _load(
+    request: Request, directory: Path, description: Description, state: Tensors | None = None
+) -> tuple[Loaded, Any]:
+    """The plan on the device, and its engine; `state` is instead of the archive's weights."""
     from ts_handlers.backends.tensorrt_runtime import TensorRTEngine
     from ts_handlers.serving.runner import EngineRunner
     from ts_handlers.serving.torch_device import TorchDevice
@@ -210,6 +248,7 @@ def _load(request: Request, directory: Path, description: Description) -> tuple[
     signature = request.require_signature()
     contexts = request.settings.contexts
     profiles = description["profiles"]
+    weights = tensorrt_refit.plan_weights(request, description, state)
     engine: Any = TensorRTEngine(
         description["flavour"],
         directory / PLAN,
@@ -217,6 +256,7 @@ def _load(request: Request, directory: Path, description: Description) -> tuple[
         inputs=description["inputs"],
         outputs=description["outputs"],
         device=request.device,
+        weights=weights,
         runtime_cache=directory / CACHE,
         cuda_graphs=contexts.cuda_graphs,
         output_bytes=description.get("output_bytes"),
@@ -231,6 +271,7 @@ def _load(request: Request, directory: Path, description: Description) -> tuple[
         return unflatten(runner.run(index, tensors), output)
 
     facts = {
+        "weights_from": "plan" if weights is None else "archive",
         "flavour": tensorrt_library.version(description["flavour"]),
         "profiles": profiles,
         "in_tensorrt": description["in_tensorrt"],
@@ -238,6 +279,8 @@ def _load(request: Request, directory: Path, description: Description) -> tuple[
         "scratch": contexts.scratch,
         "memory": runner.memory(),
     }
+    if "refused" in description.get("refit", {}):
+        facts["refit_refused"] = description["refit"]["refused"]
     loaded = Loaded(
         run=run,
         signature=_covered(signature, profiles),
@@ -293,14 +336,24 @@ def _canary_sizes(profiles: Sequence[Bounds]) -> list[Sizes]:
     return sizes if smallest in sizes else [*sizes, smallest]
 
 
-def _verify(request: Request, signature: Signature, directory: Path, description: Description) -> Loaded:
-    """Compare the plan with eager at the ends of every profile, and keep the kernels compiled on the way."""
+def verify(
+    request: Request,
+    directory: Path,
+    description: Description,
+    eager: Run | None = None,
+    state: Tensors | None = None,
+) -> Loaded:
+    """Compare the plan with eager at the ends of every profile, and keep the kernels compiled on the way.
+
+    `state` is instead of the archive's weights, and `eager` computes with it.
+    """
     from ts_handlers.backends.eager import eager_run
     from ts_handlers.warmup import compare_outputs
 
-    loaded, engine = _load(request, directory, description)
+    signature = request.require_signature()
+    loaded, engine = _load(request, directory, description, state)
     description["output_bytes"] = engine.output_bytes
-    eager = eager_run(request, signature.names)
+    eager = eager or eager_run(request, signature.names)
     for ranges in description["profiles"]:
         for corner in itertools.product(*(sorted(set(bounds)) for bounds in ranges.values())):
             sizes = dict(zip(ranges, corner, strict=True))
@@ -316,3 +369,4 @@ def _verify(request: Request, signature: Signature, directory: Path, description
 
 
 BACKEND = TensorRTBackend()
+WEIGHTS_INSIDE = WeightsInside()

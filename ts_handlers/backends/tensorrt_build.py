@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock
 
 from ts_handlers.backends.tensorrt_import import import_torch_tensorrt
+from ts_handlers.backends.tensorrt_library import builder_flavour, import_tensorrt
 from ts_handlers.errors import BuildError, SettingsError
 from ts_handlers.settings import PT2_SECTION, SECTION
 from ts_handlers.settings.sections import TensorRTSettings
@@ -119,77 +120,123 @@ def compilation_settings(settings: TensorRTSettings, device_index: int) -> Any:
     return CompilationSettings(**{name: value for name, value in chosen.items() if name in known})
 
 
-def convert(
-    program: Any,
-    inputs: Sequence[InputRange],
-    profiles: Sequence[Sequence[InputRange]],
-    settings: Any,
-    timing_cache: Path | None,
-) -> Plan:
-    """Build the plan of an exported program.
+class Network:
+    """A TensorRT network made from a lowered graph.
 
     Parameters
     ----------
-    program:
-        A `torch.export.ExportedProgram` with flat tensors in and out.
+    graph:
+        From `lower`.
     inputs:
         Its inputs in order, with the ranges over all profiles.
     profiles:
         The inputs of each optimization profile. All share the plan's weights; TensorRT chooses kernels for each.
     settings:
         From `compilation_settings`.
-    timing_cache:
-        File of measured kernel times, shared by the builds of a store; None, or a flavour that does not measure, keeps
-        none.
 
     Raises
     ------
     PartialConversionError
         An operator has no converter.
     BuildError
-        TensorRT refuses the network; the message holds its errors.
+        The model cannot be a plan.
     """
-    from torch_tensorrt import Input
-    from torch_tensorrt.dynamo.conversion._conversion import infer_module_output_dtypes
-    from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
 
-    graph = lower(program, settings)
-    names = [node.target for node in graph.graph.nodes if node.op == "placeholder"]
-    if len(names) != len(inputs):
-        raise BuildError(f"the lowered graph has {len(names)} inputs, the model {len(inputs)}")
-    specs = [_input(Input, name, spec) for name, spec in zip(names, inputs, strict=True)]
-    dynamic = [spec.min != spec.max for spec in inputs]
-    converted, total = _count_convertible(graph, settings)
-    interpreter = TRTInterpreter(
-        graph, specs, output_dtypes=infer_module_output_dtypes(graph), compilation_settings=settings
-    )
-    missing = interpreter.validate_conversion()
-    if missing or converted < total:
-        raise PartialConversionError(converted, total, missing)
-    interpreter._construct_trt_network_def()
-    if interpreter.ctx.requires_output_allocator:
-        raise BuildError("the shapes of this model's outputs depend on its data, which a plan cannot preallocate")
-    if any(dynamic):  # Torch-TensorRT makes one profile only
-        interpreter.optimization_profiles = [
-            _profile(
-                interpreter.builder, [(n, r) for n, r, varies in zip(names, ranges, dynamic, strict=True) if varies]
-            )
-            for ranges in profiles
-        ]
-    config = interpreter._populate_trt_builder_config()
-    with _timing_cache(config, timing_cache), _collected_errors() as errors:
-        data = interpreter.builder.build_serialized_network(interpreter.ctx.net, config)
-    if data is None:
-        raise BuildError("TensorRT built no plan: " + ("; ".join(errors) or "it gave no reason"))
-    outputs = tuple(interpreter._output_names)
-    return Plan(bytes(memoryview(data)), tuple(interpreter._input_names), outputs, converted, total)
+    def __init__(
+        self, graph: Any, inputs: Sequence[InputRange], profiles: Sequence[Sequence[InputRange]], settings: Any
+    ) -> None:
+        from torch_tensorrt import Input
+        from torch_tensorrt.dynamo.conversion._conversion import infer_module_output_dtypes
+        from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
+
+        self.graph = graph
+        names = [node.target for node in graph.graph.nodes if node.op == "placeholder"]
+        if len(names) != len(inputs):
+            raise BuildError(f"the lowered graph has {len(names)} inputs, the model {len(inputs)}")
+        specs = [_input(Input, name, spec) for name, spec in zip(names, inputs, strict=True)]
+        dynamic = [spec.min != spec.max for spec in inputs]
+        self._converted, self._total = _count_convertible(graph, settings)
+        self.interpreter: Any = TRTInterpreter(
+            graph, specs, output_dtypes=infer_module_output_dtypes(graph), compilation_settings=settings
+        )
+        missing = self.interpreter.validate_conversion()
+        if missing or self._converted < self._total:
+            raise PartialConversionError(self._converted, self._total, missing)
+        self.interpreter._construct_trt_network_def()
+        if self.interpreter.ctx.requires_output_allocator:
+            raise BuildError("the shapes of this model's outputs depend on its data, which a plan cannot preallocate")
+        if any(dynamic):  # Torch-TensorRT makes one profile only
+            self.interpreter.optimization_profiles = [
+                _profile(
+                    self.interpreter.builder,
+                    [(n, r) for n, r, varies in zip(names, ranges, dynamic, strict=True) if varies],
+                )
+                for ranges in profiles
+            ]
+
+    @property
+    def definition(self) -> Any:
+        """TensorRT's ``INetworkDefinition``."""
+        return self.interpreter.ctx.net
+
+    def build(self, timing_cache: Path | None, flags: Sequence[str] = ()) -> Plan:
+        """Build the plan.
+
+        Parameters
+        ----------
+        timing_cache:
+            File of measured kernel times, shared by the builds of a store; None, or a flavour that does not measure,
+            keeps none.
+        flags:
+            Names of TensorRT's ``BuilderFlag`` to set in addition.
+
+        Raises
+        ------
+        BuildError
+            TensorRT refuses the network; the message holds its errors.
+        """
+        config = self.interpreter._populate_trt_builder_config()
+        for flag in flags:
+            config.set_flag(getattr(import_tensorrt(builder_flavour()).BuilderFlag, flag))
+        with _timing_cache(config, timing_cache), _collected_errors() as errors:
+            data = self.interpreter.builder.build_serialized_network(self.definition, config)
+        if data is None:
+            raise BuildError("TensorRT built no plan: " + ("; ".join(errors) or "it gave no reason"))
+        inputs, outputs = tuple(self.interpreter._input_names), tuple(self.interpreter._output_names)
+        return Plan(bytes(memoryview(data)), inputs, outputs, self._converted, self._total)
 
 
-def lower(program: Any, settings: Any) -> Any:
-    """Torch-TensorRT's lowering: the graph module from which a network is made."""
+class Conversion:
+    """An exported program and its network.
+
+    Parameters
+    ----------
+    program:
+        A `torch.export.ExportedProgram` with flat tensors in and out.
+    inputs, profiles, settings:
+        As those of `Network`.
+    """
+
+    def __init__(
+        self, program: Any, inputs: Sequence[InputRange], profiles: Sequence[Sequence[InputRange]], settings: Any
+    ) -> None:
+        self._arguments = (inputs, profiles, settings)
+        self.program = decompose(program, settings)
+        self.network = self.with_state({})
+
+    def with_state(self, state: Mapping[str, torch.Tensor]) -> Network:
+        """A network whose weights of these names have these values; the program keeps its own."""
+        inputs, profiles, settings = self._arguments
+        module = self.program.module()
+        module.load_state_dict(state, strict=False, assign=True)
+        return Network(lower(module, settings), inputs, profiles, settings)
+
+
+def decompose(program: Any, settings: Any) -> Any:
+    """The first half of Torch-TensorRT's lowering: a program of operators that have converters."""
     import inspect
 
-    from torch_tensorrt.dynamo.lowering import get_decompositions, post_lowering, pre_export_lowering
+    from torch_tensorrt.dynamo.lowering import get_decompositions, pre_export_lowering
 
     program = pre_export_lowering(program, settings)
     wanted = {
@@ -199,8 +246,14 @@ def lower(program: Any, settings: Any) -> Any:
     known = inspect.signature(get_decompositions).parameters
     decompositions = get_decompositions(**{k: v for k, v in wanted.items() if k in known})
     decompositions.setdefault(torch.ops.aten._safe_softmax.default, _safe_softmax)
-    program = program.run_decompositions(decompositions)
-    return post_lowering(program.module(), settings)
+    return program.run_decompositions(decompositions)
+
+
+def lower(module: Any, settings: Any) -> Any:
+    """The second half, which also folds constants: the graph module from which a network is made."""
+    from torch_tensorrt.dynamo.lowering import post_lowering
+
+    return post_lowering(module, settings)
 
 
 def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class TensorRTEngine:
         Names of its tensors in the order of the model.
     device:
         A CUDA device.
+    weights:
+        Weights to put into the plan before it runs, by the names under which it takes them: vectors on the CPU.
     runtime_cache:
         File with TensorRT for RTX's compiled kernels; None, or one that does not exist, starts without.
     cuda_graphs:
@@ -59,7 +61,7 @@ class TensorRTEngine:
     Raises
     ------
     LoadError
-        TensorRT does not accept the plan: it is damaged, or another version's, flavour's or GPU's.
+        TensorRT does not accept the plan (it is damaged, or another version's, flavour's or GPU's) or the weights.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class TensorRTEngine:
         inputs: Sequence[str],
         outputs: Sequence[str],
         device: torch.device,
+        weights: Mapping[str, torch.Tensor] | None = None,
         runtime_cache: Path | None = None,
         cuda_graphs: bool = False,
         output_bytes: Sequence[dict[str, int]] | None = None,
@@ -87,6 +90,8 @@ class TensorRTEngine:
                 self.engine = self._runtime.deserialize_cuda_engine(data)
         if self.engine is None:
             raise LoadError(f"{flavour} does not accept the plan {name!r}; its log says why")
+        if weights is not None:
+            self._refit(weights, trt_logger(flavour))
         present = {self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)}
         if present != {*self.inputs, *self.outputs}:
             raise LoadError(f"the plan has the tensors {sorted(present)}, expected {[*self.inputs, *self.outputs]}")
@@ -97,6 +102,19 @@ class TensorRTEngine:
         if hasattr(self.engine, "create_runtime_config") and hasattr(self.trt, "IRuntimeCache"):
             self._config, self._cache = self._runtime_config(runtime_cache)
         self.output_bytes = output_bytes or [self._largest_outputs(profile) for profile in range(self.profiles)]
+
+    def _refit(self, weights: Mapping[str, torch.Tensor], trt_log: Any) -> None:
+        refitter = self.trt.Refitter(self.engine, trt_log)
+        kinds = {dtype: getattr(self.trt.DataType, kind) for kind, dtype in _DTYPES.items()}
+        for name, tensor in weights.items():
+            values = self.trt.Weights(kinds[tensor.dtype], tensor.data_ptr(), tensor.numel())
+            if not refitter.set_named_weights(name, values, self.trt.TensorLocation.HOST):
+                raise LoadError(f"the plan {self.name!r} does not take the weight {name!r}; TensorRT's log says why")
+        missing = refitter.get_missing_weights()
+        if missing:
+            raise LoadError(f"the plan {self.name!r} needs further weights: {', '.join(sorted(missing)[:5])}")
+        if not refitter.refit_cuda_engine():
+            raise LoadError(f"TensorRT does not refit the plan {self.name!r}; its log says why")
 
     def _runtime_config(self, path: Path | None) -> tuple[Any, Any]:
         config = self.engine.create_runtime_config()

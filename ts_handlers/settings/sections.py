@@ -109,6 +109,9 @@ class TensorRTSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         One optimization profile of the plan for each element, which maps dimension names to ``{min, opt, max}``; they
         share the plan's weights. Empty takes one for exactly each of the first four warm-up sizes and one for the
         declared dimensions.
+    refit:
+        Plans take their weights from the archive when they are loaded, so new weights need no new plan. A model for
+        which that cannot be proven right gets plans of its own weights. Such plans may be slower.
     partial:
         What happens when not every operator converts: ``next`` takes the next backend, ``module`` keeps
         Torch-TensorRT's own module, whose remaining operators run in torch. The fraction in TensorRT is reported.
@@ -123,6 +126,7 @@ class TensorRTSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     optimization_level: int | None = None
     hardware_compatible: bool = False
     ranges: tuple[dict[str, Range], ...] = ()
+    refit: bool = False
     partial: Literal["next", "module"] = "next"
     options: dict[str, Any] = msgspec.field(default_factory=dict)
 

@@ -1,0 +1,192 @@
+"""Which weights a plan may take: proven on real networks of the real converters, without a GPU, and not executed.
+
+TensorRT for RTX builds refittable plans on a GPU only; tests/gpu/test_refit.py builds and runs them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rtx.test_builder import in_child
+
+pytestmark = pytest.mark.compile
+
+MODELS = """
+from torch import nn
+from ts_handlers.backends.aot_inductor_export import PREFIX, FlatModel
+from ts_handlers.backends.tensorrt_library import import_tensorrt
+from ts_handlers.backends.tensorrt_network import NetworkReader
+from ts_handlers.backends.tensorrt_refit import compute
+from ts_handlers.backends.tensorrt_refit_proof import model_state, prove
+from ts_handlers.errors import RefitError
+trt = import_tensorrt("tensorrt_rtx")
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.plain = nn.BatchNorm2d(8, affine=False)
+        self.norm = nn.LayerNorm(8)
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.register_buffer("unused", torch.ones(3))
+
+    def forward(self, x):
+        y = self.norm(self.plain(self.bn(self.conv(x)).relu()).mean((2, 3)))
+        return self.second(self.first(y).relu()) * self.scale
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(11, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.words.weight
+    def forward(self, x):
+        return self.head(self.words(x))
+
+def seeded(kind, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    model = kind().eval()
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                value.copy_(torch.rand_like(value) + 0.5)
+    return model.to(dtype)
+
+def conversion(model, x):
+    batch = torch.export.Dim("batch", min=1, max=16)
+    flat = FlatModel(model, ("x",)).eval()
+    program = torch.export.export(flat, (x,), dynamic_shapes=(({0: batch},),), strict=False)
+    whole = build.InputRange("x", x.dtype, (1, *x.shape[1:]), (4, *x.shape[1:]), (16, *x.shape[1:]))
+    return build.Conversion(program, [whole], [[whole]], settings)
+
+def proof(model, x, archive=None):
+    found = conversion(model, x)
+    state = model_state(found.program, model.state_dict() if archive is None else archive)
+    probe = state.probe()
+    probed = found.with_state({PREFIX + name: value for name, value in probe.items()})
+    return found, state, prove(trt, found.network, probed, state, probe)
+
+def reason(model, x, archive=None):
+    try:
+        proof(model, x, archive)
+    except RefitError as error:
+        return str(error)
+
+def values(conversion):
+    network = conversion.network
+    return NetworkReader(trt, network.definition, network.interpreter.ctx.cpu_weights_reference_holder).weights
+
+image = torch.ones(3, 3, 8, 8)
+"""
+
+
+def child(folder: Path, code: str) -> Any:
+    return in_child(folder, MODELS + code)
+
+
+def test_recipes_give_the_weights_of_a_network_that_they_have_not_seen(tensorrt_folder: Path) -> None:
+    """A third conversion, with other weights, is the judge: every byte that changes is what a recipe gives."""
+    found = child(
+        tensorrt_folder,
+        """
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    mine, other = seeded(Net, dtype), seeded(Net, dtype, seed=1)
+    first, state, recipes = proof(mine, image.to(dtype))
+    second = conversion(other, image.to(dtype))
+    new = {name: value for name, value in other.state_dict().items()}
+    pairs = list(zip(values(first), values(second), strict=True))
+    changed = [right for left, right in pairs if not torch.equal(left.value, right.value)]
+    made = [compute(recipe, new) for recipe in recipes]
+    found[str(dtype)] = {
+        "equal": all(torch.equal(a, b.value) for a, b in zip(made, changed, strict=True)),
+        "weights": [len(changed), len(pairs)],
+        "formulas": sorted({recipe["formula"] for recipe in recipes}),
+        "moving": sorted(state.moving), "fixed": sorted(state.fixed),
+        "covered": sorted({name for recipe in recipes for name in recipe["from"] if name}),
+    }
+    if dtype == torch.float32:
+        plan = first.network.build(None)
+        found["plan"] = len(plan.data)
+        try:
+            first.network.build(None, ["REFIT_INDIVIDUAL", "STRIP_PLAN"])
+        except BuildError as error:
+            found["without gpu"] = str(error)
+""",
+    )
+    assert found["plan"] > 1000  # marked weights do not hinder an ordinary plan
+    assert "TensorRT built no plan" in found["without gpu"]
+    for dtype in ("float32", "float16", "bfloat16"):
+        facts = found[f"torch.{dtype}"]
+        assert facts["equal"] is True
+        assert facts["weights"][0] == 12 < facts["weights"][1]  # constants that follow from no weight are left alone
+        assert facts["formulas"] == ["batch_norm_scale", "batch_norm_shift", "copy"]
+        assert facts["covered"] == facts["moving"]
+        assert len(facts["moving"]) == 14
+        assert facts["fixed"] == []
+
+
+def test_tied_weights_move_together(tensorrt_folder: Path) -> None:
+    found = child(
+        tensorrt_folder,
+        """
+_, state, recipes = proof(seeded(Tied), torch.ones(3, 5, dtype=torch.int64))
+found["tied"] = state.tied
+found["from"] = [recipe["from"] for recipe in recipes]
+""",
+    )
+    assert found["tied"] == [["head.weight", "words.weight"]] or found["tied"] == []
+    assert found["from"]
+    assert len({tuple(names) for names in found["from"]}) == 1
+
+
+def test_what_cannot_be_accounted_for_is_refused_with_the_reason(tensorrt_folder: Path) -> None:
+    found = child(
+        tensorrt_folder,
+        """
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.extra = nn.Parameter(torch.ones(4))
+        self.register_buffer("index", torch.tensor([1, 0]))
+
+def model(function):
+    return seeded(type("Model", (Base,), {"forward": function}))
+
+x = torch.ones(3, 4)
+found["folded"] = reason(model(lambda self, x: self.layer(x) + self.extra.exp()), x)
+found["decided"] = reason(model(lambda self, x: torch.where(self.extra > 0, self.layer(x), x)), x)
+found["combined"] = reason(model(lambda self, x: self.layer(x) * (self.layer.bias * self.extra)), x)
+plain = model(lambda self, x: self.layer(x) + self.extra)
+found["plain"] = reason(plain, x)
+archive = {name: value.clone() for name, value in plain.state_dict().items()}
+archive["extra"] += 1
+found["changed"] = reason(plain, x, archive)
+halves = {name: value.double() if value.is_floating_point() else value for name, value in plain.state_dict().items()}
+found["cast"] = reason(plain, x, halves)
+fixed = model(lambda self, x: self.layer(x)[:, self.index] + self.extra[:2])
+try:
+    _, state, _ = proof(fixed, x)
+    found["fixed"] = sorted(state.fixed)
+except RefitError as error:
+    found["fixed"] = str(error)
+two = model(lambda self, x: self.layer(x) + self.extra)
+with torch.no_grad():
+    two.layer.bias.copy_(two.extra)  # equal today, and still told apart
+_, _, recipes = proof(two, x)
+found["told apart"] = sorted(name for recipe in recipes for name in recipe["from"])
+""",
+    )
+    assert "cannot be computed from the model's weights" in found["folded"]
+    assert "decides something by its weights" in found["decided"]
+    assert "cannot be computed from the model's weights" in found["combined"]
+    assert found["plain"] is None
+    assert "changes 'extra' after it has loaded it" in found["changed"]
+    assert found["cast"] is None
+    assert found["told apart"] == ["extra", "layer.bias", "layer.weight"]
+    print(found["fixed"])

@@ -1,0 +1,79 @@
+"""Building a plan that takes its weights from the archive.
+
+What `tensorrt_refit_proof` proves about the network is tried with the plan as well: it is refitted with weights near
+the model's own and compared with eager. Flavours and versions differ in which kinds of refittable plans they have, so
+the kinds are tried in order.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ts_handlers.backends import tensorrt, tensorrt_library
+from ts_handlers.backends.aot_inductor_export import PREFIX
+from ts_handlers.backends.base import Built, Description, Phase, Request
+from ts_handlers.backends.tensorrt_refit_proof import describe, model_state, prove
+from ts_handlers.errors import RefitError
+
+logger = logging.getLogger(__name__)
+
+# By the names of TensorRT's BuilderFlag. First: only the weights that were proven are refittable, and the plan holds no
+# value for them, so that TensorRT itself refuses to run it without all of them.
+KINDS = (("REFIT_INDIVIDUAL", "STRIP_PLAN"), ("REFIT_INDIVIDUAL",), ("REFIT",))
+
+
+def build_refittable(
+    request: Request,
+    directory: Path,
+    phase: Phase,
+    conversion: Any,
+    flat: torch.nn.Module,
+    timing_cache: Path | None,
+    description: Description,
+) -> Built:
+    """Prove, build and check; see `ts_handlers.backends.tensorrt.TensorRTBackend.build`.
+
+    Parameters
+    ----------
+    conversion:
+        A `tensorrt_build.Conversion` of `flat`, the model with flat tensors in and out.
+
+    Raises
+    ------
+    RefitError
+        There is no such plan for this model, with the reason; `directory` and `description` are as before.
+    """
+    with phase("prove"), torch.no_grad():
+        state = model_state(conversion.program, request.source.weights())
+        probe = state.probe()
+        probed = conversion.with_state({PREFIX + name: value.to(request.device) for name, value in probe.items()})
+        trt = tensorrt_library.import_tensorrt(tensorrt_library.builder_flavour())
+        recipes = prove(trt, conversion.network, probed, state, probe)
+        del probed, probe
+    perturbed = {**state.moving, **state.perturbed()}
+    on_device = {PREFIX + name: value.to(request.device) for name, value in perturbed.items()}
+
+    def eager(tensors: list[torch.Tensor]) -> Any:
+        with torch.no_grad():
+            return torch.func.functional_call(flat, on_device, tuple(tensors))
+
+    reasons = []
+    for flags in KINDS:
+        attempt = {**description, "refit": describe(state, recipes, flags)}
+        try:
+            with phase("convert"):
+                plan = conversion.network.build(timing_cache, flags)
+            tensorrt.write_plan(plan, directory, attempt)
+            with phase("verify"):
+                tensorrt.verify(request, directory, attempt, eager, perturbed)
+                return Built(attempt, tensorrt.verify(request, directory, attempt))
+        except Exception as error:
+            reasons.append(f"{'+'.join(flags)}: {type(error).__name__}: {error}")
+            logger.info("%s: no plan with %s", request.source.name, reasons[-1])
+            for path in directory.iterdir():
+                path.unlink()
+    raise RefitError("TensorRT makes no refittable plan that passes: " + "; ".join(reasons))
