@@ -1,6 +1,6 @@
-"""Which weights a plan may take: proven on real networks of the real converters, without a GPU, and not executed.
+"""Which weights a plan may take: proven on real networks of the real converters, without a GPU.
 
-TensorRT for RTX builds refittable plans on a GPU only; tests/gpu/test_refit.py builds and runs them.
+The plans are built and not executed; tests/gpu/test_refit.py does that.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from rtx.test_builder import in_child
 
 pytestmark = pytest.mark.compile
@@ -17,18 +18,18 @@ MODELS = """
 from torch import nn
 from ts_handlers.backends.aot_inductor_export import PREFIX, FlatModel
 from ts_handlers.backends.tensorrt_library import import_tensorrt
-from ts_handlers.backends.tensorrt_network import NetworkReader
 from ts_handlers.backends.tensorrt_refit import compute
-from ts_handlers.backends.tensorrt_refit_proof import model_state, prove
+from ts_handlers.backends.tensorrt_refit_proof import model_state, prove, read_network
 from ts_handlers.errors import RefitError
 trt = import_tensorrt("tensorrt_rtx")
 
 class Net(nn.Module):
+    affine = True
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3, bias=False)
         self.bn = nn.BatchNorm2d(8)
-        self.plain = nn.BatchNorm2d(8, affine=False)
+        self.plain = nn.BatchNorm2d(8, affine=self.affine)
         self.norm = nn.LayerNorm(8)
         self.first = nn.Linear(8, 8)
         self.second = nn.Linear(8, 8)
@@ -38,6 +39,9 @@ class Net(nn.Module):
     def forward(self, x):
         y = self.norm(self.plain(self.bn(self.conv(x)).relu()).mean((2, 3)))
         return self.second(self.first(y).relu()) * self.scale
+
+class WithoutAffine(Net):  # Torch-TensorRT converts this in float32 only
+    affine = False
 
 class Tied(nn.Module):
     def __init__(self):
@@ -78,8 +82,7 @@ def reason(model, x, archive=None):
         return str(error)
 
 def values(conversion):
-    network = conversion.network
-    return NetworkReader(trt, network.definition, network.interpreter.ctx.cpu_weights_reference_holder).weights
+    return read_network(trt, conversion.network).weights
 
 image = torch.ones(3, 3, 8, 8)
 """
@@ -95,7 +98,8 @@ def test_recipes_give_the_weights_of_a_network_that_they_have_not_seen(tensorrt_
         tensorrt_folder,
         """
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
-    mine, other = seeded(Net, dtype), seeded(Net, dtype, seed=1)
+    kind = WithoutAffine if dtype == torch.float32 else Net
+    mine, other = seeded(kind, dtype), seeded(kind, dtype, seed=1)
     first, state, recipes = proof(mine, image.to(dtype))
     second = conversion(other, image.to(dtype))
     new = {name: value for name, value in other.state_dict().items()}
@@ -112,21 +116,18 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
     if dtype == torch.float32:
         plan = first.network.build(None)
         found["plan"] = len(plan.data)
-        try:
-            first.network.build(None, ["REFIT_INDIVIDUAL", "STRIP_PLAN"])
-        except BuildError as error:
-            found["without gpu"] = str(error)
+        found["refittable"] = len(first.network.build(None, ["REFIT_INDIVIDUAL"]).data)
 """,
     )
     assert found["plan"] > 1000  # marked weights do not hinder an ordinary plan
-    assert "TensorRT built no plan" in found["without gpu"]
+    assert found["refittable"] > found["plan"]  # the names of its weights
     for dtype in ("float32", "float16", "bfloat16"):
         facts = found[f"torch.{dtype}"]
         assert facts["equal"] is True
         assert facts["weights"][0] == 12 < facts["weights"][1]  # constants that follow from no weight are left alone
         assert facts["formulas"] == ["batch_norm_scale", "batch_norm_shift", "copy"]
         assert facts["covered"] == facts["moving"]
-        assert len(facts["moving"]) == 14
+        assert len(facts["moving"]) == (14 if dtype == "float32" else 16)
         assert facts["fixed"] == []
 
 

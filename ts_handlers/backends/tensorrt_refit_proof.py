@@ -9,6 +9,7 @@ its own weights: a wrong guess would answer wrongly later. See docs/decisions/00
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -147,10 +148,7 @@ def prove(
     RefitError
         Something depends on the weights in a way that no recipe covers.
     """
-    own, other = (
-        NetworkReader(trt, each.definition, each.interpreter.ctx.cpu_weights_reference_holder)
-        for each in (network, probed)
-    )
+    own, other = (read_network(trt, each) for each in (network, probed))
     if own.structure != other.structure or len(own.weights) != len(other.weights):
         raise RefitError("the network itself, not only its weights, depends on the model's weights")
     candidates = _Candidates(network.graph, state)
@@ -172,6 +170,18 @@ def prove(
     if left_out:
         raise RefitError(f"these weights of the model are not seen in the plan: {', '.join(left_out[:5])}")
     return recipes
+
+
+def read_network(trt: Any, network: Any) -> NetworkReader:
+    """What a `tensorrt_build.Network` consists of."""
+    # TensorRT warns of each attribute that a layer gets as an input.
+    log = logging.getLogger("torch_tensorrt [TensorRT Conversion Context]")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        return NetworkReader(trt, network.definition, network.interpreter.ctx.cpu_weights_reference_holder)
+    finally:
+        log.setLevel(level)
 
 
 def _mark(definition: Any, weight: Weight, name: str) -> None:
