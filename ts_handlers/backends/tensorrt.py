@@ -73,6 +73,7 @@ class TensorRTBackend:
         """Export, convert, build the plans, check them against eager, and leave them in `directory`."""
         from ts_handlers.backends.aot_inductor_export import FlatModel, output_structure
         from ts_handlers.backends.tensorrt_build import Conversion, PartialConversionError, compilation_settings
+        from ts_handlers.backends.tensorrt_quantized import quantized_layers, require_precision
 
         require_gpu(request)
         flavour = tensorrt_library.builder_flavour_for(request.settings.tensorrt.flavour)
@@ -93,6 +94,8 @@ class TensorRTBackend:
         try:
             with phase("convert"):
                 conversion = Conversion(program, input_ranges(signature, whole, program), inputs, settings)
+            description["quantized"] = quantized_layers(conversion.network.definition)
+            require_precision(request.settings.tensorrt.precision, description["quantized"])
         except PartialConversionError as error:
             if request.settings.tensorrt.partial == "next":
                 raise
@@ -275,6 +278,7 @@ def _load(
         "flavour": tensorrt_library.version(description["flavour"]),
         "profiles": profiles,
         "in_tensorrt": description["in_tensorrt"],
+        "quantized": description["quantized"],
         "contexts": contexts.count,
         "scratch": contexts.scratch,
         "memory": runner.memory(),

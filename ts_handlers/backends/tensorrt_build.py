@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from ts_handlers.backends import tensorrt_quantized
 from ts_handlers.backends.tensorrt_import import import_torch_tensorrt
 from ts_handlers.backends.tensorrt_library import builder_flavour, import_tensorrt
 from ts_handlers.errors import BuildError, SettingsError
@@ -221,6 +222,7 @@ class Conversion:
         self, program: Any, inputs: Sequence[InputRange], profiles: Sequence[Sequence[InputRange]], settings: Any
     ) -> None:
         self._arguments = (inputs, profiles, settings)
+        tensorrt_quantized.prepare(program)
         self.program = decompose(program, settings)
         self.network = self.with_state({})
 
@@ -253,7 +255,8 @@ def lower(module: Any, settings: Any) -> Any:
     """The second half, which also folds constants: the graph module from which a network is made."""
     from torch_tensorrt.dynamo.lowering import post_lowering
 
-    return post_lowering(module, settings)
+    with tensorrt_quantized.kept_from_folding():
+        return post_lowering(module, settings)
 
 
 def _safe_softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> torch.Tensor:

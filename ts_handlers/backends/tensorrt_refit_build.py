@@ -50,7 +50,10 @@ def build_refittable(
     with phase("prove"), torch.no_grad():
         state = model_state(conversion.program, request.source.weights())
         probe = state.probe()
-        probed = conversion.with_state({PREFIX + name: value.to(request.device) for name, value in probe.items()})
+        try:
+            probed = conversion.with_state({PREFIX + name: value.to(request.device) for name, value in probe.items()})
+        except Exception as error:
+            raise RefitError(f"the model does not convert with other weights: {error}") from error
         trt = tensorrt_library.import_tensorrt(tensorrt_library.builder_flavour())
         recipes = prove(trt, conversion.network, probed, state, probe)
         del probed, probe

@@ -96,7 +96,8 @@ class TensorRTSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ``tensorrt``, ``tensorrt_rtx`` or ``auto`` (the one that is installed; `tensorrt` when both are).
     precision:
         ``as_is`` keeps the dtypes of the model (see the setting `dtype`, which casts it); ``autocast`` lets
-        Torch-TensorRT choose the layers that run in half precision.
+        Torch-TensorRT choose the layers that run in half precision. ``int8`` and ``fp8`` declare that the model is
+        quantised already, which is checked; nothing is quantised here.
     tf32:
         Whether float32 products may run in TensorFloat-32.
     workspace_mb:
@@ -120,7 +121,7 @@ class TensorRTSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     flavour: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto"
-    precision: Literal["as_is", "autocast"] = "as_is"
+    precision: Literal["as_is", "autocast", "int8", "fp8"] = "as_is"
     tf32: bool = True
     workspace_mb: int | None = None
     optimization_level: int | None = None
