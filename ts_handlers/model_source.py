@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import functools
+import importlib.util
 import inspect
 import os
 import threading
@@ -331,7 +332,11 @@ class ExportedSource(_Source):
     def program(self) -> Any:
         """The loaded `torch.export.ExportedProgram`."""
         try:
-            return torch.export.load(self.path)
+            try:
+                return torch.export.load(self.path)
+            except Exception:
+                _register_quantized_operators()
+                return torch.export.load(self.path)
         except Exception as error:
             raise ModelError(
                 f"{self.path.name} cannot be loaded as an exported program: {type(error).__name__}: {error}; "
@@ -340,6 +345,13 @@ class ExportedSource(_Source):
 
     def _build(self) -> torch.nn.Module:
         return _ExportedModule(self.program)
+
+
+def _register_quantized_operators() -> None:
+    """Make operators of quantised programs known to torch: they are once the package that defines them is imported."""
+
+    if importlib.util.find_spec("modelopt") is not None:
+        importlib.import_module("modelopt.torch.quantization")
 
 
 class _ExportedModule(torch.nn.Module):
@@ -360,7 +372,7 @@ class _ExportedModule(torch.nn.Module):
         by_position = [values[name] for name in self._names if name not in self._keywords]
         return self.module(*by_position, **{name: values[name] for name in self._keywords})
 
-    def eval(self) -> _ExportedModule:
+    def train(self, mode: bool = True) -> _ExportedModule:
         """Does nothing: exported modules have no modes and refuse to change them."""
         return self
 

@@ -119,6 +119,10 @@ def _options(request: Request) -> dict[str, Any]:
     for name in _IGNORED:
         if name in section.options:
             raise BuildError(f"Torch-TensorRT ignores {name} in torch.compile; remove it from {PT2_SECTION}.options")
+    if section.precision in ("int8", "fp8"):
+        raise BuildError(
+            f"{SECTION}.tensorrt.precision: {section.precision} is for the backend tensorrt, which checks it"
+        )
     if section.precision == "autocast":
         raise BuildError(
             "Torch-TensorRT ignores autocast in torch.compile; cast the model with "
