@@ -85,9 +85,10 @@ def model_state(program: Any, archive: Tensors) -> State:
     state = State({}, {}, [])
     places: dict[int, dict[tuple[Any, ...], list[str]]] = defaultdict(lambda: defaultdict(list))
     for fqn in used:
-        name, tensor = fqn.removeprefix(PREFIX), program.state_dict[fqn].detach()
+        name = fqn.removeprefix(PREFIX)
         if name not in archive:
             continue  # not among the weights, so new weights do not change it
+        tensor = program.state_dict[fqn].detach()
         value = tensor.cpu().contiguous()
         if archive[name].shape != value.shape or not _same(archive[name].to(value.dtype), value):
             raise RefitError(
