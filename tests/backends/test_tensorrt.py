@@ -56,6 +56,8 @@ def test_declared_ranges_replace_the_default(archive: Path) -> None:
         {"workspace_mb": 5},
         {"optimization_level": 1},
         {"precision": "autocast"},
+        {"precision": "int8"},
+        {"refit": True},
         {"partial": "module"},
         {"options": {"use_fp32_acc": True}},
         {"ranges": [{"batch": {"min": 1, "opt": 2, "max": 3}}]},

@@ -174,6 +174,10 @@ names = {
     "IRuntimeConfig": ["create_runtime_cache", "set_runtime_cache", "set_execution_context_allocation_strategy"],
     "IRuntimeCache": ["serialize", "deserialize"],
     "ExecutionContextAllocationStrategy": ["USER_MANAGED"],
+    "Refitter": ["set_named_weights", "get_missing_weights", "refit_cuda_engine"],
+    "BuilderFlag": ["REFIT", "REFIT_INDIVIDUAL", "STRIP_PLAN"],
+    "TensorLocation": ["HOST"],
+    "INetworkDefinition": ["set_weights_name", "mark_weights_refittable", "add_quantize", "add_dequantize"],
     "IBuilderConfig": ["create_timing_cache", "set_timing_cache", "get_timing_cache", "add_optimization_profile"],
 }
 found["missing"] = [f"{kind}.{name}" for kind, members in names.items() for name in members
@@ -206,3 +210,62 @@ except LoadError as error:
     assert len(found["refused"]) == 4
     assert all("does not accept the plan 'n'" in message for message in found["refused"])
     assert "ts-handlers[tensorrt]" in found["absent"]
+
+
+def test_the_timing_cache_is_kept_by_one_build_at_a_time(tensorrt_folder: Path, tmp_path: Path) -> None:
+    """TensorRT for RTX has the API and measures nothing; the file and its lock are what is checked here."""
+    found = in_child(
+        tensorrt_folder,
+        f"""
+import threading
+from pathlib import Path
+from filelock import FileLock, Timeout
+from ts_handlers.backends.tensorrt_library import import_tensorrt, trt_logger
+
+trt = import_tensorrt("tensorrt_rtx")
+builder = trt.Builder(trt_logger("tensorrt_rtx"))
+
+class Config:  # as the flavour that measures: by the module of its class
+    def __init__(self):
+        self.config, self.given = builder.create_builder_config(), []
+    def create_timing_cache(self, data):
+        self.given.append(len(data))
+        return self.config.create_timing_cache(data)
+    def __getattr__(self, name):
+        return getattr(self.config, name)
+
+path = Path({str(tmp_path / "timing" / "gpu.cache")!r})
+sizes = []
+for content in (None, None, b"of another version"):
+    if content is not None:
+        path.write_bytes(content)
+    config = Config()
+    with build._timing_cache(config, path):
+        try:
+            FileLock(f"{{path}}.lock").acquire(timeout=0)
+            found["locked"] = False
+        except Timeout:
+            found["locked"] = True
+    sizes.append([config.given, path.stat().st_size])
+found["sizes"] = sizes
+try:
+    with build._timing_cache(Config(), path):
+        raise BuildError("no plan")
+except BuildError:
+    pass
+FileLock(f"{{path}}.lock").acquire(timeout=0)  # given back
+found["files"] = sorted(each.name for each in path.parent.iterdir())
+rtx = Path({str(tmp_path / "rtx" / "gpu.cache")!r})
+with build._timing_cache(builder.create_builder_config(), rtx):
+    pass
+found["rtx"] = rtx.parent.exists()
+""",
+    )
+    (first, size), (second, again), (foreign, replaced) = found["sizes"]
+    assert first == [0]
+    assert second == [size]  # what the first build left
+    assert foreign[0] == len("of another version")
+    assert size == again == replaced > len("of another version")
+    assert found["locked"] is True
+    assert found["files"] == ["gpu.cache", "gpu.cache.lock"]
+    assert found["rtx"] is False

@@ -22,7 +22,7 @@ from ts_handlers.errors import RefitError
 logger = logging.getLogger(__name__)
 
 # By the names of TensorRT's BuilderFlag. First: only the weights that were proven are refittable, and the plan holds no
-# value for them, so that TensorRT itself refuses to run it without all of them.
+# values for them where the flavour strips them (TensorRT for RTX 1.4 does not).
 KINDS = (("REFIT_INDIVIDUAL", "STRIP_PLAN"), ("REFIT_INDIVIDUAL",), ("REFIT",))
 
 
