@@ -332,11 +332,8 @@ class ExportedSource(_Source):
     def program(self) -> Any:
         """The loaded `torch.export.ExportedProgram`."""
         try:
-            try:
-                return torch.export.load(self.path)
-            except Exception:
-                _register_quantized_operators()
-                return torch.export.load(self.path)
+            _register_operators(self.path)
+            return torch.export.load(self.path)
         except Exception as error:
             raise ModelError(
                 f"{self.path.name} cannot be loaded as an exported program: {type(error).__name__}: {error}; "
@@ -347,11 +344,20 @@ class ExportedSource(_Source):
         return _ExportedModule(self.program)
 
 
-def _register_quantized_operators() -> None:
-    """Make operators of quantised programs known to torch: they are once the package that defines them is imported."""
+# torch knows the operators of a quantised program once the module that defines them is imported.
+_OPERATORS = {
+    b"torch.ops.quantized_decomposed.": "torch.ao.quantization.fx._decomposed",
+    b"torch.ops.tensorrt.": "modelopt.torch.quantization",
+}
 
-    if importlib.util.find_spec("modelopt") is not None:
-        importlib.import_module("modelopt.torch.quantization")
+
+def _register_operators(path: Path) -> None:
+    """Import what defines the operators of an exported program, where it is installed."""
+    with zipfile.ZipFile(path) as archive:
+        graphs = [archive.read(name) for name in archive.namelist() if name.endswith(".json")]
+    for prefix, module in _OPERATORS.items():
+        if any(prefix in graph for graph in graphs) and importlib.util.find_spec(module.partition(".")[0]):
+            importlib.import_module(module)
 
 
 class _ExportedModule(torch.nn.Module):

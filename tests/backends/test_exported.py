@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from subprocesses import run_python
 
 from ts_handlers import CompiledModel, ExportedSource, Settings, start_model
 from ts_handlers.backends.exported import describe_program, refuse_mutations
@@ -144,3 +145,20 @@ def test_program_that_cannot_be_loaded_is_a_model_error(tmp_path: Path) -> None:
         archive.writestr("model/version", "0")
     with pytest.raises(ModelError, match="cannot be loaded as an exported program"):
         start(tmp_path / "model.pt2", tmp_path / "store")
+
+
+def test_a_quantised_program_is_loaded_where_nobody_has_registered_its_operators(tmp_path: Path) -> None:
+    path = str(tmp_path / "model.pt2")
+    save = f"""
+import torch
+from quantized_models import quantized_code
+names = {{}}
+exec(quantized_code("int8"), names)
+torch.export.save(torch.export.export(names["Model"]().eval(), (torch.randn(3, 64),)), {path!r})
+"""
+    load = f"""
+from ts_handlers.model_source import ExportedSource
+print([node.name for node in ExportedSource("m", {path!r}).program.graph.nodes])
+"""
+    run_python(save)
+    assert "dequantize_per_channel" in run_python(load)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from subprocesses import run_python
 
 from rtx.test_builder import in_child
 
@@ -118,20 +117,3 @@ found["counts"] = quantized_layers(network(module, torch.randn(3, 3, 8, 8)))
 """,
     )
     assert found["counts"] == {"int8": 4}
-
-
-def test_a_quantised_program_is_loaded_where_nobody_has_registered_its_operators(tmp_path: Path) -> None:
-    path = str(tmp_path / "model.pt2")
-    save = f"""
-import torch
-from quantized_models import quantized_code
-names = {{}}
-exec(quantized_code("int8"), names)
-torch.export.save(torch.export.export(names["Model"]().eval(), (torch.randn(3, 64),)), {path!r})
-"""
-    load = f"""
-from ts_handlers.model_source import ExportedSource
-print([node.name for node in ExportedSource("m", {path!r}).program.graph.nodes])
-"""
-    run_python(save)
-    assert "dequantize_per_channel" in run_python(load)
