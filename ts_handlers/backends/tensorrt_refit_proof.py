@@ -81,30 +81,39 @@ def model_state(program: Any, archive: Tensors) -> State:
     """
     signature = program.graph_signature
     sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    used = sorted({sources[name] for name in live_placeholders(program.graph) if name in sources})
+    used = {sources[name] for name in live_placeholders(program.graph) if name in sources}
+    tensors = {fqn: tensor.detach() for fqn, tensor in program.state_dict.items() if isinstance(tensor, torch.Tensor)}
+    # torch.export uses one of the names that share a tensor; the archive may have another value under the others.
+    places = {fqn: _place(tensor) for fqn, tensor in tensors.items() if tensor.numel()}
+    shared = {places[fqn] for fqn in used if fqn in places}
     state = State({}, {}, [])
-    places: dict[int, dict[tuple[Any, ...], list[str]]] = defaultdict(lambda: defaultdict(list))
-    for fqn in used:
+    groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for fqn in sorted(tensors):
         name = fqn.removeprefix(PREFIX)
-        if name not in archive:
-            continue  # not among the weights, so new weights do not change it
-        tensor = program.state_dict[fqn].detach()
-        value = tensor.cpu().contiguous()
+        if (fqn not in used and places.get(fqn) not in shared) or name not in archive:
+            continue  # what is not among the weights does not change with them
+        value = tensors[fqn].cpu().contiguous()
         if archive[name].shape != value.shape or not _same(archive[name].to(value.dtype), value):
             raise RefitError(
                 f"the model changes {name!r} after it has loaded it, so the archive's value is not its own"
             )
         (state.moving if value.is_floating_point() else state.fixed)[name] = value
-        if tensor.numel():
-            place = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
-            places[tensor.untyped_storage().data_ptr()][place].append(name)
-    for views in places.values():
-        if len(views) > 1:
-            names = ", ".join(repr(name) for group in views.values() for name in group)
-            raise RefitError(f"{names} overlap in memory")
-        state.tied.extend(group for group in views.values() if len(group) > 1)
+        if fqn in places:
+            groups[places[fqn]].append(name)
+    for place, names in groups.items():
+        overlapping = [
+            other for key, others in groups.items() if key[0] == place[0] and key != place for other in others
+        ]
+        if overlapping:
+            raise RefitError(f"{names[0]!r} and {overlapping[0]!r} overlap in memory")
+    state.tied = [names for names in groups.values() if len(names) > 1]
     _refuse_decisions(program, {PREFIX + name for name in state.moving})
     return state
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies; the first element is its memory."""
+    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
 def _refuse_decisions(program: Any, moving: set[str]) -> None:
