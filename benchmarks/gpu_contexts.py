@@ -31,6 +31,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "private, CUDA graphs": {"count": CONTEXTS, "scratch": "private", "cuda_graphs": True},
     "shared": {"count": CONTEXTS, "scratch": "shared"},
     "shared, CUDA graphs": {"count": CONTEXTS, "scratch": "shared", "cuda_graphs": True},
+    "one context, float32 accumulation": {"count": 1},
 }
 
 Facts = dict[str, Any]
@@ -66,9 +67,9 @@ def child(model: str, directory: str, store: str, rounds: int, autotune: bool) -
     torch.cuda.set_device(0)
     inputs = [tensor.cuda() for tensor in torch.load(f"{directory}/inputs.pt")]
 
-    def start(backend: str, contexts: Facts) -> Any:
+    def start(backend: str, contexts: Facts, **tensorrt: bool) -> Any:
         config = settings_of(model, backend, store)
-        config["handler"]["ts_handlers"]["contexts"] = contexts
+        config["handler"]["ts_handlers"].update(contexts=contexts, tensorrt=tensorrt)
         source = ArchiveSource(model, directory, "model.py", "model.pt", ignored_files=("inputs.pt", "eager.pt"))
         return start_model(source, parse_settings(config), "cuda:0")
 
@@ -79,7 +80,7 @@ def child(model: str, directory: str, store: str, rounds: int, autotune: bool) -
         expected = eager(*inputs).cpu().double()
     for row, contexts in ROWS.items():
         before = torch.cuda.memory_allocated()
-        found = start("tensorrt", contexts)
+        found = start("tensorrt", contexts, float32_accumulation="float32" in row)
         artifact = found.describe()["artifact"]
         facts[row] = {
             "memory": artifact["memory"],

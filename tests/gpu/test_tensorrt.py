@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import TWO_LAYERS, archive_source, eager_model, settings_of, write_archive, write_weights
+from models import LINEAR, TWO_LAYERS, archive_source, eager_model, settings_of, write_archive, write_weights
 
 from ts_handlers import CompiledModel, start_model
 from ts_handlers.backends.tensorrt_library import installed_flavours
@@ -171,6 +171,31 @@ def test_too_many_contexts_are_refused_with_the_figures(archive_folder: Path, st
     finally:
         del taken
         torch.cuda.empty_cache()
+
+
+def test_products_summed_in_float32_are_more_exact(tmp_path: Path) -> None:
+    code = LINEAR.replace("Linear(4, 3)", "Linear(768, 64)")
+    folder = write_archive(tmp_path / "archive", code)
+    section = {
+        "backends": ["tensorrt"],
+        "strict": True,
+        "dtype": "float16",
+        "inputs": [{"name": "x", "dtype": "float16", "shape": ["batch", 768]}],
+        "dimensions": {"batch": {"min": 1, "max": 16}},
+        "warmup": [{"batch": 8}],
+        "store": str(tmp_path / "store"),
+    }
+    x = torch.randn(8, 768, generator=torch.Generator().manual_seed(0)).half().cuda()
+    half = eager_model(folder).half().double().cuda()
+    errors = {}
+    for exact in (False, True):
+        settings = settings_of(section, tensorrt={"float32_accumulation": exact})
+        model = start_model(archive_source(folder), settings, "cuda:0")
+        with torch.inference_mode():
+            expected = half(x.double())
+            errors[exact] = float((model(x).double() - expected).norm() / expected.norm())
+    assert errors[True] < 3e-4  # the rounding of the answers
+    assert errors[True] <= errors[False]
 
 
 @pytest.mark.parametrize("partial", ["next", "module"])

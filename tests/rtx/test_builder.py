@@ -87,6 +87,17 @@ scores = torch.randn(3, 5)
 scores[1] = scores[2, 3] = float("-inf")
 found["softmax values"] = torch.equal(build._safe_softmax(scores, -1), torch.ops.aten._safe_softmax(scores, -1))
 
+program = export(conv, image, torch.float16)
+whole = ranges(1, 4, 16, image, torch.float16)
+network = build.Conversion(program, [whole], [[whole]], settings, float32_accumulation=True).network.definition
+layers = [network.get_layer(i) for i in range(network.num_layers)]
+found["products"] = [
+    [layer.type.name] + [str(layer.get_input(i).dtype).split(".")[-1] for i in range(layer.num_inputs)]
+    for layer in layers if layer.type.name in ("CONVOLUTION", "MATRIX_MULTIPLY")
+]
+found["constants"] = sorted({str(l.get_output(0).dtype).split(".")[-1] for l in layers if l.type.name == "CONSTANT"})
+found["output"] = str(network.get_output(0).dtype).split(".")[-1]
+
 def refusal(**options):
     try:
         build.compilation_settings(TensorRTSettings(options=options), 0)
@@ -103,6 +114,10 @@ found["tf32"] = build.compilation_settings(TensorRTSettings(tf32=False), 0).disa
     assert found["tensors"] == [["x"], ["output0"]]
     assert 0 < found["bytes"][0] < found["bytes"][1]  # a profile adds to the plan
     assert found["softmax"][0] == found["softmax"][1] > 0  # what attention without a mask may become
+    assert {name for name, *_ in found["products"]} == {"CONVOLUTION", "MATRIX_MULTIPLY"}
+    assert {dtype for _, *dtypes in found["products"] for dtype in dtypes} == {"FLOAT"}
+    assert "HALF" not in found["constants"]  # TensorRT for RTX would take casts of 16-bit weights away again
+    assert found["output"] == "HALF"
     assert found["softmax values"]
     assert "options.use_fp32_acx" in found["unknown"]
     assert "did you mean 'use_fp32_acc'" in found["unknown"]

@@ -93,7 +93,13 @@ class TensorRTBackend:
         timing_cache = _timing_cache(request, flavour)
         try:
             with phase("convert"):
-                conversion = Conversion(program, input_ranges(signature, whole, program), inputs, settings)
+                conversion = Conversion(
+                    program,
+                    input_ranges(signature, whole, program),
+                    inputs,
+                    settings,
+                    float32_accumulation=request.settings.tensorrt.float32_accumulation,
+                )
             description["quantized"] = quantized_layers(conversion.network.definition)
             require_precision(request.settings.tensorrt.precision, description["quantized"])
         except PartialConversionError as error:
@@ -155,6 +161,7 @@ def engine_options(settings: TensorRTSettings) -> dict[str, str]:
     facts = {
         "precision": settings.precision,
         "tf32": str(settings.tf32),
+        "float32_accumulation": str(settings.float32_accumulation),
         "workspace_mb": str(settings.workspace_mb),
         "optimization_level": str(settings.optimization_level),
         "hardware_compatible": str(settings.hardware_compatible),

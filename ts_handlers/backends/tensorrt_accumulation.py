@@ -45,11 +45,9 @@ def accumulate_in_float32(module: torch.fx.GraphModule) -> int:
             node.args = tuple(_cast(graph, argument, torch.float32) for argument in node.args)
         dtype = _dtype(node)
         users = list(node.users)
-        value = node.meta["val"]
+        node.meta = {**node.meta, "val": node.meta["val"].to(torch.float32)}
         with graph.inserting_after(node):
             back = _cast(graph, node, dtype)
-        node.meta = {**node.meta, "val": value.to(torch.float32)}
-        back.meta["val"] = value
         for user in users:
             user.replace_input_with(node, back)
     graph.lint()
@@ -57,7 +55,7 @@ def accumulate_in_float32(module: torch.fx.GraphModule) -> int:
     return len(found)
 
 
-def _dtype(node: Any) -> torch.dtype | None:
+def _dtype(node: torch.fx.Node) -> torch.dtype | None:
     value = node.meta.get("val")
     return value.dtype if isinstance(value, torch.Tensor) else None
 

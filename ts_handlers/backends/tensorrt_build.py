@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock
 
 from ts_handlers.backends import tensorrt_quantized
+from ts_handlers.backends.tensorrt_accumulation import accumulate_in_float32
 from ts_handlers.backends.tensorrt_import import import_torch_tensorrt
 from ts_handlers.backends.tensorrt_library import builder_flavour, import_tensorrt
 from ts_handlers.errors import BuildError, SettingsError
@@ -216,12 +217,21 @@ class Conversion:
         A `torch.export.ExportedProgram` with flat tensors in and out.
     inputs, profiles, settings:
         As those of `Network`.
+    float32_accumulation:
+        See `tensorrt_accumulation`.
     """
 
     def __init__(
-        self, program: Any, inputs: Sequence[InputRange], profiles: Sequence[Sequence[InputRange]], settings: Any
+        self,
+        program: Any,
+        inputs: Sequence[InputRange],
+        profiles: Sequence[Sequence[InputRange]],
+        settings: Any,
+        *,
+        float32_accumulation: bool = False,
     ) -> None:
         self._arguments = (inputs, profiles, settings)
+        self._float32_accumulation = float32_accumulation
         tensorrt_quantized.prepare(program)
         self.program = decompose(program, settings)
         self.network = self.with_state({})
@@ -231,6 +241,8 @@ class Conversion:
         inputs, profiles, settings = self._arguments
         module = self.program.module()
         module.load_state_dict(state, strict=False, assign=True)
+        if self._float32_accumulation:
+            accumulate_in_float32(module)
         return Network(lower(module, settings), inputs, profiles, settings)
 
 

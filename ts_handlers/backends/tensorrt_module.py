@@ -46,6 +46,8 @@ def build_module(
 
     if len(description["profiles"]) > 1:
         raise BuildError("tensorrt.ranges with several elements needs a graph that converts whole; this one does not")
+    if request.settings.tensorrt.float32_accumulation:
+        raise BuildError("tensorrt.float32_accumulation needs a graph that converts whole; this one does not")
     signature = request.require_signature()
     specs = input_ranges(signature, ranges, program)
     inputs = [

@@ -128,6 +128,8 @@ def _options(request: Request) -> dict[str, Any]:
             "Torch-TensorRT ignores autocast in torch.compile; cast the model with "
             f"{SECTION}.dtype instead of {SECTION}.tensorrt.precision"
         )
+    if section.float32_accumulation:
+        raise BuildError(f"{SECTION}.tensorrt.float32_accumulation is for the backend tensorrt only; remove it")
     settings = compilation_settings(section, torch.cuda.current_device())
     options = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     # The default is a file in the temporary folder that all users share, written without a lock.

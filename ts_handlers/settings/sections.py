@@ -100,6 +100,9 @@ class TensorRTSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         quantised already, which is checked; nothing is quantised here.
     tf32:
         Whether float32 products may run in TensorFloat-32.
+    float32_accumulation:
+        Sum the products of 16-bit layers in float32, which is more exact and slower; see
+        `ts_handlers.backends.tensorrt_accumulation`.
     workspace_mb:
         Largest scratch memory that a layer may use while the plan is built, in MiB; None is TensorRT's default.
     optimization_level:
@@ -123,6 +126,7 @@ class TensorRTSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     flavour: Literal["auto", "tensorrt", "tensorrt_rtx"] = "auto"
     precision: Literal["as_is", "autocast", "int8", "fp8"] = "as_is"
     tf32: bool = True
+    float32_accumulation: bool = False
     workspace_mb: int | None = None
     optimization_level: int | None = None
     hardware_compatible: bool = False
