@@ -4,8 +4,8 @@ A `Breaker` runs each call in a thread of its own and waits for it no longer tha
 waits for a service, all calls together, is bounded by one timeout. Callers charge what else the service costs before a
 call (imports, locks, files) to the same budget, and a little of it is kept back for tidying up after a timeout.
 
-After a failure the breaker is open: calls fail at once, in every process of the host, until `PAUSE_SECONDS` have passed;
-then one call tries again.
+After a failure the breaker is open: calls fail at once, in every process of the host, until `PAUSE_SECONDS` have
+passed; then one call tries again.
 
 The state is a file in the store, ``<root>/remote/<service>.json``: ``{"boot": boot id, "until": s, "reason": text}``,
 where `until` is a time of the kernel's monotonic clock, which all processes of a host share and nobody sets.
@@ -29,7 +29,7 @@ from ts_handlers.errors import UNDECODABLE, RefusedError, RemoteError, StoreErro
 logger = logging.getLogger(__name__)
 
 PAUSE_SECONDS = 60.0
-TIDY_UP_SECONDS = 0.02
+TIDY_UP_SECONDS = 0.05
 """Kept back of the budget of charged calls; at most a tenth of it."""
 T = TypeVar("T")
 

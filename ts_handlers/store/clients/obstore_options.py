@@ -178,7 +178,7 @@ def reason_for_fsspec(arguments: StoreArguments) -> str | None:
         return "fsspec has a configuration of its own on this host"
     config = arguments.config
     if config.get("skip_signature"):
-        return None
+        return "obstore does not write to Google's store anonymously" if arguments.kind == "GCSStore" else None
     if arguments.kind == "S3Store":
         return _reason_s3(config)
     if arguments.kind == "GCSStore":
