@@ -168,7 +168,7 @@ def gcs(bucket: str, conditional: bool) -> Iterator[int]:
     storage.create_bucket(bucket, {"name": bucket})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, storage))
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
         yield server.server_address[1]
