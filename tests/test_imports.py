@@ -15,6 +15,7 @@ HEAVY = (
     "torch._dynamo",
     "transformers",
     "fsspec",
+    "obstore",
     "s3fs",
     "redis",
     "cryptography",

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -118,6 +119,17 @@ def test_first_host_builds_and_others_fetch_the_entry_and_its_canary(fleet: Flee
     assert "fetch" not in third.metrics.phases_ms
 
 
+def test_remote_hit_costs_one_request_for_each_object(shared: Fleet, s3: RemoteSettings, s3_port: int) -> None:
+    pytest.importorskip("obstore", reason="obstore is not installed")
+    shared.remote = msgspec.to_builtins(s3)
+    shared.start("first")
+    with Proxy(("127.0.0.1", s3_port)) as proxy:
+        options = {**s3.options, "endpoint_url": f"http://127.0.0.1:{proxy.port}"}
+        assert counters(shared.start("second", options=options)) == FETCHED
+    wanted = [re.match(rb"GET /[^/]+/some/prefix/(entries|canaries)/", line) for line in proxy.requests]
+    assert [found and found[1] for found in wanted] == [b"entries", b"canaries"]
+
+
 def test_new_weights_are_checked_by_one_host_for_all(shared: Fleet) -> None:
     shared.start("first")
     shared.start("second")
@@ -146,7 +158,7 @@ def test_local_hit_neither_asks_the_remote_nor_imports_anything_for_it(shared: F
     remote = {**shared.remote, "lease": "redis://127.0.0.1:1/0"}
     result, modules = json.loads(run_python(code, shared.archive, shared.root / "host", json.dumps(remote)))
     assert result == "hit"
-    heavy = {"fsspec", "redis", "cryptography", "s3fs", "filelock", "ts_handlers.store.redis_lease"}
+    heavy = {"fsspec", "obstore", "redis", "cryptography", "s3fs", "filelock", "ts_handlers.store.redis_lease"}
     assert not {name.partition(".")[0] for name in modules} & heavy
 
 
