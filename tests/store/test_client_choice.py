@@ -88,6 +88,10 @@ def test_auto_leaves_profiles_and_fsspecs_own_configuration_to_fsspec(
     assert chosen("s3://bucket/x", **REGION, **KEYS) == "ObstoreClient"
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/token")
     assert chosen("s3://bucket/x", **REGION) == "ObstoreClient"
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "of another key")
+    assert chosen("s3://bucket/x", **REGION, **KEYS) == "FsspecClient"
+    assert chosen("s3://bucket/x", **REGION, **KEYS, token="t") == "ObstoreClient"
+    monkeypatch.delenv("AWS_SESSION_TOKEN")
     monkeypatch.setenv("FSSPEC_S3_ENDPOINT_URL", "http://somewhere")
     assert chosen("s3://bucket/x", **REGION, **KEYS) == "FsspecClient"
 
@@ -118,8 +122,11 @@ def test_translation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.client_options == {"root_certificate": b"certificate"}
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://minio:9000")
     found = translate("s3://bucket", {"client_kwargs": {"verify": False}})
-    assert found.config == {"endpoint": "http://minio:9000"}
-    assert found.client_options == {"allow_http": True, "allow_invalid_certificates": True}
+    assert (found.config, found.client_options) == ({"endpoint": "http://minio:9000"}, {"allow_http": True})
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "https://minio:9000")
+    found = translate("s3://bucket", {"client_kwargs": {"verify": False}})
+    assert found.config == {"endpoint": "https://minio:9000"}
+    assert found.client_options == {"allow_invalid_certificates": True}
     found = translate("abfs://container@name.dfs.core.windows.net/x", {"sas_token": "sig"})
     assert (found.bucket, found.config) == ("container", {"account_name": "name", "sas_key": "sig"})
     text = "AccountName=name;AccountKey=a2V5==;BlobEndpoint=http://127.0.0.1:1/name"

@@ -121,12 +121,19 @@ def _flat(options: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, An
 
 
 def _finish_s3(config: dict[str, Any], client: dict[str, Any]) -> None:
+    if "access_key_id" in config and "session_token" not in config and "AWS_SESSION_TOKEN" in os.environ:
+        raise SettingsError(
+            f"{WHERE}.options: the client obstore would send AWS_SESSION_TOKEN of the environment with the key of the "
+            f"options; give token too, or set {WHERE}.client: fsspec"
+        )
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint:
         config.setdefault("endpoint", endpoint)
     if config.pop("_addressing_style", "path") == "virtual":
         config["virtual_hosted_style_request"] = True
     verify = config.pop("_verify", os.environ.get("AWS_CA_BUNDLE", True))
+    if str(config.get("endpoint")).startswith("http://"):
+        return
     if verify is False:
         client["allow_invalid_certificates"] = True
     elif isinstance(verify, str):
@@ -174,7 +181,7 @@ def _read(path: str, option: str) -> bytes:
 
 def reason_for_fsspec(arguments: StoreArguments) -> str | None:
     """Why fsspec's file system may know what neither the options nor the environment tell obstore; None if not."""
-    if any(name.startswith("FSSPEC_") for name in os.environ) or Path("~/.config/fsspec").expanduser().is_dir():
+    if any(name.startswith("FSSPEC_") for name in os.environ) or os.path.isdir(os.path.expanduser("~/.config/fsspec")):
         return "fsspec has a configuration of its own on this host"
     config = arguments.config
     if config.get("skip_signature"):
@@ -198,7 +205,7 @@ def _reason_s3(config: Mapping[str, Any]) -> str | None:
     if "access_key_id" in config or any(name in environ for name in (*given, "AWS_CONTAINER_CREDENTIALS_FULL_URI")):
         return None
     files = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE")
-    if any(name in environ for name in files) or Path("~/.aws").expanduser().is_dir():
+    if any(name in environ for name in files) or os.path.isdir(os.path.expanduser("~/.aws")):
         return "s3fs reads the profiles of this host"
     return None
 
