@@ -27,6 +27,7 @@ from ts_handlers import CompiledModel, start_model
 from ts_handlers.errors import LoadError, SettingsError
 from ts_handlers.settings.sections import RemoteSettings
 from ts_handlers.store import local
+from ts_handlers.store.breaker import Breaker
 from ts_handlers.store.sealed import MAGIC
 from ts_handlers.store.tiered import TieredStore
 from ts_handlers.store.trust import generate_keys
@@ -310,6 +311,23 @@ def test_dead_remote_is_asked_once_and_the_host_says_so(shared: Fleet, s3: Remot
         assert silent.connections == asked
         assert "remote_failed" not in counters(second)
         assert "going on alone" in notes(second)
+
+
+def test_what_comes_before_the_first_call_is_charged_too(shared: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    def noted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*arguments: Any, **options: Any) -> Any:
+            events.append(name)
+            return method(*arguments, **options)
+
+        return note
+
+    for name in ("charge", "call"):
+        monkeypatch.setattr(Breaker, name, noted(name, getattr(Breaker, name)))
+    shared.start("host")
+    # Opening the tiers; the lock of the host and a private folder; what the call itself took.
+    assert events[:4] == ["charge", "charge", "call", "charge"]
 
 
 def test_remote_that_fails_at_once_is_gone_on_without(shared: Fleet, tmp_path: Path) -> None:
