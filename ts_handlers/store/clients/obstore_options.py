@@ -72,7 +72,7 @@ def translate(url: str, options: Mapping[str, Any]) -> StoreArguments:
     Examples
     --------
     >>> translate("s3://bucket/a/b", {"endpoint_url": "http://minio:9000", "key": "k", "secret": "s"}).config
-    {'access_key_id': 'k', 'endpoint': 'http://minio:9000', 'secret_access_key': 's'}
+    {'endpoint': 'http://minio:9000', 'access_key_id': 'k', 'secret_access_key': 's'}
     """
     parts = urlsplit(url)
     kind, table, finish = _kind(parts.scheme)
