@@ -1,10 +1,10 @@
 """What the remote store needs of a library that reaches objects, and which library a URL gets.
 
-================  ==================================================================================
+================  ====================================================================================
 `FolderClient`    ``file://``: a mounted folder; reads through fsspec, creates by `os.link`
-`ObstoreClient`   S3, GCS, Azure through the package obstore: imported and connected in 30 ms
-`FsspecClient`    everything else; S3, GCS, Azure where obstore is missing or lacks what is asked for
-================  ==================================================================================
+`ObstoreClient`   S3, GCS, Azure through the package obstore, which is quickly imported and connected
+`FsspecClient`    everything else; S3, GCS, Azure where obstore is missing or does not know what is needed
+================  ====================================================================================
 """
 
 from __future__ import annotations
