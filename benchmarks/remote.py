@@ -45,6 +45,7 @@ ROWS = (
     Row("local_warm", "local warm", "folder", AOT_HIT, "store", ("folder",), "same"),
     Row("new_host_folder", "new host, warm remote folder", "folder", AOT_HIT, "store"),
     Row("new_host_s3", "new host, warm S3", "s3", AOT_HIT, "store"),
+    Row("new_host_s3fs", "the same through s3fs", "s3fs", AOT_HIT, "store"),
     Row("eager_alone", "local miss, served eagerly, no remote", "alone", EAGER, "store"),
     Row("eager_dead", f"the same, dead remote, timeout {DEAD_TIMEOUT_SECONDS:g} s", "dead", EAGER, "store"),
 )
@@ -128,6 +129,7 @@ def measure_starts(model: str, rounds: int, directory: Path) -> list[Run]:
         remotes = {
             "folder": {"url": f"file://{directory}/remote"},
             "s3": {"url": "s3://benchmark/store", "options": options},
+            "s3fs": {"url": "s3://benchmark/store", "options": options, "client": "fsspec"},
             "alone": None,
             "dead": {**dead, "timeout_seconds": DEAD_TIMEOUT_SECONDS},
         }
@@ -201,7 +203,15 @@ def summarise(runs: list[Run], beyond: list[float]) -> dict[str, Any]:
         times = [good[row.name, n] for n in rounds if (row.name, n) in good]
         failed = sum(1 for run in runs if run.row == row.name and not run.ok)
         median = round(statistics.median(times), 3) if times else None
-        rows[row.name] = {"title": row.title, "first_200_s": median, "runs": len(times), "failed": failed}
+        fetched = [run.starts[0]["phases_ms"].get("fetch") for run in runs if run.row == row.name and run.ok]
+        fetch = [milliseconds for milliseconds in fetched if milliseconds is not None]
+        rows[row.name] = {
+            "title": row.title,
+            "first_200_s": median,
+            "fetch_ms": round(statistics.median(fetch), 1) if fetch else None,
+            "runs": len(times),
+            "failed": failed,
+        }
     return {"rows": rows, "bars": bars}
 
 
@@ -211,8 +221,10 @@ def _bar(label: str, measured: float | None, limit: float) -> dict[str, Any]:
 
 def markdown(result: dict[str, Any]) -> str:
     """Tables of a result."""
-    lines = ["| | first 200, s | runs |", "| --- | ---: | ---: |"]
-    lines += [f"| {row['title']} | {row['first_200_s']} | {row['runs']} |" for row in result["rows"].values()]
+    lines = ["| | first 200, s | of it fetching, ms | runs |", "| --- | ---: | ---: | ---: |"]
+    for row in result["rows"].values():
+        fetch = "" if row["fetch_ms"] is None else row["fetch_ms"]
+        lines.append(f"| {row['title']} | {row['first_200_s']} | {fetch} | {row['runs']} |")
     lines += ["", "| bar | measured | limit | met |", "| --- | ---: | ---: | --- |"]
     for bar in result["bars"]:
         lines.append(f"| {bar['bar']} | {bar['measured']} | {bar['limit']} | {'yes' if bar['met'] else '**no**'} |")

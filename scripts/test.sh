@@ -3,6 +3,9 @@
 #
 #   scripts/test.sh                   everything
 #   scripts/test.sh -m "not serving"  arguments go to pytest
+#
+# The tests on Azure's protocol need Azurite, which npm installs in a quarter of a minute and 190 MB, so it is left to you:
+# npm install azurite, and AZURITE=<folder>/node_modules/.bin/azurite-blob.
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 

@@ -5,6 +5,7 @@ from the archive. Environment variables steer it in a child process:
 
 - ``BUILD_LOG``: a file that gets one line for each build begun and each one finished
 - ``BUILD_SECONDS``: how long a build sleeps
+- ``BUILD_UNTIL``: a file that a build waits for
 - ``BUILD_ERROR``: why a build fails
 - ``KILL_AT``: the process sends itself SIGKILL at this phase (see `PHASES`)
 - ``CRASH_AT``: a segmentation fault in ``build`` or ``load``, as soon as ``CRASHES`` processes (1) have come so far
@@ -58,6 +59,8 @@ class FileBackend:
             kill_at("during build")
             crash_at("build")
             time.sleep(float(os.environ.get("BUILD_SECONDS", "0")))
+            while "BUILD_UNTIL" in os.environ and not os.path.exists(os.environ["BUILD_UNTIL"]):
+                time.sleep(0.02)
             if "BUILD_ERROR" in os.environ:
                 raise BuildError(os.environ["BUILD_ERROR"])
             (directory / "second.json").write_text(json.dumps({"bias": "layer.bias"}))
@@ -138,6 +141,8 @@ START = """
     archive, store = sys.argv[1:3]
     settings = settings_of(store=store, backends=["aot_inductor", "eager"], **json.loads((sys.argv[3:] or ["{}"])[0]))
     model = start_model(archive_source(archive), settings)
+    if settings.remote is not None:
+        model.store.write_back.wait()
     print(json.dumps({**model.describe(), "answer": model(torch.ones(2, 4)).tolist()}))
 """
 """A process that starts the archive's model on a store and prints what `describe` says, and an answer."""

@@ -10,6 +10,7 @@ HEAVY = (
     "torch._dynamo",
     "transformers",
     "fsspec",
+    "obstore",
     "s3fs",
     "redis",
     "cryptography",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import threading
 import time
+
+_REQUEST = re.compile(rb"(GET|HEAD|PUT|POST|DELETE) /")
 
 
 class Proxy:
@@ -16,12 +19,14 @@ class Proxy:
     mode: ``forward``; ``swallow`` (accepts and never answers); ``cut`` (closes every connection).
     bytes_per_second: of the answers; None does not limit them.
     connections: how many were accepted.
+    requests: first lines of the HTTP requests that were forwarded.
     """
 
     def __init__(self, target: tuple[str, int] | None = None, mode: str = "forward") -> None:
         self.mode = mode
         self.bytes_per_second: int | None = None
         self.connections = 0
+        self.requests: list[bytes] = []
         self._target = target
         self._open: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -71,6 +76,8 @@ class Proxy:
                     break
                 if self.mode == "swallow":
                     continue
+                if not answer and _REQUEST.match(data):
+                    self.requests.append(data.partition(b"\r")[0])
                 if slow:
                     time.sleep(0.1)
                 target.sendall(data)

@@ -46,7 +46,7 @@ def test_unsafe_store_is_refused_with_the_remedy(run: Run, filled: Path) -> None
 
 
 def test_bug_shows_its_traceback_and_is_no_finding(run: Run, filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: object, root: object) -> None:
+    def fail(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(local.LocalStore, "__init__", fail)

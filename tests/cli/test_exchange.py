@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,31 @@ def test_push_and_pull(
     assert outcomes(run("pull", remote, "--store", tmp_path / "new", "--json")) == [("present", 0)]
     outcome = start(tmp_path / "new")
     assert (outcome.result, outcome.canary["source"]) == ("hit", "record")
+
+
+def test_folders_above_the_store_can_be_trusted(run: Run, filled: Path, remote: str, tmp_path: Path) -> None:
+    outer, bundle = tmp_path / "outer", tmp_path / "bundle"
+    outer.mkdir()
+    outer.chmod(0o777)
+    filled = Path(shutil.move(filled, outer / "filled"))
+    for index, verb in enumerate((("push", remote), ("export", bundle), ("pull", remote), ("import", bundle))):
+        store = filled if verb[0] in ("push", "export") else outer / f"new-{index}"
+        refused = run(*verb, "--store", store)
+        assert refused.code == 3
+        assert "--trust-folder" in refused.err
+        assert run(*verb, "--store", store, "--trust-folder", tmp_path / "another").code == 3
+        accepted = run(*verb, "--store", store, "--trust-folder", outer, "--json")
+        assert (accepted.code, outcomes(accepted)) == (0, [("done", 1)])
+    for verb in ("ls", "verify", "gc"):
+        assert run(verb, "--store", filled).code == 3
+        assert run(verb, "--store", filled, "--trust-folder", outer).code == 0
+
+
+def test_client_of_the_remote_store(run: Run, filled: Path, remote: str, tmp_path: Path) -> None:
+    assert run("push", remote, "--store", filled, "--client", "fsspec").code == 0
+    wrong = run("pull", remote, "--store", tmp_path / "new", "--client", "obstore")
+    assert wrong.code == 2
+    assert "obstore serves s3, gs and abfs URLs" in wrong.err
 
 
 def test_what_is_not_asked_for_stays(run: Run, filled: Path, remote: str, tmp_path: Path) -> None:

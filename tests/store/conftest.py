@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from ts_handlers.settings.sections import RemoteSettings
@@ -58,13 +59,19 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def s3fs(s3: RemoteSettings) -> RemoteSettings:
+    """The same through fsspec's file system."""
+    return msgspec.structs.replace(s3, client="fsspec")
+
+
+@pytest.fixture
 def folder(tmp_path: Path) -> RemoteSettings:
     """A folder that stands for a mounted one."""
     (tmp_path / "remote").mkdir()
     return RemoteSettings(f"file://{tmp_path}/remote")
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=["folder", "s3", "s3fs"])
 def remote_settings(request: pytest.FixtureRequest) -> RemoteSettings:
     """Each kind of remote store in turn."""
     settings: RemoteSettings = request.getfixturevalue(request.param)

@@ -77,6 +77,19 @@ def test_charged_calls_share_one_budget_and_others_have_their_own(state: Path, m
         breaker.call("asking", hang, charged=True)
 
 
+def test_what_surrounds_the_calls_is_charged_and_a_little_is_kept_back(state: Path) -> None:
+    breaker = Breaker(state, "service", 10.0)
+    assert breaker.left == 10.0 - module.TIDY_UP_SECONDS
+    breaker.charge(9.0)
+    assert breaker.left == pytest.approx(1.0 - module.TIDY_UP_SECONDS)
+    breaker.charge(9.0)
+    assert breaker.left == 0.0
+    with pytest.raises(RemoteError, match="no answer within the 10 s"):
+        breaker.call("asking", hang)
+    assert breaker.left == 10.0 - module.TIDY_UP_SECONDS
+    assert Breaker(state, "service", 0.1).left == pytest.approx(0.09)
+
+
 @pytest.mark.parametrize(
     ("error", "text"),
     [(PermissionError("403"), "PermissionError: 403"), (UnusableError("mount it"), "asking: mount it")],

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+from tcp_proxy import Proxy
 
 from ts_handlers.errors import RemoteError, StoreError
 from ts_handlers.settings.sections import RemoteSettings
@@ -103,25 +107,89 @@ def test_folder_that_is_not_mounted_is_not_made(tmp_path: Path, make_remote: Mak
     assert not (tmp_path / "not-mounted").exists()
 
 
-def test_missing_package_is_named(make_remote: Make) -> None:
-    with pytest.raises(RemoteError, match=r"cannot be imported.*pip install.*gcsfs"):
-        make_remote(RemoteSettings("gs://bucket/x")).exists("a")
+def test_missing_package_is_named(make_remote: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    for client, package in (("fsspec", "gcsfs"), ("obstore", "obstore")):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            patch.delitem(sys.modules, "ts_handlers.store.clients.obstore_client", raising=False)
+            settings = RemoteSettings("gs://bucket/x", client=client)  # type: ignore[arg-type]
+            with pytest.raises(RemoteError, match=rf"cannot be imported.*{package}.*pip install 'ts-handlers\[gcs\]'"):
+                make_remote(settings, package).exists("a")
 
 
-def test_bucket_that_does_not_exist_is_an_error_of_the_write(s3: RemoteSettings, make_remote: Make) -> None:
-    remote = make_remote(RemoteSettings("s3://no-such-bucket/x", options=s3.options, timeout_seconds=30.0))
+@pytest.fixture(params=["obstore", "fsspec"])
+def s3_through(request: pytest.FixtureRequest, s3: RemoteSettings) -> RemoteSettings:
+    if request.param == "obstore":
+        pytest.importorskip("obstore", reason="obstore is not installed")
+    return msgspec.structs.replace(s3, client=request.param)
+
+
+def test_bucket_that_does_not_exist_is_an_error_of_the_write(s3_through: RemoteSettings, make_remote: Make) -> None:
+    remote = make_remote(msgspec.structs.replace(s3_through, url="s3://no-such-bucket/x"))
     assert read(remote, "a") is None
     with pytest.raises((OSError, RemoteError)):
         remote.create("a", b"x")
 
 
-def test_wrong_credentials_do_not_appear_in_messages(s3: RemoteSettings, make_remote: Make) -> None:
-    once = {"retries": {"total_max_attempts": 1}}
-    secret = {"secret": "topsecret-hunter2", "config_kwargs": once}
-    options = {**s3.options, "endpoint_url": "http://127.0.0.1:1", **secret}
+def test_secrets_do_not_appear_in_messages(s3_through: RemoteSettings, make_remote: Make) -> None:
+    options = {**s3_through.options, "endpoint_url": "http://127.0.0.1:1", "secret": "topsecret-hunter2"}
+    if s3_through.client == "fsspec":
+        options["config_kwargs"] = {"retries": {"total_max_attempts": 1}}
     with pytest.raises(RemoteError, match=r"127\.0\.0\.1:1") as caught:
-        make_remote(RemoteSettings("s3://bucket/x", options=options, timeout_seconds=30.0)).exists("a")
+        make_remote(msgspec.structs.replace(s3_through, options=options)).exists("a")
     assert "hunter2" not in str(caught.value)
+
+
+def test_server_that_never_answers_is_asked_once(s3_through: RemoteSettings, make_remote: Make) -> None:
+    with Proxy(mode="swallow") as silent:
+        options = {**s3_through.options, "endpoint_url": f"http://127.0.0.1:{silent.port}"}
+        remote = make_remote(msgspec.structs.replace(s3_through, options=options, timeout_seconds=0.5))
+        asked = []
+        for _ in range(2):
+            with pytest.raises(RemoteError, match=r"no answer within the 0\.5 s"):
+                remote.exists("a")
+            asked.append(silent.connections)
+        assert asked[0] == asked[1] <= 1
+
+
+def test_server_that_fails_is_asked_again_a_few_times(s3: RemoteSettings, make_remote: Make) -> None:
+    pytest.importorskip("obstore", reason="obstore is not installed")
+    with Proxy(mode="cut") as broken:
+        options = {**s3.options, "endpoint_url": f"http://127.0.0.1:{broken.port}"}
+        remote = make_remote(msgspec.structs.replace(s3, options=options))
+        with pytest.raises(RemoteError, match="after 2 retries"):
+            remote.exists("a")
+        assert broken.connections == 3
+
+
+def test_object_of_any_size_is_written_and_read_in_one_request(
+    s3: RemoteSettings, s3_port: int, make_remote: Make, tmp_path: Path
+) -> None:
+    pytest.importorskip("obstore", reason="obstore is not installed")
+    data = os.urandom(12 << 20)  # obstore's own upload in parts begins above 5 MiB
+    (tmp_path / "data").write_bytes(data)
+    with Proxy(("127.0.0.1", s3_port)) as proxy:
+        options = {**s3.options, "endpoint_url": f"http://127.0.0.1:{proxy.port}"}
+        remote = make_remote(msgspec.structs.replace(s3, options=options))
+        assert remote.create("a/b", tmp_path / "data")
+        assert read(remote, "a/b") == data
+        assert remote.list("a") == ["b"]
+        assert [line.partition(b" ")[0] for line in proxy.requests] == [b"PUT", b"GET", b"GET"]
+        del proxy.requests[:]
+        assert not remote.create("a/b", tmp_path / "data")
+        assert [line.partition(b" ")[0] for line in proxy.requests] == [b"PUT", b"HEAD"]
+
+
+def test_object_above_the_limit_of_one_request_is_not_sent(
+    s3: RemoteSettings, make_remote: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = pytest.importorskip("ts_handlers.store.clients.obstore_client", reason="obstore is not installed")
+    monkeypatch.setattr(module, "LARGEST", 10)
+    (tmp_path / "data").write_bytes(bytes(11))
+    remote = make_remote(s3)
+    with pytest.raises(StoreError, match=r"11 bytes.*takes 10; set remote.client: fsspec"):
+        remote.create("a", tmp_path / "data")
+    assert not remote.exists("a")
 
 
 def _overwriting(protocol: str) -> None:
@@ -143,7 +211,7 @@ def test_file_systems_without_exclusive_create_are_not_written_to(make_remote: M
     with pytest.raises(StoreError, match=r"memory has no atomic create.*read from it and not written"):
         make_remote(RemoteSettings("memory://somewhere")).require_exclusive_create()
     _overwriting("az")
-    remote = make_remote(RemoteSettings("az://container/x"))
+    remote = make_remote(RemoteSettings("az://container/x", client="fsspec"))
     for _ in range(2):
         with pytest.raises(StoreError, match="overwrites an object in spite of"):
             remote.require_exclusive_create()
@@ -160,3 +228,6 @@ def test_redaction() -> None:
     text = "AKIA t0ken here http://e:1 user:pa55word redis://x:y@host abcd=efgh"
     cleaned = redact(text, "redis://user:pa55word@h?abcd=efgh", options)
     assert cleaned == "*** *** here http://e:1 ***:*** redis://***@host ***"
+    assert (
+        redact("GET https://a.blob/c/x?sig=abc%3D&se=1 failed", "az://c/x", {}) == "GET https://a.blob/c/x?*** failed"
+    )

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from ts_handlers import CompiledModel, start_model
 from ts_handlers.errors import LoadError, SettingsError
 from ts_handlers.settings.sections import RemoteSettings
 from ts_handlers.store import local
+from ts_handlers.store.breaker import Breaker
 from ts_handlers.store.sealed import MAGIC
 from ts_handlers.store.tiered import TieredStore
 
@@ -101,6 +103,17 @@ def test_first_host_builds_and_others_fetch_the_entry_and_its_canary(fleet: Flee
     assert "fetch" not in third.metrics.phases_ms
 
 
+def test_remote_hit_costs_one_request_for_each_object(shared: Fleet, s3: RemoteSettings, s3_port: int) -> None:
+    pytest.importorskip("obstore", reason="obstore is not installed")
+    shared.remote = msgspec.to_builtins(s3)
+    shared.start("first")
+    with Proxy(("127.0.0.1", s3_port)) as proxy:
+        options = {**s3.options, "endpoint_url": f"http://127.0.0.1:{proxy.port}"}
+        assert counters(shared.start("second", options=options)) == FETCHED
+    wanted = [re.match(rb"GET /[^/]+/some/prefix/(entries|canaries)/", line) for line in proxy.requests]
+    assert [found and found[1] for found in wanted] == [b"entries", b"canaries"]
+
+
 def test_new_weights_are_checked_by_one_host_for_all(shared: Fleet) -> None:
     shared.start("first")
     shared.start("second")
@@ -129,7 +142,7 @@ def test_local_hit_neither_asks_the_remote_nor_imports_anything_for_it(shared: F
     remote = {**shared.remote, "lease": "redis://127.0.0.1:1/0"}
     result, modules = json.loads(run_python(code, shared.archive, shared.root / "host", json.dumps(remote)))
     assert result == "hit"
-    heavy = {"fsspec", "redis", "cryptography", "s3fs", "filelock", "ts_handlers.store.redis_lease"}
+    heavy = {"fsspec", "obstore", "redis", "cryptography", "s3fs", "filelock", "ts_handlers.store.redis_lease"}
     assert not {name.partition(".")[0] for name in modules} & heavy
 
 
@@ -272,6 +285,23 @@ def test_dead_remote_is_asked_once_and_the_host_says_so(shared: Fleet, s3: Remot
         assert silent.connections == asked
         assert "remote_failed" not in counters(second)
         assert "going on alone" in notes(second)
+
+
+def test_what_comes_before_the_first_call_is_charged_too(shared: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    def noted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*arguments: Any, **options: Any) -> Any:
+            events.append(name)
+            return method(*arguments, **options)
+
+        return note
+
+    for name in ("charge", "call"):
+        monkeypatch.setattr(Breaker, name, noted(name, getattr(Breaker, name)))
+    shared.start("host")
+    # Opening the tiers; the lock of the host and a private folder; what the call itself took.
+    assert events[:4] == ["charge", "charge", "call", "charge"]
 
 
 def test_remote_that_fails_at_once_is_gone_on_without(shared: Fleet, tmp_path: Path) -> None:

@@ -22,12 +22,27 @@ StoreOption = Annotated[
         help="Root of the store; otherwise TS_HANDLERS_CACHE, $XDG_CACHE_HOME/ts_handlers or ~/.cache/ts_handlers.",
     ),
 ]
+TrustedFolders = Annotated[
+    list[Path],
+    typer.Option(
+        "--trust-folder",
+        metavar="PATH",
+        help="A folder above the store whose owner and mode are accepted as they are; may be given repeatedly.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 KeyArgument = Annotated[str, typer.Argument(metavar="KEY", help="A key, or enough of its first digits.")]
 
 
-def open_existing_store(path: Path | None) -> LocalStore:
+def absolute(folders: list[Path]) -> list[str]:
+    """Folders of the command line as the settings want them."""
+    return [str(folder.expanduser().absolute()) for folder in folders]
+
+
+def open_existing_store(path: Path | None, trusted_folders: list[Path] | None = None) -> LocalStore:
     """The store that `path` names (None: the default one), which must exist.
+
+    The owner and mode of `trusted_folders` above it are accepted as they are.
 
     Raises
     ------
@@ -39,7 +54,7 @@ def open_existing_store(path: Path | None) -> LocalStore:
     root = Path(path or default_store_root()).expanduser().absolute()
     if not root.exists():
         raise StoreError(f"there is no store at {root}; name another one with --store or TS_HANDLERS_CACHE")
-    return LocalStore(root)
+    return LocalStore(root, absolute(trusted_folders or []))
 
 
 def find_entries(store: LocalStore, prefix: str) -> list[EntryInfo]:

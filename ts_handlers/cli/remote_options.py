@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ts_handlers.cli.exit_codes import ExitCode
+from ts_handlers.cli.options import absolute
 from ts_handlers.cli.output import print_json, print_table
+from ts_handlers.settings.location import default_store_root
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ts_handlers.store.bundles import Moved
+    from ts_handlers.store.local import LocalStore
     from ts_handlers.store.remote import Remote
     from ts_handlers.store.scan import EntryInfo
     from ts_handlers.store.trust import Trust
+
+
+class Client(str, Enum):
+    """The values of the setting ``remote.client``."""
+
+    AUTO = "auto"
+    OBSTORE = "obstore"
+    FSSPEC = "fsspec"
+
 
 RemoteArgument = Annotated[
     str, typer.Argument(metavar="URL", help="Of the remote store, such as s3://bucket/prefix or file:///mnt/artifacts.")
@@ -29,6 +42,9 @@ StorageOption = Annotated[
         help="A storage option of fsspec, such as endpoint_url=...; leave credentials to the environment.",
     ),
 ]
+ClientOption = Annotated[
+    Client, typer.Option("--client", help="The library that reaches S3, GCS and Azure, see docs/remote.md.")
+]
 TimeoutOption = Annotated[float, typer.Option("--timeout", metavar="SECONDS", help="For each object.")]
 PublicKeys = Annotated[
     list[Path],
@@ -39,7 +55,7 @@ ModelOption = Annotated[str | None, typer.Option("--model", metavar="NAME", help
 KeyOption = Annotated[list[str], typer.Option("--key", metavar="KEY", help="Only keys that start so.")]
 
 
-def open_remote(url: str, options: list[str], timeout: float) -> Remote:
+def open_remote(url: str, options: list[str], timeout: float, client: Client) -> Remote:
     """The remote store that the options name; its failures are not remembered for the workers of this host."""
     from ts_handlers.settings import Settings
     from ts_handlers.settings.sections import RemoteSettings
@@ -52,9 +68,16 @@ def open_remote(url: str, options: list[str], timeout: float) -> Remote:
         if not separator:
             raise typer.BadParameter(f"--option: expected NAME=VALUE, found {name!r}")
         pairs[name] = value
-    settings = RemoteSettings(url, timeout_seconds=timeout, options=pairs)
+    settings = RemoteSettings(url, timeout_seconds=timeout, options=pairs, client=client.value)
     validate(Settings(remote=settings))
     return Remote(settings, None)
+
+
+def make_store(path: Path | None, trusted_folders: list[Path]) -> LocalStore:
+    """The store that `path` names (None: the default one), made if it does not exist."""
+    from ts_handlers.store.local import LocalStore
+
+    return LocalStore(Path(path or default_store_root()), absolute(trusted_folders))
 
 
 def open_trust(public_keys: list[Path], signing_key: Path | None = None) -> Trust:

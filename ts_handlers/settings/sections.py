@@ -36,10 +36,14 @@ class BackgroundSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 class RemoteSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A store shared by hosts, addressed by an fsspec URL (``file:///mnt/nfs/artifacts``, ``s3://bucket/prefix``).
 
-    `options` goes to the file system as fsspec's storage options. A start waits for the remote for `timeout_seconds` at
-    most, all its answers together; after a failure the host goes on without it for a minute. `lease` says how hosts
-    agree on one builder: ``auto`` (the object store's exclusive create), ``off``, or a ``redis://`` URL. A holder that
-    has not renewed its lease for three times `heartbeat_seconds` has lost it.
+    `options` are the storage options of fsspec's file system. `client` is the library that reaches S3, GCS and Azure:
+    ``fsspec`` takes s3fs, gcsfs or adlfs, ``obstore`` takes obstore, whose import and connection cost a tenth; ``auto``
+    takes obstore where it is installed and the options and the environment hold all that it needs.
+
+    A start waits for the remote for `timeout_seconds` at most, all its answers together; after a failure the host goes
+    on without it for a minute. `lease` says how hosts agree on one builder: ``auto`` (the object store's exclusive
+    create), ``off``, or a ``redis://`` URL. A holder that has not renewed its lease for three times `heartbeat_seconds`
+    has lost it.
     """
 
     url: str
@@ -47,6 +51,7 @@ class RemoteSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     timeout_seconds: float = 10.0
     lease: str = "auto"
     heartbeat_seconds: float = 5.0
+    client: Literal["auto", "obstore", "fsspec"] = "auto"
     options: dict[str, Any] = msgspec.field(default_factory=dict)
 
 

@@ -1,8 +1,11 @@
 """Calls to a service that may be slow or dead: bounded in time, and given up after the first failure.
 
 A `Breaker` runs each call in a thread of its own and waits for it no longer than the budget that is left: what a start
-waits for a service, all calls together, is bounded by one timeout. After a failure the breaker is open: calls fail at
-once, in every process of the host, until `PAUSE_SECONDS` have passed; then one call tries again.
+waits for a service, all calls together, is bounded by one timeout. Callers charge what else the service costs before a
+call (imports, locks, files) to the same budget, and a little of it is kept back for tidying up after a timeout.
+
+After a failure the breaker is open: calls fail at once, in every process of the host, until `PAUSE_SECONDS` have
+passed; then one call tries again.
 
 The state is a file in the store, ``<root>/remote/<service>.json``: ``{"boot": boot id, "until": s, "reason": text}``,
 where `until` is a time of the kernel's monotonic clock, which all processes of a host share and nobody sets.
@@ -26,6 +29,8 @@ from ts_handlers.errors import UNDECODABLE, RefusedError, RemoteError, StoreErro
 logger = logging.getLogger(__name__)
 
 PAUSE_SECONDS = 60.0
+TIDY_UP_SECONDS = 0.05
+"""Kept back of the budget of charged calls; at most a tenth of it."""
 T = TypeVar("T")
 
 
@@ -55,7 +60,7 @@ class Breaker:
         self._state = state
         self._seconds = seconds
         self._clean = clean
-        self._spent = 0.0
+        self._spent = self._kept_back = min(TIDY_UP_SECONDS, seconds / 10)
         self._until = 0.0
         self.name = name
         self.reason: str | None = None
@@ -75,6 +80,15 @@ class Breaker:
             if facts["boot"] == _boot_id() and 0 < facts["until"] - now <= PAUSE_SECONDS:
                 self._until, self.reason = float(facts["until"]), str(facts["reason"])
         return self.reason is not None
+
+    @property
+    def left(self) -> float:
+        """Seconds of the budget that are left."""
+        return max(0.0, self._seconds - self._spent)
+
+    def charge(self, seconds: float) -> None:
+        """Take what a start spent for the service beside the calls (imports, locks, files) off the budget."""
+        self._spent += seconds
 
     def call(self, what: str, function: Callable[[threading.Event], T], *, charged: bool = True) -> T:
         """Run `function` in a thread and return its result.
@@ -97,7 +111,7 @@ class Breaker:
         """
         if self.is_open:
             raise RemoteError(f"{self.name}: {self.reason}")
-        limit = max(0.0, self._seconds - self._spent) if charged else self._seconds
+        limit = self.left if charged else self._seconds
         given_up = threading.Event()
         box: dict[str, Any] = {}
 
@@ -113,7 +127,7 @@ class Breaker:
         thread.start()
         thread.join(limit)
         if charged:
-            self._spent += time.monotonic() - started
+            self.charge(time.monotonic() - started)
         if thread.is_alive():
             given_up.set()
             raise self._trip(f"{what}: no answer within the {self._seconds:g} s of timeout_seconds")
@@ -128,7 +142,7 @@ class Breaker:
 
     def _trip(self, problem: str) -> RemoteError:
         """Open the breaker, for the whole host."""
-        self._spent = 0.0
+        self._spent = self._kept_back
         self.reason = re.sub(r"\s+", " ", self._clean(problem)).strip()[:400]
         self._until = time.monotonic() + PAUSE_SECONDS
         logger.warning(

@@ -6,6 +6,7 @@ import functools
 import logging
 import re
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,7 @@ def open_store(settings: Settings, metrics: Metrics) -> tuple[Store, str | None]
     local, problem = _open_local(settings)
     if settings.remote is None:
         return local, problem
+    began = time.monotonic()
     from ts_handlers.store.remote import Remote
     from ts_handlers.store.tiered import TieredStore
     from ts_handlers.store.trust import load_trust
@@ -50,7 +52,9 @@ def open_store(settings: Settings, metrics: Metrics) -> tuple[Store, str | None]
     state = local.root / "remote"
     remote = Remote(settings.remote, state)
     leases = _open_leases(settings.remote, remote, state)
-    return TieredStore(local, remote, lambda: load_trust(settings.trust), leases, metrics), problem
+    store = TieredStore(local, remote, lambda: load_trust(settings.trust), leases, metrics)
+    remote.breaker.charge(time.monotonic() - began)
+    return store, problem
 
 
 def _open_leases(settings: RemoteSettings, remote: Remote, state: Path) -> LeaseService | None:

@@ -53,7 +53,9 @@ def check_path(root: Path, trusted: Collection[str | Path] = ()) -> None:
         )
 
 
-_OR_TRUST = ", or add it to handler.ts_handlers.trust.folders if nobody else can reach it"
+_OR_TRUST = (
+    ", or add it to handler.ts_handlers.trust.folders (on the command line: --trust-folder) if nobody else can reach it"
+)
 
 
 def _way(root: Path) -> Iterator[tuple[Path, os.stat_result]]:

@@ -1,4 +1,4 @@
-"""Objects in a folder that hosts share, through fsspec: a mounted folder, S3 and its kin, GCS, Azure.
+"""Objects in a folder that hosts share: a mounted folder, S3 and its kin, GCS, Azure.
 
 Objects below the URL (see `ts_handlers.store.sealed` for their format)::
 
@@ -8,31 +8,29 @@ Objects below the URL (see `ts_handlers.store.sealed` for their format)::
 
 Sealed objects are written once, by a create that fails when the object exists, and never replaced or removed by this
 package. Only file systems whose create is atomic are written to; others are read.
+
+How the objects are reached is `ts_handlers.store.clients`; what a slow, dead or lying server may cost is here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
-import shutil
 import threading
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from ts_handlers.errors import StoreError
 from ts_handlers.settings.sections import RemoteSettings
-from ts_handlers.store.breaker import Breaker, UnusableError
+from ts_handlers.store.breaker import Breaker
+from ts_handlers.store.clients.base import FILE_SYSTEMS, LOCAL, open_client, protocol_of
 
-# Protocols whose `put_file(mode="create")` is one conditional request (s3fs: If-None-Match, gcsfs: ifGenerationMatch=0,
-# adlfs: If-None-Match); the base class of fsspec asks first and writes then, which two hosts can do at once.
-_CONDITIONAL = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az")
-_LOCAL = ("file", "local")
-_BLOCK = 16 << 20  # bytes read ahead: most entries come in one request
+if TYPE_CHECKING:
+    from ts_handlers.store.clients.base import ObjectClient
+
 _PROBE = "exclusive-create"
 _PROBE_TEXT = b"This object shows that a second create of it fails.\n"
 _SECRET = re.compile(r"key|secret|token|pass|cred|sas|conn|auth", re.IGNORECASE)
@@ -59,37 +57,23 @@ class Remote:
         identity = hashlib.sha256(settings.url.encode()).hexdigest()[:16]
         file = None if state is None else state / f"{identity}.json"
         self.breaker = Breaker(file, self.name, settings.timeout_seconds, self._clean)
-        self._protocol = urlsplit(settings.url).scheme or "file"
-        self._opened: tuple[Any, str] | None = None
+        self._protocol = protocol_of(settings.url)
+        self._client: ObjectClient | None = None
         self._exclusive: bool | None = None
         self._lock = threading.Lock()
+        if settings.client == "obstore":  # `auto` takes what understands the options
+            from ts_handlers.store.clients.obstore_options import translate
+
+            translate(settings.url, settings.options)
 
     def _clean(self, text: str) -> str:
         return redact(text, self.settings.url, self.settings.options)
 
-    def _open(self) -> tuple[Any, str]:
-        """The file system and the path of the URL in it."""
+    def _open(self) -> ObjectClient:
         with self._lock:
-            if self._opened is None:
-                try:
-                    from fsspec.core import url_to_fs
-
-                    system, path = url_to_fs(
-                        self.settings.url,
-                        use_listings_cache=False,
-                        skip_instance_cache=True,
-                        **self.settings.options,
-                    )
-                except ImportError as error:
-                    raise UnusableError(
-                        f"a package cannot be imported ({error}); pip install 'ts-handlers[remote]' and the file "
-                        "system's package (s3fs, gcsfs, adlfs)"
-                    ) from error
-                self._opened = system, path.rstrip("/")
-            system, path = self._opened
-            if self._protocol in _LOCAL and not os.path.isdir(path):
-                raise UnusableError(f"the folder {path} does not exist; make or mount it")
-            return system, path
+            if self._client is None:
+                self._client = open_client(self.settings)
+            return self._client
 
     def read(self, name: str, consume: Callable[[BinaryIO], T], *, charged: bool = True) -> T | None:
         """What `consume` makes of an object's bytes, or None when there is no such object.
@@ -98,9 +82,8 @@ class Remote:
         """
 
         def run(given_up: threading.Event) -> T | None:
-            system, base = self._open()
             try:
-                stream = system.open(f"{base}/{name}", "rb", block_size=_BLOCK, cache_type="readahead")
+                stream = self._open().open(name)
             except FileNotFoundError:
                 return None
             with stream:
@@ -109,15 +92,11 @@ class Remote:
         return self.breaker.call(f"reading {name}", run, charged=charged)
 
     def read_small(self, name: str, *, charged: bool = True) -> bytes | None:
-        """All bytes of an object that its writer overwrites, in one request; None when there is no such object.
-
-        `read` asks for the size first, and fails when the object is overwritten in between.
-        """
+        """All bytes of an object that its writer overwrites, in one request; None when there is no such object."""
 
         def run(_: threading.Event) -> bytes | None:
-            system, base = self._open()
             try:
-                return bytes(system.cat_file(f"{base}/{name}"))
+                return self._open().read(name)
             except FileNotFoundError:
                 return None
 
@@ -125,69 +104,40 @@ class Remote:
 
     def exists(self, name: str, *, charged: bool = True) -> bool:
         """Whether there is such an object."""
-
-        def run(_: threading.Event) -> bool:
-            system, base = self._open()
-            return bool(system.exists(f"{base}/{name}"))
-
-        return self.breaker.call(f"looking for {name}", run, charged=charged)
+        return self.breaker.call(f"looking for {name}", lambda _: self._open().exists(name), charged=charged)
 
     def list(self, folder: str, *, charged: bool = True, recursive: bool = False) -> list[str]:
         """Names of the objects below a folder, relative to it."""
-
-        def run(_: threading.Event) -> list[str]:
-            system, base = self._open()
-            try:
-                found = system.find(f"{base}/{folder}") if recursive else system.ls(f"{base}/{folder}", detail=False)
-            except FileNotFoundError:
-                return []
-            names = (str(path).removeprefix(f"{base}/{folder}/") for path in found)
-            return sorted(name for name in names if not name.rpartition("/")[2].startswith("."))  # being written
-
-        return self.breaker.call(f"listing {folder}", run, charged=charged)
+        return self.breaker.call(
+            f"listing {folder}", lambda _: sorted(self._open().list(folder, recursive)), charged=charged
+        )
 
     def create(self, name: str, source: Path | bytes, *, charged: bool = False) -> bool:
         """Make an object of bytes, or of a file's, unless it exists; False when it does."""
+        return self.breaker.call(f"writing {name}", lambda _: self._create(name, source), charged=charged)
 
-        def run(_: threading.Event) -> bool:
-            system, base = self._open()
-            return self._create(system, f"{base}/{name}", source)
-
-        return self.breaker.call(f"writing {name}", run, charged=charged)
-
-    def _create(self, system: Any, path: str, source: Path | bytes) -> bool:
-        if self._protocol in _LOCAL:
-            return _link_new(Path(path), source)
+    def _create(self, name: str, source: Path | bytes) -> bool:
+        client = self._open()
         try:
-            if isinstance(source, bytes):
-                system.pipe_file(path, source, mode="create")
-            else:
-                system.put_file(os.fspath(source), path, mode="create")
+            client.create(name, source)
+        except StoreError:
+            raise
         except Exception:
-            if system.exists(path):  # each file system has an error of its own for this
+            if client.exists(name):  # each library has an error of its own for this; and an answer may have been lost
                 return False
             raise
         return True
 
     def overwrite(self, name: str, data: bytes, *, charged: bool = False) -> None:
         """Write an object of which there is one writer; readers see the old bytes or the new ones."""
-
-        def run(_: threading.Event) -> None:
-            system, base = self._open()
-            if self._protocol in _LOCAL:
-                _replace(Path(base, name), data)
-            else:
-                system.pipe_file(f"{base}/{name}", data)
-
-        self.breaker.call(f"writing {name}", run, charged=charged)
+        self.breaker.call(f"writing {name}", lambda _: self._open().overwrite(name, data), charged=charged)
 
     def remove(self, name: str) -> None:
         """Remove an object, if it is there."""
 
         def run(_: threading.Event) -> None:
-            system, base = self._open()
             with contextlib.suppress(FileNotFoundError):
-                system.rm_file(f"{base}/{name}")
+                self._open().remove(name)
 
         self.breaker.call(f"removing {name}", run, charged=False)
 
@@ -199,20 +149,18 @@ class Remote:
         StoreError
             They could, so this file system must not be written to.
         """
-        if self._protocol in _LOCAL:
+        if self._protocol in LOCAL:
             return
-        if self._protocol not in _CONDITIONAL:
+        if self._protocol not in FILE_SYSTEMS:
             raise StoreError(
                 f"{self.name}: {self._protocol} has no atomic create, so entries are read from it and not written; "
-                f"use a mounted folder or one of {', '.join(_CONDITIONAL)} where entries are built"
+                f"use a mounted folder or one of {', '.join(FILE_SYSTEMS)} where entries are built"
             )
         if self._exclusive is None:
 
             def run(_: threading.Event) -> bool:
-                system, base = self._open()
-                path = f"{base}/{_PROBE}"
                 # The first may be the one that makes it; the second must fail.
-                return not (self._create(system, path, _PROBE_TEXT) and self._create(system, path, _PROBE_TEXT))
+                return not (self._create(_PROBE, _PROBE_TEXT) and self._create(_PROBE, _PROBE_TEXT))
 
             self._exclusive = self.breaker.call("trying exclusive create", run, charged=charged)
         if not self._exclusive:
@@ -236,36 +184,6 @@ class _Watched:
         return self._stream.read(count)
 
 
-def _link_new(target: Path, source: Path | bytes) -> bool:
-    """Make `target` with the bytes of `source`, complete from the first moment; False when it exists."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "xb") as write:
-            if isinstance(source, bytes):
-                write.write(source)
-            else:
-                with open(source, "rb") as read:
-                    shutil.copyfileobj(read, write, 1 << 20)
-            write.flush()
-            os.fsync(write.fileno())
-        try:
-            os.link(temporary, target)  # atomic on NFS too, unlike O_EXCL followed by writing
-        except FileExistsError:
-            return False
-        return True
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def _replace(target: Path, data: bytes) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    temporary.write_bytes(data)
-    os.replace(temporary, target)
-
-
 def redact_url(url: str) -> str:
     """A URL without user, password and query.
 
@@ -284,6 +202,7 @@ def redact(text: str, url: str, options: Mapping[str, Any]) -> str:
     secrets = {parts.username, parts.password, parts.query, *_secrets(options)}
     for secret in sorted((item for item in secrets if item and len(item) > 3), key=len, reverse=True):
         text = text.replace(secret, "***")
+    text = re.sub(r"(https?://[^\s?\"']*)\?[^\s\"',)]*", r"\1?***", text)  # Azure's SAS tokens are part of the query
     return re.sub(r"//[^/\s@]*@", "//***@", text)
 
 

@@ -17,6 +17,7 @@ import functools
 import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -80,11 +81,12 @@ class TieredStore:
             return found
         if address.key.digest in self._discarded or self._sender.alone():
             return found
+        began = time.monotonic()
         with self._metrics.phase("fetch"), self._one_fetcher(address) as asked_by_another:
             if asked_by_another:
                 again = self._local.lookup(address)
                 return again if isinstance(again, Hit) else found
-            hit = self._fetch(address)
+            hit = self._fetch(address, began)
         if hit is not None and isinstance(found, Corrupt):
             self._metrics.count("corrupt")
             self._sender.note(f"damaged entry, fetched anew: {found.reason}")
@@ -103,7 +105,7 @@ class TieredStore:
                 lock.acquire(timeout=0)
             except Timeout:
                 waited = True
-                lock.acquire(timeout=self._remote.settings.timeout_seconds, poll_interval=0.02)
+                lock.acquire(timeout=self._remote.breaker.left, poll_interval=0.02)
         except Timeout:
             yield True
             return
@@ -115,7 +117,7 @@ class TieredStore:
         finally:
             lock.release()
 
-    def _fetch(self, address: Address) -> Hit | None:
+    def _fetch(self, address: Address, began: float) -> Hit | None:
         trust = self._sender.trust()  # here: mistakes in its settings are no failure of the remote
         with self._local.staging(address) as staging:
 
@@ -123,6 +125,7 @@ class TieredStore:
                 _empty(staging)  # of what an earlier generation left
                 return exchange.unseal_entry(stream, staging, entry_path(address), trust)[1]
 
+            self._remote.breaker.charge(time.monotonic() - began)
             manifest = self._ask(entry_name(address), consume, "remote_miss")
             if manifest is None:
                 return None

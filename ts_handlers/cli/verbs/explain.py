@@ -11,7 +11,7 @@ import typer
 
 from ts_handlers.cache_key import CacheKey, explain
 from ts_handlers.cli.exit_codes import ExitCode
-from ts_handlers.cli.options import JsonOption, StoreOption, find_entries, open_existing_store
+from ts_handlers.cli.options import JsonOption, StoreOption, TrustedFolders, find_entries, open_existing_store
 from ts_handlers.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def command(
     model_name: Annotated[
         str | None, typer.Option(help="The name that TorchServe serves the archive under; otherwise its own.")
     ] = None,
+    trust_folder: TrustedFolders = [],  # noqa: B006  (typer copies it)
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> ExitCode:
@@ -47,7 +48,7 @@ def command(
 
     For an archive its handler is imported and run up to the start of its model. Ends with 1 when keys differ.
     """
-    opened = open_existing_store(store)
+    opened = open_existing_store(store, trust_folder)
     if Path(what).exists():
         from ts_handlers.archive_keys import archive_keys
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from ts_handlers.cli.exit_codes import ExitCode
-from ts_handlers.cli.options import JsonOption, StoreOption, open_existing_store
+from ts_handlers.cli.options import JsonOption, StoreOption, TrustedFolders, open_existing_store
 from ts_handlers.cli.remote_options import (
+    Client,
+    ClientOption,
     KeyOption,
     ModelOption,
     PublicKeys,
@@ -27,6 +29,8 @@ def command(
     signing_key: SigningKey = None,
     public_key: PublicKeys = [],  # noqa: B006
     timeout: TimeoutOption = 120.0,
+    client: ClientOption = Client.AUTO,
+    trust_folder: TrustedFolders = [],  # noqa: B006
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> ExitCode:
@@ -34,7 +38,7 @@ def command(
     from ts_handlers.store.bundles import push
     from ts_handlers.store.scan import scan_entries
 
-    opened = open_existing_store(store)
+    opened = open_existing_store(store, trust_folder)
     entries = select(scan_entries(opened.root), model, key)
-    remote = open_remote(url, option, timeout)
+    remote = open_remote(url, option, timeout, client)
     return report(push(opened, entries, remote, open_trust(public_key, signing_key)), as_json)

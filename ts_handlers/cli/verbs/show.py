@@ -5,16 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 from ts_handlers.cli.exit_codes import ExitCode
-from ts_handlers.cli.options import JsonOption, KeyArgument, StoreOption, find_entries, open_existing_store
+from ts_handlers.cli.options import (
+    JsonOption,
+    KeyArgument,
+    StoreOption,
+    TrustedFolders,
+    find_entries,
+    open_existing_store,
+)
 from ts_handlers.cli.output import human_bytes, print_json, print_table, timestamp
 from ts_handlers.store.scan import EntryInfo
 
 
-def command(key: KeyArgument, store: StoreOption = None, as_json: JsonOption = False) -> ExitCode:
+def command(
+    key: KeyArgument,
+    trust_folder: TrustedFolders = [],  # noqa: B006  (typer copies it)
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> ExitCode:
     """Show one entry: its key's parts, files, build timings, recorded facts and canaries."""
     from ts_handlers.store.scan import canaries_of
 
-    opened = open_existing_store(store)
+    opened = open_existing_store(store, trust_folder)
     found = find_entries(opened, key)
     canaries = [path.name for path in canaries_of(opened.root, found[0].key)]
     facts = [_facts(entry, canaries) for entry in found]

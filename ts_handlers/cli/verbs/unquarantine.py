@@ -5,15 +5,20 @@ from __future__ import annotations
 import msgspec
 import typer
 
-from ts_handlers.cli.options import JsonOption, KeyArgument, StoreOption, open_existing_store
+from ts_handlers.cli.options import JsonOption, KeyArgument, StoreOption, TrustedFolders, open_existing_store
 from ts_handlers.cli.output import print_json
 
 
-def command(key: KeyArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
+def command(
+    key: KeyArgument,
+    trust_folder: TrustedFolders = [],  # noqa: B006  (typer copies it)
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Let what is quarantined under a key be tried again by the next start."""
     from ts_handlers.store.quarantine import lift_quarantine, read_quarantines
 
-    root = open_existing_store(store).root
+    root = open_existing_store(store, trust_folder).root
     keys = sorted({record.key for record in read_quarantines(root, key.lower())})
     if len(keys) != 1:
         found = f"{len(keys)} quarantined keys start with {key!r}: {', '.join(keys[:8])}; give more digits"
