@@ -223,6 +223,12 @@ def report(model: str, cold: dict[str, Facts], rounds: list[dict[str, Facts]]) -
         )
 
 
+def commit() -> str | None:
+    """The checked out commit."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
 def environment() -> Facts:
     """What the figures were measured on."""
     code = (
@@ -232,6 +238,7 @@ def environment() -> Facts:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout
     facts: Facts = json.loads(found or "{}")
     facts.update(date=time.strftime("%Y-%m-%d"), python=platform.python_version(), cpus=os.cpu_count())
+    facts["commit"] = os.environ.get("BENCHMARK_COMMIT") or commit()  # the former where the tree is a copy without git
     return facts
 
 
