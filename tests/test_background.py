@@ -29,6 +29,7 @@ from ts_handlers.metrics import Metrics
 from ts_handlers.serving.contexts import PoolStats
 from ts_handlers.serving.slots import ModuleSlots
 from ts_handlers.settings.sections import ContextSettings
+from ts_handlers.store.quarantine import lift_quarantine
 
 pytestmark = pytest.mark.processes
 
@@ -219,7 +220,33 @@ def test_child_is_nice_and_a_killed_one_changes_nothing(
     assert counters(after) == {"miss": 1, "background_build": 1, "background_failed": 1}
     assert list((tmp_path / "store").rglob("manifest.json")) == []
     monkeypatch.setenv("BUILD_SECONDS", "0")
+    at_once = start()
+    assert (at_once.background, at_once.metrics.counters["build_skipped"]) == (None, 1)
+    (record,) = lift_quarantine(tmp_path / "store", "")
+    assert (record.kind, "was killed by SIGKILL" in record.reason) == ("circumstantial", True)
     assert settled(start(), archive)["backend"] == "aot_inductor"  # a restart tries again
+
+
+def test_a_build_that_its_time_limit_ended_is_remembered_and_the_next_backend_served(
+    start: Start, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUILD_SECONDS", "600")
+    model = start()
+    building(model)
+    process = background(model)._process
+    assert process is not None
+    process.end("it took longer than the setting background.seconds: 1")  # as its timer does
+    stays_eager(settled(model, archive), "it took longer than the setting background.seconds: 1")
+    monkeypatch.setenv("BUILD_SECONDS", "0")
+    facts = settled(start(backends=["aot_inductor", "inductor", "eager"]), archive)
+    assert (facts["backend"], facts["result"]) == ("inductor", "swapped")
+    (fallback,) = facts["fallbacks"]
+    assert fallback["backend"] == "aot_inductor"
+    assert "a build failed" in fallback["reason"]
+    assert "background.seconds: 1" in fallback["reason"]
+    again = start(backends=["aot_inductor", "inductor", "eager"])
+    assert (again.outcome.backend, again.outcome.result, again.background) == ("inductor", "hit", None)
+    assert len(begun(tmp_path)) == 2
 
 
 @pytest.fixture
@@ -244,6 +271,7 @@ def test_child_walks_the_ladder_with_the_state_of_its_parent(
     assert counters(facts) == {
         "miss": 1,
         "build": 1,
+        "build_failed": 1,
         "fallback": 1,
         "canary_recorded": 1,
         "background_build": 1,

@@ -21,6 +21,7 @@ import ts_handlers.backends
 from ts_handlers.errors import ModelError
 from ts_handlers.prewarm import prewarm
 from ts_handlers.settings.sections import BackgroundSettings
+from ts_handlers.store.quarantine import read_quarantines
 from ts_handlers.unpacking import unpacked
 
 pytest.importorskip("ts", reason="TorchServe is not installed")
@@ -225,6 +226,10 @@ def test_failures_are_results(folder: Path, tmp_path: Path, monkeypatch: pytest.
     assert not (store / "entries").exists()
     with pytest.raises(ModelError, match="device 'gpu'"):
         prewarm(folder, device="gpu")
+    # What failed is remembered, and tried anew whenever somebody asks for it.
+    assert [record.count for record in read_quarantines(store)] == [2]
+    monkeypatch.delenv("BUILD_ERROR")
+    assert prewarm(folder, store=store).result == "built"
 
 
 @pytest.mark.processes

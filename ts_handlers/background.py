@@ -39,11 +39,23 @@ from ts_handlers.compiled_model import CompiledModel
 from ts_handlers.errors import UNDECODABLE, BuildError
 from ts_handlers.key import compute_key
 from ts_handlers.store.base import Address, Hit, Store
+from ts_handlers.store.guard import remember_death
 from ts_handlers.store.lease import hold_lease, read_status
 
 logger = logging.getLogger(__name__)
 
 LOAD_SECONDS_AT_EXIT = 10.0
+FROM_THE_CHILD = (
+    "build",
+    "build_failed",
+    "build_skipped",
+    "fallback",
+    "canary_recorded",
+    "publish_failed",
+    "corrupt",
+    "evicted",
+)
+"""Counters of the build process that count as this one's."""
 
 
 @dataclasses.dataclass
@@ -205,6 +217,8 @@ class BackgroundBuild:
                 ended = self._build(dict(recipe), report)
             except BuildError as error:
                 ended = Ended(None, str(error))
+                if self._process is not None and not self._closed:
+                    remember_death(self._store.root, self._process.pid, str(error))
             if not self._closed:
                 self._write_outcome(ended)
             return ended
@@ -216,10 +230,11 @@ class BackgroundBuild:
         spec = {
             "source": recipe,
             "settings": msgspec.to_builtins(settings),
-            "overrides": {"on_miss": "compile", "store": str(self._store.root)},
+            "overrides": {"on_miss": "compile", "store": str(self._store.root), "backends": self._remaining()},
             "device": str(self._device),
             "threads": self._threads,
             "float32_matmul": torch.get_float32_matmul_precision(),
+            "retry_failed": False,
             "keys": {self._backend.name: key.parts},
         }
         report("process", None)
@@ -229,7 +244,7 @@ class BackgroundBuild:
             self._process.end("the server stops")
         result = self._process.run()
         metrics = self._model.metrics
-        for name in ("build", "fallback", "canary_recorded", "publish_failed", "corrupt", "evicted"):
+        for name in FROM_THE_CHILD:
             metrics.count(name, result["counters"].get(name, 0))
         metrics.build_ms.update(result["build_ms"])
         if not get_backend(result["backend"]).persistent:
@@ -238,6 +253,11 @@ class BackgroundBuild:
         if result["counters"].get("publish_failed"):
             return Ended(None, f"built but not published: {'; '.join(result['notes'])}", result["fallbacks"])
         return Ended(result["backend"], None, result["fallbacks"])
+
+    def _remaining(self) -> tuple[str, ...]:
+        """The ladder from the missed backend on; the start has fallen from those before it."""
+        backends = self._request.settings.backends
+        return backends[backends.index(self._backend.name) :]
 
     def _swap(self, backend: str, fallbacks: list[dict[str, str]]) -> None:
         from ts_handlers.startup import log_outcome

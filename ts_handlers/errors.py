@@ -5,6 +5,8 @@ Every message says what was expected, what was found and what to do.
 
 from __future__ import annotations
 
+import re
+
 UNDECODABLE = (ValueError, RecursionError)
 """What decoders of JSON and of UTF-8 raise for damaged bytes; msgspec's own error is not all of it."""
 
@@ -27,6 +29,10 @@ class InputError(WarmStartError, ValueError):
 
 class BuildError(WarmStartError, RuntimeError):
     """A backend cannot compile this model; the next backend of the ladder is tried."""
+
+
+class FailedBeforeError(BuildError):
+    """A build of the same key has failed a short time ago and is not repeated yet; the next backend is tried."""
 
 
 class LoadError(WarmStartError, RuntimeError):
@@ -72,3 +78,12 @@ class BusyError(WarmStartError, RuntimeError):
 
 class ContextMemoryError(WarmStartError, MemoryError):
     """The execution contexts that the settings ask for do not fit into the device's memory."""
+
+
+FINAL = (ModelError, SettingsError, MissError)
+"""Errors of the archive or of the settings: no other backend would do better."""
+
+
+def one_line(error: BaseException | str) -> str:
+    """An error's message as one line of at most 400 characters."""
+    return re.sub(r"\s+", " ", str(error)).strip()[:400]

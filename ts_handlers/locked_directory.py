@@ -52,3 +52,12 @@ def collect_directories(parent: Path, pattern: str = "*") -> None:
                     shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(descriptor)
+
+
+def empty_folder(directory: Path) -> None:
+    """Remove everything inside a directory, which stays."""
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -36,6 +36,8 @@ COUNTERS = (
     "hit",
     "miss",
     "build",
+    "build_failed",  # nothing to serve came of it
+    "build_skipped",  # because it has failed a short time ago
     "corrupt",
     "quarantined",
     "fallback",

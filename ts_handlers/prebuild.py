@@ -10,6 +10,7 @@ Standard input holds one JSON object:
 - ``overrides``: settings to change, by name
 - ``device``: where to build, or None to take the handler's device
 - ``threads``, ``float32_matmul``: state of torch that is part of keys, or None for torch's defaults
+- ``retry_failed``: whether to build what has failed a short time ago
 - ``keys``: the parts of the keys that the parent computed, by backend; building under another key would be in vain
 
 Answers as `ts_handlers.build_process` says. Everything that anybody prints goes to standard error.
@@ -127,7 +128,11 @@ def _build(spec: dict[str, Any], send: Send) -> dict[str, Any]:
     made.source.begin_digest(weights_digester(settings))
     _check_keys(Request(made.source, settings, device), spec["keys"])
     model = start_model(
-        made.source, settings, device, progress=lambda phase, estimate: send({"phase": phase, "estimate": estimate})
+        made.source,
+        settings,
+        device,
+        progress=lambda phase, estimate: send({"phase": phase, "estimate": estimate}),
+        retry_failed=spec["retry_failed"],
     )
     wait_for_room()
     facts = model.describe()

@@ -59,7 +59,7 @@ def prewarm(
 
     Runs in a process of its own, which imports the archive's handler and runs its `initialize` up to the moment at
     which it starts its model. Needs TorchServe. Number of threads (``OMP_NUM_THREADS``), torch, compiler and, for a
-    GPU, the GPU must be those of the serving machine: they are part of the key.
+    GPU, the GPU must be those of the serving machine: they are part of the key. What has failed before is tried anew.
 
     Parameters
     ----------
@@ -106,6 +106,7 @@ def prewarm(
             "device": None,
             "threads": None,
             "float32_matmul": None,
+            "retry_failed": True,
             "keys": {},
         }
         report("process", None)

@@ -13,6 +13,7 @@ from ts_handlers.cache_key import CacheKey
 from ts_handlers.cli.exit_codes import ExitCode
 from ts_handlers.settings import Settings
 from ts_handlers.store.entry import read_manifest
+from ts_handlers.store.failures import remember_failure
 from ts_handlers.store.guard import Guard
 
 Run = Callable[..., Any]
@@ -46,6 +47,25 @@ def test_ls_shows_what_is_quarantined_and_unquarantine_lifts_it(run: Run, filled
     assert run("ls", "--store", filled).code == 0
     again = run("unquarantine", key, "--store", filled)
     assert (again.code, "no quarantined key" in again.err) == (ExitCode.USAGE, True)
+
+
+def test_failed_builds_are_listed_shown_and_lifted(run: Run, filled: Path) -> None:
+    key = "ab" * 16
+    for _ in range(2):
+        remember_failure(filled, key, "linear", "inductor", "BuildError: no way", "deterministic", 1.0)
+    listed = run("ls", "--store", filled, "--json")
+    assert listed.code == ExitCode.FINDINGS
+    (record,) = listed.json["quarantined"]
+    assert (record["key"], record["kind"], record["count"], record["held_seconds"]) == (key, "deterministic", 2, 7200.0)
+    assert " min  " in next(line for line in run("ls", "--store", filled).out.splitlines() if key[:12] in line)
+    shown = run("show", key[:4], "--store", filled)
+    assert (shown.code, "BuildError: no way" in shown.out) == (ExitCode.FINDINGS, True)
+    assert run("show", key, "--store", filled, "--json").json == [
+        {"key": key, "state": "no entry", "quarantined": [record]}
+    ]
+    assert "tried again in" in run("doctor", "--store", filled).out
+    assert "BuildError: no way" in run("unquarantine", key, "--store", filled).out
+    assert run("ls", "--store", filled).code == 0
 
 
 def test_several_keys_are_not_lifted_at_once(run: Run, filled: Path) -> None:

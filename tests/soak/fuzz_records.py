@@ -21,9 +21,10 @@ from ts_handlers.store.audit import audit
 from ts_handlers.store.base import Hit
 from ts_handlers.store.breaker import Breaker, _boot_id
 from ts_handlers.store.garbage import find_garbage
-from ts_handlers.store.guard import Guard, Marker
+from ts_handlers.store.guard import Guard
 from ts_handlers.store.lease import _describe, read_status
 from ts_handlers.store.local import LocalStore
+from ts_handlers.store.markers import Marker
 from ts_handlers.store.pins import pinned_keys
 from ts_handlers.store.quarantine import Quarantine, lift_quarantine, read_quarantines
 from ts_handlers.store.trust import generate_keys

@@ -23,6 +23,7 @@ from ts_handlers.process_limits import oom_kills
 from ts_handlers.settings import CanarySettings
 from ts_handlers.settings.sections import GuardSettings
 from ts_handlers.store import guard as guard_module
+from ts_handlers.store import markers as markers_module
 from ts_handlers.store.guard import FORGIVEN, Guard
 from ts_handlers.store.quarantine import fallback_home, lift_quarantine, read_quarantines
 
@@ -337,6 +338,6 @@ def test_a_kill_by_the_kernel_is_a_reason_at_once(root: Path, monkeypatch: pytes
     monkeypatch.setattr(guard_module, "oom_kills", lambda: 3)
     assert die(root, "killed") == -signal.SIGKILL
     guard_of(root).refuse(SEAL)
-    monkeypatch.setattr(guard_module, "oom_kills", lambda: 4)
+    monkeypatch.setattr(markers_module, "oom_kills", lambda: 4)
     with pytest.raises(QuarantinedError, match="killed by the kernel for lack of memory while loading"):
         guard_of(root).refuse(SEAL)

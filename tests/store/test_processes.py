@@ -122,3 +122,17 @@ def test_a_build_that_kills_its_process_is_not_repeated(archive: Path, tmp_path:
     assert facts["backend"] == "eager"
     assert "Segmentation fault while building" in facts["fallbacks"][0]["reason"]
     assert begun(log) == 1
+
+
+def test_four_workers_try_a_build_that_fails_once(archive: Path, tmp_path: Path) -> None:
+    store, log = tmp_path / "store", tmp_path / "builds"
+    failing = {"BUILD_LOG": str(log), "BUILD_ERROR": "an operator that cannot be exported"}
+    children = [start_python(START, archive, store, **failing) for _ in range(4)]
+    facts = [check(finish(child), archive) for child in children]
+    assert begun(log) == 1
+    assert sorted(each["counters"]["build_failed"] for each in facts) == [0, 0, 0, 1]
+    assert sorted(each["counters"]["build_skipped"] for each in facts) == [0, 1, 1, 1]
+    for each in facts:
+        (fallback,) = each["fallbacks"]
+        assert (each["backend"], fallback["backend"]) == ("eager", "aot_inductor")
+        assert "BuildError: an operator that cannot be exported" in fallback["reason"]

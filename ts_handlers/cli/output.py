@@ -6,7 +6,12 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ts_handlers.durations import span
+
+if TYPE_CHECKING:
+    from ts_handlers.store.quarantine import Quarantine
 
 
 def print_json(value: Any) -> None:
@@ -29,6 +34,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     for row in rows:
         table.add_row(*map(_plain, row))
     Console(width=None if sys.stdout.isatty() else 4096, highlight=False).print(table)
+
+
+def print_quarantines(records: Iterable[Quarantine]) -> None:
+    """Print what is quarantined and which builds have failed."""
+    print_table(
+        ("model", "backend", "key", "since", "phase", "times", "tried again", "reason"),
+        [(r.model, r.backend, r.key[:12], r.time, r.phase, r.count, r.retry, r.reason) for r in records],
+    )
 
 
 def _plain(value: object) -> Any:
@@ -64,11 +77,7 @@ def human_age(then: float | None, now: float | None = None) -> str:
     """
     if then is None:
         return "never"
-    seconds = max(0.0, (time.time() if now is None else now) - then)
-    for limit, unit, size in ((120, "s", 1), (7200, "min", 60), (172800, "h", 3600)):
-        if seconds < limit:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds / 86400:.0f} d"
+    return span((time.time() if now is None else now) - then)
 
 
 def timestamp(seconds: float | None) -> str | None:

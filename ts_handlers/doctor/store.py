@@ -16,6 +16,7 @@ from ts_handlers.fingerprint import runtime_identity
 from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS
 from ts_handlers.store.entry import Manifest
 from ts_handlers.store.eviction import EVICTED
+from ts_handlers.store.failures import build_runtime
 from ts_handlers.store.quarantine import read_quarantines
 from ts_handlers.store.scan import scan_entries, scan_trash
 
@@ -81,12 +82,15 @@ def check_space(question: Question) -> Iterator[Finding]:
 
 
 def check_quarantine(question: Question) -> Iterator[Finding]:
-    """Entries and builds that are not tried here, and damaged entries that were moved aside."""
+    """Entries and builds that are not tried here, builds that failed, damaged entries that were moved aside."""
     records = read_quarantines(question.store)
     for record in records:
-        here = "" if record.runtime == runtime_identity() else " (in another runtime than this one)"
+        runtime = build_runtime() if record.kind else runtime_identity()
+        here = "" if record.runtime == runtime else " (in another runtime than this one)"
         remedy = f"remove the cause, then ts-handlers unquarantine {record.key[:12]} --store {question.store}"
         found = f"{record.model}, {record.backend}, key {record.key}, {record.time}{here}: {record.reason}"
+        if record.kind:
+            found += f" (a build that failed {record.count} times; tried again {record.retry})"
         yield Finding("quarantine", "ok" if here else "warn", found, remedy)
     aside = [item for item in scan_trash(question.store) if not item.name.startswith(EVICTED)]
     if aside:

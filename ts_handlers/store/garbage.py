@@ -1,7 +1,7 @@
 """What crashes and evictions leave behind: found first, removed afterwards.
 
 Everything here may be removed at any moment without harm, whatever other processes do; ages keep apart what has been
-forgotten from what is just being made. Quarantine records are never garbage.
+forgotten from what is just being made. Quarantine records are never garbage, those of failed builds are some day.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ts_handlers.store.entry import MANIFEST
 from ts_handlers.store.eviction import EVICTED, remove_entry
-from ts_handlers.store.quarantine import MARKERS, RECORDS
+from ts_handlers.store.quarantine import MARKERS, RECORDS, read_quarantines
 from ts_handlers.store.scan import measure, scan_entries, scan_trash
 from ts_handlers.store.verified import FOLDER as VERIFIED
 from ts_handlers.store.verified import REHASH_SECONDS, read_record
@@ -95,6 +95,9 @@ def _orphans(root: Path, keys: set[str], now: float) -> Iterator[Found]:
     for path in _children(root / MARKERS):
         if path.name.partition(".")[0] not in keys and _is_older(path, MARKER_SECONDS, now):
             yield path, path, "guards: left by a process that died long ago, and its key has no entry"
+    for failed in read_quarantines(root):
+        if failed.kind and now - failed.failed_at > failed.held_seconds + MARKER_SECONDS:
+            yield root / RECORDS / failed.file_name, None, "quarantine: a build that failed long ago"
     for path in _children(root / VERIFIED):
         record = read_record(path)
         gone = record is None or not os.path.exists(record.subject)

@@ -1,15 +1,8 @@
 """The crash guard: native code that ends the process is tried a bounded number of times, then quarantined.
 
-Layout::
-
-    <home>/guards/<key>.<random>   := header newline death?
-    header                         := JSON object: `Marker` below
-    death                          := what `faulthandler` wrote when the process ended: "Fatal Python error: ..." for
-                                      SIGSEGV, SIGBUS, SIGABRT, SIGILL and SIGFPE, "Timeout (...)!" for the time limit,
-                                      a bare stack for SIGTERM; nothing for SIGKILL and for exit() in native code
-
-A process that builds or loads holds an exclusive `flock` on its marker, which the kernel releases when it dies, however
-it dies; leaving the block removes the marker. What a dead process left is judged by the next start of the same key:
+A process that builds or loads writes a marker (`ts_handlers.store.markers`) and holds an exclusive `flock` on it, which
+the kernel releases when it dies, however it dies; leaving the block removes the marker. What a dead process left is
+judged by the next start of the same key:
 
 - a crash, the time limit, or a kill by the kernel for lack of memory: quarantined at once;
 - SIGTERM: somebody ended it on purpose; forgotten;
@@ -18,6 +11,8 @@ it dies; leaving the block removes the marker. What a dead process left is judge
   those of the dead that its process found. An attempt that succeeds, and a day, forgive them all. After more it is
   quarantined: whatever kills it, it is not tried for ever.
 
+A build that ends with an exception is remembered too, for a while: see `ts_handlers.store.failures`.
+
 See docs/decisions/0007-crash-guard.md.
 """
 
@@ -25,30 +20,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import logging
 import os
 import platform
-import re
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ts_handlers.errors import UNDECODABLE, QuarantinedError
+from ts_handlers.durations import span
+from ts_handlers.errors import FINAL, CanaryError, FailedBeforeError, QuarantinedError, one_line
 from ts_handlers.fingerprint import runtime_identity
 from ts_handlers.key import CacheKey
 from ts_handlers.process_limits import bounded_memory, last_words, oom_kills, time_limit
 from ts_handlers.settings import Settings
+from ts_handlers.store.failures import CIRCUMSTANTIAL, build_runtime, forget_failures, kind_of, remember_failure
+from ts_handlers.store.markers import Death, Marker, read_deaths, write_marker
 from ts_handlers.store.quarantine import (
     MARKERS,
     Quarantine,
-    marker_paths,
-    open_dead_marker,
     read_quarantines,
     writable_homes,
     write_quarantine,
@@ -64,63 +56,6 @@ logger = logging.getLogger(__name__)
 FORGIVEN = {"build": 2, "load": 1}
 """Deaths without a trace, one after the other, that are not yet a reason."""
 AUTO_SECONDS = 120.0
-FORGOTTEN_SECONDS = 24 * 3600.0
-"""After this long a death without a trace counts no more."""
-
-
-class Marker(msgspec.Struct, frozen=True):
-    """What a process says before it runs native code."""
-
-    key: str
-    model: str
-    backend: str
-    phase: str
-    seal: str
-    runtime: dict[str, str]
-    generation: int
-    seconds: float | None
-    memory_mb: int | None
-    oom_kills: int | None
-    time: str
-    host: str
-    pid: int
-
-    def same_attempt(self, other: Marker) -> bool:
-        """Whether two processes tried the same thing in the same runtime."""
-        mine = (self.key, self.phase, self.seal, self.runtime)
-        return mine == (other.key, other.phase, other.seal, other.runtime)
-
-
-@dataclasses.dataclass(frozen=True)
-class Death:
-    """What a dead process left: its marker, its last words, and the time of its marker."""
-
-    path: Path
-    marker: Marker
-    words: str
-    began: float
-
-    @property
-    def is_forgotten(self) -> bool:
-        """Whether it was so long ago that, without a reason, it says nothing."""
-        return time.time() - self.began > FORGOTTEN_SECONDS
-
-    @property
-    def cause(self) -> tuple[str, str] | None:
-        """Reason and stack; the reason is empty when it was asked to end. None when it left no trace."""
-        memory = self.marker.memory_mb
-        bounded = f", allocations bounded to {memory} MiB" if memory is not None and self.marker.phase == "load" else ""
-        doing = {"build": "building", "load": "loading or warming up"}.get(self.marker.phase, self.marker.phase)
-        if fatal := re.search(r"^Fatal Python error: ([^\n]*)\n*", self.words, re.MULTILINE):
-            return f"{fatal[1]} while {doing}{bounded}", self.words[fatal.end() :]
-        if timeout := re.search(r"^Timeout \([^)]*\)!\n*", self.words, re.MULTILINE):
-            return f"{doing} took longer than {self.marker.seconds or 0:g} s", self.words[timeout.end() :]
-        if self.words:
-            return "", self.words
-        before, now = self.marker.oom_kills, oom_kills()
-        if before is not None and now is not None and now > before and self.marker.host == platform.node():
-            return f"killed by the kernel for lack of memory while {doing}", ""
-        return None
 
 
 class Guard:
@@ -132,6 +67,9 @@ class Guard:
         The store's root.
     weights:
         Gives the digest of the weights; asked only when a record depends on it.
+    anew_since:
+        Builds that failed before this time (seconds since the epoch) are tried again, however short ago that was; None
+        when they are not. What fails while this process waits for its turn counts as its own failure.
 
     Attributes
     ----------
@@ -139,12 +77,21 @@ class Guard:
         Why no marker could be made, or None: the model is then served without a guard.
     """
 
-    def __init__(self, root: Path, settings: Settings, key: CacheKey, model: str, weights: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        settings: Settings,
+        key: CacheKey,
+        model: str,
+        weights: Callable[[], str],
+        anew_since: float | None = None,
+    ) -> None:
         self._root = root
         self._settings = settings
         self._key = key
         self._model = model
         self._weights = weights
+        self._anew_since = anew_since
         self._descriptor: int | None = None
         self._seconds: float | None = None
         self.problem: str | None = None
@@ -154,22 +101,49 @@ class Guard:
         return f"tolerance={self._settings.canary.tolerance} seed={self._settings.canary.seed}"
 
     def refuse(self, seal: str = "") -> None:
-        """Raise when the entry with this seal (empty: whatever is built) is quarantined; judges the dead first.
+        """Raise when the entry with this seal (empty: whatever is built) is not to be tried; judges the dead first.
 
         Raises
         ------
-        QuarantinedError
+        QuarantinedError, FailedBeforeError
             With the reason and how to lift it.
         """
         judged = self._judge()
-        for record in [*read_quarantines(self._root, self._key.digest), *judged]:
-            if record.applies(seal, runtime_identity(), self._canary, self._weights):
+        for record in [*read_quarantines(self._root, self._key.digest, builds=not seal), *judged]:
+            runtime = build_runtime() if record.kind else runtime_identity()
+            if not record.applies(seal, runtime, self._canary, self._weights):
+                continue
+            lift = f"`ts-handlers unquarantine {self._key.digest[:12]} --store {self._root}`"
+            if not record.kind:
                 what = f"entry {self._key.digest}" if seal else f"building key {self._key.digest}"
                 raise QuarantinedError(
                     f"{what} is quarantined since {record.time}: {record.reason}; it is tried again with another "
-                    "torch, C or C++ library or driver, with a rebuilt entry, or after `ts-handlers unquarantine "
-                    f"{self._key.digest[:12]} --store {self._root}`"
+                    f"torch, C or C++ library or driver, with a rebuilt entry, or after {lift}"
                 )
+            if self._anew_since is None or record.failed_at >= self._anew_since:
+                times = f", {record.count} times in a row" if record.count > 1 else ""
+                raise FailedBeforeError(
+                    f"a build failed {span(time.time() - record.failed_at)} ago{times} and is tried again "
+                    f"{record.retry}, by `ts-handlers prewarm`, or after {lift}: {record.reason}"
+                )
+
+    @contextlib.contextmanager
+    def remembered(self) -> Iterator[None]:
+        """Run a build: an exception that ends the block is kept for later starts, a good end removes what was kept."""
+        began = time.monotonic()
+        try:
+            yield
+        except FINAL:
+            raise
+        except Exception as error:
+            if not isinstance(error, CanaryError):  # a quarantine of its own
+                reason = f"{type(error).__name__}: {one_line(error)}"
+                took = time.monotonic() - began
+                remember_failure(
+                    self._root, self._key.digest, self._model, self._key["backend"], reason, kind_of(error), took
+                )
+            raise
+        forget_failures(self._root, self._key.digest)
 
     def quarantine_canary(self, seal: str, error: Exception) -> None:
         """Remember that the artifact answers wrongly with these weights."""
@@ -265,29 +239,14 @@ class Guard:
         reason: OSError | None = None
         for home in writable_homes(self._root):
             try:
-                return *_write_marker(home / MARKERS, self._key.digest, msgspec.json.encode(marker)), marker
+                return *write_marker(home / MARKERS, self._key.digest, msgspec.json.encode(marker)), marker
             except OSError as error:
                 reason = error
         self.problem = f"no crash guard: neither the store nor the temporary folder can be written ({reason})"
         return None
 
     def _dead(self) -> list[Death]:
-        """What dead processes left for this key."""
-        found = []
-        for path in marker_paths(self._root, self._key.digest):
-            with contextlib.suppress(OSError), open_dead_marker(path) as descriptor:
-                header, _, words = os.read(descriptor, 1 << 20).partition(b"\n")
-                began = os.fstat(descriptor).st_mtime
-                try:
-                    marker = msgspec.json.decode(header, type=Marker)
-                except UNDECODABLE:  # its process died, or is at this moment, between making and writing it
-                    marker = None
-                if marker is None or marker.key != self._key.digest:
-                    if time.time() - began > FORGOTTEN_SECONDS:
-                        path.unlink()
-                    continue
-                found.append(Death(path, marker, words.decode(errors="replace").strip()[:4000], began))
-        return found
+        return read_deaths(self._root, self._key.digest)
 
     def _judge(self) -> list[Quarantine]:
         """Turn what dead processes left into records, and remove it; returns the records."""
@@ -327,27 +286,23 @@ class Guard:
         return records
 
 
+def remember_death(root: Path, pid: int, reason: str) -> None:
+    """Keep, as a failed build, what a process of this host was building when its limits or the kernel ended it.
+
+    A death whose cause its marker tells is left to the next start, which quarantines it.
+    """
+    for death in read_deaths(root):
+        marker, cause = death.marker, death.cause
+        if (marker.pid, marker.host, marker.seal) == (pid, platform.node(), "") and not (cause and cause[0]):
+            took = time.time() - death.began
+            remember_failure(root, marker.key, marker.model, marker.backend, one_line(reason), CIRCUMSTANTIAL, took)
+
+
 def _without_a_trace(times: int, phase: str) -> str:
     return (
         f"the process ended without a trace {times} times in a row in the phase {phase}, as by "
         "SIGKILL (out of memory, or startupTimeout too short) or by exit() in native code"
     )
-
-
-def _write_marker(directory: Path, key: str, header: bytes) -> tuple[Path, int]:
-    """Make a marker and lock it. Not flushed to the disk: a page cache outlives a process, and only that may die."""
-    directory.mkdir(mode=0o700, exist_ok=True)
-    path = directory / f"{key}.{uuid.uuid4().hex[:12]}"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # a reader, who finds it empty and ignores it, holds it for a moment
-        if os.write(descriptor, header + b"\n") != len(header) + 1:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError:
-        os.close(descriptor)
-        path.unlink(missing_ok=True)
-        raise
-    return path, descriptor
 
 
 def _now() -> str:

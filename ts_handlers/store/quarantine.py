@@ -2,7 +2,8 @@
 
 Layout::
 
-    <home>/quarantine/<key>-<identity>.json    one JSON object: `Quarantine` below
+    <home>/quarantine/<key>-<identity>.json          what an entry did; one JSON object: `Quarantine` below
+    <home>/quarantine/<key>-build-<identity>.json    what building under the key did; not read while there is an entry
 
 The home is the store's root or, where that cannot be written, `fallback_home`. A record is written beside and renamed.
 """
@@ -14,18 +15,21 @@ import logging
 import os
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 
 from ts_handlers.digests import digest_text
+from ts_handlers.durations import span
 from ts_handlers.errors import UNDECODABLE
 
 logger = logging.getLogger(__name__)
 
 RECORDS = "quarantine"
 MARKERS = "guards"
+BUILD = "build-"
 
 
 class Quarantine(msgspec.Struct, frozen=True):
@@ -47,6 +51,11 @@ class Quarantine(msgspec.Struct, frozen=True):
         One line, and the Python stack of the moment where there is one.
     time, host, pid:
         When (UTC), where, and which process.
+    kind:
+        Empty when the record holds until it is lifted; for a build that failed with an exception what was at fault, see
+        `ts_handlers.store.failures`.
+    count, failed_at, held_seconds:
+        Of such a build: how often in a row, the last time in seconds since the epoch, and how long it is not tried.
     """
 
     key: str
@@ -62,18 +71,36 @@ class Quarantine(msgspec.Struct, frozen=True):
     time: str = ""
     host: str = ""
     pid: int = 0
+    kind: str = ""
+    count: int = 1
+    failed_at: float = 0.0
+    held_seconds: float = 0.0
 
     def applies(self, seal: str, runtime: dict[str, str], canary: str, weights: Callable[[], str]) -> bool:
         """Whether an entry with this seal (empty: a build) is refused; `weights` is asked only if it matters."""
-        if self.seal != seal or self.runtime != runtime:
+        if self.seal != seal or self.runtime != runtime or self.is_over:
             return False
         return not self.weights or (self.canary == canary and self.weights == weights())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether a failed build may be tried again; a clock that was set back makes it wait no longer than that."""
+        return bool(self.kind) and abs(time.time() - self.failed_at) >= self.held_seconds
+
+    @property
+    def retry(self) -> str:
+        """When it is tried again, in words."""
+        if not self.kind:
+            return "when lifted"
+        if self.is_over:
+            return "by the next start"
+        return f"in {span(self.failed_at + self.held_seconds - time.time())}"
 
     @property
     def file_name(self) -> str:
         """Equal for records of the same thing, so that processes that find it out together write one file."""
         identity = "\n".join([self.phase, self.seal, self.weights, self.canary, str(sorted(self.runtime.items()))])
-        return f"{self.key}-{digest_text(identity)[:12]}.json"
+        return f"{self.key}-{'' if self.seal else BUILD}{digest_text(identity)[:12]}.json"
 
 
 def fallback_home(root: Path) -> Path:
@@ -124,18 +151,21 @@ def write_quarantine(root: Path, record: Quarantine) -> bool:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             continue
-        logger.warning("quarantined: %s, %s of key %s: %s", record.model, record.phase, record.key, record.reason)
+        what = f"failed, tried again {record.retry}" if record.kind else "quarantined"
+        logger.warning("%s: %s, %s of key %s: %s", what, record.model, record.phase, record.key, record.reason)
         return True
     return False
 
 
-def read_quarantines(root: str | Path, key: str = "") -> list[Quarantine]:
+def read_quarantines(root: str | Path, key: str = "", *, builds: bool = True) -> list[Quarantine]:
     """The records of a store, oldest first.
 
     Parameters
     ----------
     key:
         Digest of a cache key, or the beginning of one; empty for all.
+    builds:
+        Whether to read also what says something about builds only.
 
     Examples
     --------
@@ -145,6 +175,8 @@ def read_quarantines(root: str | Path, key: str = "") -> list[Quarantine]:
     """
     records = []
     for path in _paths(Path(root), RECORDS, key):
+        if not builds and f"-{BUILD}" in path.name:
+            continue
         try:
             records.append(msgspec.json.decode(path.read_bytes(), type=Quarantine))
         except FileNotFoundError:

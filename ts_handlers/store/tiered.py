@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ts_handlers.errors import RemoteError, StoreError
+from ts_handlers.locked_directory import empty_folder
 from ts_handlers.metrics import Metrics
 from ts_handlers.store import exchange
 from ts_handlers.store.base import Address, Corrupt, Hit, Miss
@@ -122,7 +123,7 @@ class TieredStore:
         with self._local.staging(address) as staging:
 
             def consume(stream: BinaryIO) -> Manifest:
-                _empty(staging)  # of what an earlier generation left
+                empty_folder(staging)  # of what an earlier generation left
                 return exchange.unseal_entry(stream, staging, entry_path(address), trust)[1]
 
             self._remote.breaker.charge(time.monotonic() - began)
@@ -270,11 +271,3 @@ class TieredStore:
         written = self._local.write_canary(address, weights_digest, record)
         self._sender.send_canary(address, weights_digest, record)
         return written
-
-
-def _empty(directory: Path) -> None:
-    for path in directory.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()

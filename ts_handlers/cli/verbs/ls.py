@@ -11,7 +11,7 @@ import typer
 
 from ts_handlers.cli.exit_codes import ExitCode
 from ts_handlers.cli.options import JsonOption, StoreOption, TrustedFolders, open_existing_store
-from ts_handlers.cli.output import human_age, human_bytes, print_json, print_table, timestamp
+from ts_handlers.cli.output import human_age, human_bytes, print_json, print_quarantines, print_table, timestamp
 
 if TYPE_CHECKING:
     from ts_handlers.store.scan import EntryInfo
@@ -23,9 +23,9 @@ def command(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> ExitCode:
-    """List the entries: model, backend, device, key, size, age, last use, uses, state; and what is quarantined.
+    """List the entries: model, backend, device, key, size, age, last use, uses, state; what is quarantined or failed.
 
-    Ends with 1 when an entry is not `ok` or something is quarantined. Digests are not computed; see
+    Ends with 1 when an entry is not `ok`, something is quarantined or a build has failed. Digests are not computed; see
     `ts-handlers verify`.
     """
     from ts_handlers.store.quarantine import read_quarantines
@@ -85,11 +85,8 @@ def command(
         if trash:
             print(f"{len(trash)} moved aside, {human_bytes(sum(item.bytes for item in trash))}; `ts-handlers gc`")
         if records:
-            print("\nquarantined: not tried again with the same libraries; `ts-handlers unquarantine KEY` lifts it")
-            print_table(
-                ("model", "backend", "key", "since", "phase", "reason"),
-                [(r.model, r.backend, r.key[:12], r.time, r.phase, r.reason) for r in records],
-            )
+            print("\nquarantined or failed: not tried with the same libraries; `ts-handlers unquarantine KEY` lifts it")
+            print_quarantines(records)
     return ExitCode.OK if all(entry.state == "ok" for entry in entries) and not records else ExitCode.FINDINGS
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+import typer
+
 from ts_handlers.cli.exit_codes import ExitCode
 from ts_handlers.cli.options import (
     JsonOption,
@@ -13,7 +16,7 @@ from ts_handlers.cli.options import (
     find_entries,
     open_existing_store,
 )
-from ts_handlers.cli.output import human_bytes, print_json, print_table, timestamp
+from ts_handlers.cli.output import human_bytes, print_json, print_quarantines, print_table, timestamp
 from ts_handlers.store.scan import EntryInfo
 
 
@@ -23,19 +26,35 @@ def command(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> ExitCode:
-    """Show one entry: its key's parts, files, build timings, recorded facts and canaries."""
+    """Show one key's entry: the key's parts, files, build timings, recorded facts, canaries; and what went wrong.
+
+    What is quarantined under the key, and builds of it that have failed, are shown also where there is no entry.
+    """
+    from ts_handlers.store.quarantine import read_quarantines
     from ts_handlers.store.scan import canaries_of
 
     opened = open_existing_store(store, trust_folder)
-    found = find_entries(opened, key)
-    canaries = [path.name for path in canaries_of(opened.root, found[0].key)]
-    facts = [_facts(entry, canaries) for entry in found]
+    records = read_quarantines(opened.root, key.lower())
+    try:
+        found = find_entries(opened, key)
+    except typer.BadParameter:
+        if len({record.key for record in records}) != 1:
+            raise
+        found = []
+    digest = found[0].key if found else records[0].key
+    records = [record for record in records if record.key == digest]
+    canaries = [path.name for path in canaries_of(opened.root, digest)]
+    facts = [_facts(entry, canaries) for entry in found] or [{"key": digest, "state": "no entry"}]
     if as_json:
-        print_json(facts)
+        print_json([{**fact, "quarantined": msgspec.to_builtins(records)} for fact in facts])
     else:
-        for entry, fact in zip(found, facts, strict=True):
+        for entry, fact in zip(found, facts, strict=False):
             _print(entry, fact)
-    return ExitCode.OK if all(entry.state == "ok" for entry in found) else ExitCode.FINDINGS
+        if records:
+            print("" if found else f"no entry of key {digest}\n")
+            print_quarantines(records)
+    sound = found and not records and all(entry.state == "ok" for entry in found)
+    return ExitCode.OK if sound else ExitCode.FINDINGS
 
 
 def _facts(entry: EntryInfo, canaries: list[str]) -> dict[str, Any]:

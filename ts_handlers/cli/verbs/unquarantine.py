@@ -15,7 +15,7 @@ def command(
     store: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let what is quarantined under a key be tried again by the next start."""
+    """Let what is quarantined under a key, or has failed to build, be tried again by the next start."""
     from ts_handlers.store.quarantine import lift_quarantine, read_quarantines
 
     root = open_existing_store(store, trust_folder).root
