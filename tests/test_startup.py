@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import gc
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from typing import Any
 import file_backend
 import pytest
 import torch
+from conftest import needs_root
 from models import LINEAR, archive_source, eager_model, settings_of, write_archive, write_weights
 
 from ts_handlers import CompiledModel, ModuleSource, Settings, start_model
@@ -410,6 +412,54 @@ def test_full_disk_serves_what_was_built(start: Start, archive: Path, monkeypatc
     assert facts["backend"] == "aot_inductor"
     assert counters(facts)["publish_failed"] == 1
     assert check(start(), archive)["result"] == "built"
+
+
+def write_while_building(backend: Any, monkeypatch: pytest.MonkeyPatch, size: int) -> list[str]:
+    """Builds leave `size` more bytes in their folder; returns a list that gets the files they found there."""
+    build, found = backend.build, []
+
+    def large(request: Any, directory: Path, phase: Any) -> Any:
+        found.append([path.name for path in directory.iterdir()])
+        built = build(request, directory, phase)
+        (directory / "large").write_bytes(bytes(size))
+        return built
+
+    monkeypatch.setattr(backend, "build", large)
+    return found
+
+
+@needs_root
+def test_a_disk_that_is_full_while_building_names_folder_space_and_remedy(
+    start: Start, archive: Path, backend: Any, monkeypatch: pytest.MonkeyPatch, small_disk: Path
+) -> None:
+    store = small_disk / "store"
+    found = write_while_building(backend, monkeypatch, 100_000)
+    facts = check(start(store=str(store)), archive)
+    assert (facts["backend"], len(found)) == ("eager", 1)
+    reason = facts["fallbacks"][0]["reason"]
+    assert re.search(rf"the build had \d+ bytes in {store}/staging, \d+ bytes in /", reason), reason
+    assert "ts-handlers gc --max-bytes" in reason
+    assert "TS_HANDLERS_CACHE" in reason
+    (record,) = read_quarantines(store)
+    assert (record.kind, "No space left on device" in record.reason) == ("circumstantial", True)
+    assert counters(check(start(store=str(store)), archive)) == {"miss": 1, "build_skipped": 1, "fallback": 1}
+    assert len(found) == 1
+
+
+@needs_root
+def test_a_build_that_finds_the_disk_full_makes_room_and_goes_on(
+    start: Start, archive: Path, backend: Any, monkeypatch: pytest.MonkeyPatch, small_disk: Path
+) -> None:
+    left = small_disk / "store" / "trash" / "evicted-0"
+    left.mkdir(parents=True, mode=0o700)
+    (left / "large").write_bytes(bytes(36_000))  # of an eviction that did not finish
+    found = write_while_building(backend, monkeypatch, 24_000)
+    facts = check(start(store=str(small_disk / "store")), archive)
+    assert (facts["backend"], facts["result"]) == ("aot_inductor", "built")
+    assert found == [[], []]  # the second attempt began with an empty folder
+    assert facts["counters"]["build_failed"] == 0
+    assert not left.exists()
+    assert check(start(store=str(small_disk / "store")), archive)["result"] == "hit"
 
 
 def test_unusable_store_is_replaced_by_a_temporary_one_or_strictly_refused(

@@ -205,8 +205,8 @@ class Attempt:
         """
         empty_folder(staging)
         root = self._store.root
-        folders = [staging, Path(tempfile.gettempdir())]
-        free = {folder: shutil.disk_usage(folder).free for folder in folders}
+        folders = [staging.parent, Path(tempfile.gettempdir())]
+        free = {folder: shutil.disk_usage(folder).free for folder in folders}  # what the build had
         full = min(folders, key=free.__getitem__)
         if os.stat(full).st_dev == os.stat(root).st_dev:
             space = self._request.settings.space
@@ -215,10 +215,10 @@ class Attempt:
             if report.freed_bytes > 0:
                 logger.info("%s: freed %d bytes in %s, building again", self._address.model, report.freed_bytes, root)
                 return
-        found = ", ".join(f"{folder} has {count} bytes free" for folder, count in free.items())
+        found = ", ".join(f"{count} bytes in {folder}" for folder, count in free.items())
         raise BuildError(
-            f"no space left for the build: {found}; free some there, evict entries with `ts-handlers gc --store {root} "
-            f"--max-bytes ...`, or move the store (TS_HANDLERS_CACHE) or temporary files (TMPDIR); {one_line(error)}"
+            f"no space left: the build had {found}; free some, evict entries with `ts-handlers gc --max-bytes SIZE`, "
+            f"or move the store (TS_HANDLERS_CACHE) or the temporary folder (TMPDIR); {one_line(error)}"
         ) from error
 
     def _publish(
