@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from file_backend import START
 from models import LINEAR_SECTION, eager_model, save_weights, write_archive, write_weights
+from subprocesses import finish, start_python
 
 pytest.importorskip("ts", reason="TorchServe is not installed")
 
@@ -20,7 +23,8 @@ from ts.torch_handler.base_handler import BaseHandler
 
 import ts_handlers.backends
 from ts_handlers import CompiledHandler, CompiledHandlerMixin, CompiledModel, InputError
-from ts_handlers.errors import ModelError, SettingsError
+from ts_handlers.errors import ModelError, QuarantinedError, SettingsError
+from ts_handlers.store.quarantine import lift_quarantine, read_quarantines
 
 ROWS = [[1.0, 2.0, 3.0, 4.0], [0.5, -1.0, 0.0, 2.0]]
 
@@ -455,3 +459,23 @@ def test_new_weights_in_a_new_archive_are_served(archive: Path, tmp_path: Path) 
         handler.initialize(context)
         assert handler.model.outcome.result == result
         assert close(ask(handler, context, ROWS)[0][1], expected(archive, ROWS))
+
+
+@pytest.mark.processes
+def test_strict_does_not_load_what_ended_a_process_and_names_the_remedy(archive: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    CompiledHandler().initialize(make_context(archive, store))
+    crash = {"CRASH_AT": "load", "BUILD_LOG": str(tmp_path / "log")}
+    finish(start_python(START, archive, store, **crash), -signal.SIGSEGV)
+    with pytest.raises(QuarantinedError) as caught:
+        CompiledHandler().initialize(make_context(archive, store, section={"strict": True}))
+    (record,) = read_quarantines(store)
+    assert "Segmentation fault while loading" in str(caught.value)
+    assert f"`ts-handlers unquarantine {record.key[:12]} --store {store}`" in str(caught.value)
+    lenient = CompiledHandler()
+    lenient.initialize(make_context(archive, store))
+    assert lenient.model.outcome.backend == "eager"
+    lift_quarantine(store, record.key)
+    handler = CompiledHandler()
+    handler.initialize(make_context(archive, store, section={"strict": True}))
+    assert handler.model.outcome.result == "hit"
