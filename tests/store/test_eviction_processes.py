@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
 import pytest
 from entries import address, publish
 from file_backend import START
-from subprocesses import finish, start_python
+from subprocesses import finish, run_python, start_python
 
 from ts_handlers.store.base import Hit
 from ts_handlers.store.eviction import Limits
@@ -37,7 +38,12 @@ EVICT = """
     def delete_half(path, **options):
         (path / "code" / "model.so").unlink()
 
+    def stopped(call):
+        return lambda *arguments: (os.kill(os.getpid(), signal.SIGSTOP), call(*arguments))
+
     root, moment = Path(sys.argv[1]), sys.argv[2]
+    if moment == "stopped":
+        eviction.os.rename = stopped(os.rename)
     if moment == "before rename":
         eviction.os.rename = lambda *arguments: die()
     elif moment == "after rename":
@@ -156,3 +162,23 @@ def test_workers_beside_two_evictors_hit_or_build_and_never_read_half_an_entry(t
     evicted = [int(finish(evictor)) for evictor in evictors]
     assert sum(built) >= 3
     assert sum(evicted) >= sum(built) - 1  # each entry that was built was removed, but for the last one
+
+
+def test_starts_do_not_depend_on_a_collector_that_is_stopped_with_its_lock(archive: Path, tmp_path: Path) -> None:
+    store, log = tmp_path / "store", tmp_path / "builds"
+    run_python(START, archive, store, BUILD_LOG=str(log))
+    (manifest,) = (store / "entries").rglob("manifest.json")
+    collector = start_python(EVICT, store, "stopped")
+    os.waitid(os.P_PID, collector.pid, os.WSTOPPED)
+    serving = start_python(SERVE, archive, store, BUILD_LOG=str(log))
+    assert serving.stdout is not None
+    facts = json.loads(serving.stdout.readline())
+    assert (facts["result"], facts["counters"]["miss"]) == ("hit", 0)
+    serving.stdout.readline()
+    collector.send_signal(signal.SIGCONT)
+    finish(collector)
+    assert not manifest.exists()
+    assert log.read_text().count("begin") == 1
+    serving.kill()
+    serving.communicate()
+    assert json.loads(run_python(START, archive, store, BUILD_LOG=str(log)))["result"] == "built"

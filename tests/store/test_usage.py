@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -48,14 +49,33 @@ def test_readers_do_not_exclude_each_other_but_exclude_a_remover(store: LocalSto
         assert refusal is None
 
 
-def test_entry_that_is_being_removed_is_a_miss_and_no_error(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ts_handlers.store.usage.RETRY_SECONDS", 0.0)
+def test_entry_that_is_removed_while_a_reader_waits_for_its_lock_is_a_miss(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = publish(store, address())
     store._in_use.close()
     with exclusive(directory) as refusal:
         assert refusal is None
+        monkeypatch.setattr("time.sleep", lambda seconds: shutil.rmtree(directory))
         assert store.lookup(address()) == Miss(())
-    assert isinstance(store.lookup(address()), Hit)
+
+
+def test_entry_that_goes_while_it_is_read_without_a_lock_is_a_miss(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ts_handlers.store.usage.RETRY_SECONDS", 0.0)
+    directory = publish(store, address())
+    store._in_use.close()
+
+    def evicted(*arguments: object) -> None:
+        shutil.rmtree(directory)
+        raise FileNotFoundError(directory / "code")
+
+    with exclusive(directory) as refusal:
+        assert refusal is None
+        assert isinstance(store.lookup(address()), Hit)
+        monkeypatch.setattr(store, "_verify_files", evicted)
+        assert store.lookup(address()) == Miss(())
 
 
 def test_discarded_entry_is_not_held_any_more(store: LocalStore) -> None:

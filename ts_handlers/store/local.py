@@ -106,7 +106,7 @@ class LocalStore:
     def lookup(self, address: Address) -> Hit | Miss | Corrupt:
         """Find an entry and verify every byte of it; a damaged one is moved aside.
 
-        A hit is locked against eviction, and its use recorded. An entry that is being evicted is a miss.
+        A hit is locked against eviction, and its use recorded. An entry that goes meanwhile is a miss.
         """
         directory = self._entry(address)
         if not is_inside(self.root, directory):
@@ -126,7 +126,8 @@ class LocalStore:
                 return Miss(self._nearest(address))
             return Corrupt(str(error))
         except OSError as error:
-            if isinstance(error, PermissionError) and not self.has(address):  # a folder above may not be entered
+            # It has been evicted, or a folder above may not be entered.
+            if isinstance(error, (FileNotFoundError, PermissionError)) and not self.has(address):
                 return Miss(self._nearest(address))
             if error.errno in _DAMAGE:
                 self.discard(address, f"cannot be read: {error}")

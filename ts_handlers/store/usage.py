@@ -4,6 +4,11 @@ In use: a reader holds a shared `flock` on the entry's manifest for as long as i
 whoever removes an entry first takes the exclusive lock without waiting. The kernel releases the locks of a process that
 dies, however it dies. The lock belongs to the inode, so it holds across the rename that publishes an entry.
 
+Who removes an entry holds its lock for one rename. One that is stopped in the middle of that (SIGSTOP, a frozen
+container) must not cost every start a build: after a second readers go on without a lock. Should the entry go after
+all, what they have opened and mapped stays theirs. What they open later is missing, and then they build, as they do
+when an entry is damaged.
+
 Last use: ``<root>/usage/<key>`` gets one byte for each use. Its size is the number of uses and its modification time
 the last one; appending is atomic, so no process waits for another, and nothing is flushed. On a store that cannot be
 written uses are not recorded. Access times are not consulted: many mounts do not keep them.
@@ -13,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -20,7 +26,9 @@ from pathlib import Path
 
 from ts_handlers.store.entry import MANIFEST
 
-ATTEMPTS = 20
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 100
 RETRY_SECONDS = 0.01  # who holds the exclusive lock holds it for one rename
 
 
@@ -31,9 +39,10 @@ class InUse:
         self._descriptors: dict[tuple[int, int], int] = {}
 
     def acquire(self, directory: Path) -> bool:
-        """Lock the entry in `directory`; False when it is gone or just being removed.
+        """Lock the entry in `directory`; False when it is gone.
 
-        Where the file system knows no locks this is True without one; nothing can be evicted there either.
+        Where the file system knows no locks this is True without one; nothing can be evicted there either. The same
+        when somebody has held the lock for so long that it is not about to remove the entry but stopped.
 
         Raises
         ------
@@ -41,7 +50,7 @@ class InUse:
             The manifest cannot be read.
         """
         path = directory / MANIFEST
-        for _ in range(ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             try:
                 descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
             except (FileNotFoundError, NotADirectoryError):
@@ -49,9 +58,11 @@ class InUse:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                os.close(descriptor)
-                time.sleep(RETRY_SECONDS)
-                continue
+                if attempt + 1 < ATTEMPTS:
+                    os.close(descriptor)
+                    time.sleep(RETRY_SECONDS)
+                    continue
+                logger.warning("%s is held by a process that does not go on; reading it without a lock", directory)
             except OSError:
                 pass  # no locks here
             if _is_at(descriptor, path):
