@@ -273,7 +273,9 @@ class CompiledHandlerMixin:
             return self._answer(RequestBatch(data, context))
         finally:
             if isinstance(self.model, CompiledModel):
-                self.model.metrics.emit_contexts(getattr(context, "metrics", None), self.model.context_stats())
+                torchserve_metrics = getattr(context, "metrics", None)
+                self.model.metrics.emit(torchserve_metrics)
+                self.model.metrics.emit_contexts(torchserve_metrics, self.model.context_stats())
 
     def _answer(self, batch: RequestBatch) -> Any:
         data, context = batch.rows, batch.context

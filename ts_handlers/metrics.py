@@ -106,16 +106,21 @@ class Metrics:
             self.counters[name] += amount
 
     def emit(self, torchserve_metrics: Any) -> None:
-        """Hand the phases of a start, and what was counted since the last call, to TorchServe's metrics cache."""
-        if torchserve_metrics is None:
+        """Hand the phases of a start, and what was counted since the last call, to TorchServe's metrics cache.
+
+        Called after each request too, because threads go on counting when the start is over.
+        """
+        if torchserve_metrics is None or self._emitted == self.counters:
             return
-        if not self._emitted:
+        with _LOCK:
+            first, before, now = not self._emitted, self._emitted, dict(self.counters)
+            self._emitted = now
+        if first:
             for name, value in self.phases_ms.items():
                 torchserve_metrics.add_time(f"ts_handlers_{name}_ms", round(value, 2), None, "ms")
-        for name, count in self.counters.items():
-            if count > self._emitted.get(name, 0):
-                torchserve_metrics.add_counter(f"ts_handlers_{name}_total", count - self._emitted.get(name, 0))
-            self._emitted[name] = count
+        for name, count in now.items():
+            if count > before.get(name, 0):
+                torchserve_metrics.add_counter(f"ts_handlers_{name}_total", count - before.get(name, 0))
 
     def emit_contexts(self, torchserve_metrics: Any, stats: PoolStats) -> None:
         """Hand over how many calls waited for an execution context since the last time, and how long together."""

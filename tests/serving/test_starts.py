@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -41,16 +43,37 @@ def test_restart_loads(first_start: FirstStart, tiny: str, warm_store: Path, mak
     assert len(published(warm_store)) == 1
 
 
-def test_phases_of_a_start_are_described_and_metrics(tiny: str, warm_store: Path, make_server: ServerFactory) -> None:
+def test_phases_of_a_start_and_later_counts_are_described_and_metrics(
+    archives: ArchiveFactory, tmp_path: Path, warm_store: Path, make_server: ServerFactory
+) -> None:
+    """The store holds an entry that an earlier start could not send; a thread of this start does."""
     phases = {"process", "key", "lookup", "load", "canary", "warmup"}
-    with make_server([tiny], warm_store, config=CONFIG) as server:
-        server.wait_ready(tiny)
-        assert phases <= set(server.describe(tiny)["phases_ms"])
-        # Metrics of a start reach TorchServe with the worker's next log lines.
-        server.predict(tiny, ROWS)
-        metrics = server.metrics()
+    remote = f"remote: {{url: 'file://{tmp_path}/remote', timeout_seconds: 60}}\n    backends:"
+    (tmp_path / "remote").mkdir()
+    archives.tiny("counted", replace={"model-config.yaml": ("backends:", remote)})
+    (warm_store / "entries" / "tiny").rename(warm_store / "entries" / "counted")
+    (manifest,) = published(warm_store)
+    (warm_store / "remote").mkdir(mode=0o700)
+    (warm_store / "remote" / f"unsent-{manifest.parent.name}").touch(mode=0o600)
+    with make_server(["counted"], warm_store, config=CONFIG) as server:
+        server.wait_ready("counted")
+        assert phases <= set(server.describe("counted")["phases_ms"])
+        # Metrics reach TorchServe with the log lines of the worker's requests.
+        assert server.predict("counted", b"[]", "application/json").status == 400
+        counted: dict[str, str | None] = {}
+        for _ in range(300):
+            server.predict("counted", ROWS)
+            metrics = server.metrics()
+            counted.update(re.findall(r"^ts_handlers_(\w+)_total\{[^}]*\} (\S+)$", metrics, re.MULTILINE))
+            if counted.get("write_back") == "2.0":  # the canary record and the entry
+                break
+            time.sleep(0.1)
     assert {name for name in phases if f"ts_handlers_{name}_ms{{" in metrics} == phases
-    assert "ts_handlers_hit_total{" in metrics
+    assert {name: counted.get(name) for name in ("hit", "refused", "write_back")} == {
+        "hit": "1.0",
+        "refused": "1.0",
+        "write_back": "2.0",
+    }
 
 
 def test_four_workers_on_an_empty_store_build_once(
