@@ -113,6 +113,19 @@ def test_new_weights_hit_and_are_checked_against_eager_once(start: Start, archiv
     assert counters(check(start(), archive)) == {"hit": 1}
 
 
+def test_recording_a_canary_keeps_their_number_bounded(
+    start: Start, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ts_handlers.store.garbage.CANARIES_PER_KEY", 2)
+    for seed in range(4):
+        write_weights(archive, seed)
+        start()
+        wait_for_room()
+    (folder,) = (tmp_path / "store" / "canaries").iterdir()
+    assert len(list(folder.iterdir())) == 2
+    assert counters(check(start(), archive)) == {"hit": 1}
+
+
 def test_missed_part_is_named(start: Start, archive: Path) -> None:
     start()
     facts = check(start(dimensions={"batch": {"min": 1, "max": 9}}), archive)

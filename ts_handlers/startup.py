@@ -94,7 +94,7 @@ def start_model(
         metrics.observer = lambda phase: progress(phase, start.estimate)
     model = start.run()
     log_outcome("start" if progress is None else "build", source.name, model)
-    if metrics.counters["build"] and model.store is not None:
+    if model.store is not None and (metrics.counters["build"] or metrics.counters["canary_recorded"]):
         from ts_handlers.store.space import make_room_in_background
 
         root, space = model.store.root, settings.space

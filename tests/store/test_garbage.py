@@ -15,7 +15,7 @@ from ts_handlers.store import pins
 from ts_handlers.store.base import Hit
 from ts_handlers.store.entry import write_manifest
 from ts_handlers.store.eviction import Limits
-from ts_handlers.store.garbage import find_garbage
+from ts_handlers.store.garbage import CANARIES_PER_KEY, find_garbage
 from ts_handlers.store.local import LocalStore
 from ts_handlers.store.space import make_room
 from ts_handlers.store.trash import move_aside
@@ -65,6 +65,7 @@ LEFT: dict[str, tuple[Callable[[LocalStore], Path], float]] = {  # what, and fro
     "incomplete entry": (incomplete, 0),
     "damaged entry": (aside, 7 * DAY),
     "canaries of no entry": (lambda store: write(store.root / "canaries" / KEY / "w").parent, DAY),
+    "unsent canary of no entry": (lambda store: write(store.root / "remote" / f"unsent-{KEY}.w"), DAY),
     "half-written canary": (lambda store: write(store.root / "canaries" / KEY / ".w.17"), DAY),
     "uses of no entry": (lambda store: write(store.root / "usage" / KEY), DAY),
     "lease of no entry": (lambda store: write(store.root / "leases" / f"{KEY}.lock"), DAY),
@@ -95,11 +96,27 @@ def test_store_that_works_has_no_garbage(store: LocalStore) -> None:
     where = address()
     publish(store, where)
     store.write_canary(where, "w", {"cases": []})
+    write(store.root / "remote" / f"unsent-{where.key.digest}.w")
     with store.lease(where, None) as lease, store.staging(address(device="other")):
         lease.report(phase="build")
         store.lookup(where)
         assert find_garbage(store.root, time.time() + 6 * DAY) == []
     assert isinstance(store.lookup(where), Hit)
+
+
+def test_canary_records_of_a_key_are_bounded_and_the_used_ones_stay(store: LocalStore) -> None:
+    where = address()
+    publish(store, where)
+    names = [f"w{number:03}" for number in range(CANARIES_PER_KEY + 3)]
+    for age, name in enumerate(reversed(names)):
+        assert store.write_canary(where, name, {"cases": []})
+        path = store.root / "canaries" / where.key.digest / name
+        os.utime(path, (time.time() - 60 * age - 60,) * 2)
+    assert store.read_canary(where, "w001") == {"cases": []}  # the second oldest is used again
+    report = make_room(store.root, Limits(), Limits())
+    assert sorted(step.path.name for step in report.done) == ["w000", "w002", "w003"]
+    assert store.canaries(where) == [name for name in names if name not in ("w000", "w002", "w003")]
+    assert make_room(store.root, Limits(), Limits()).done == ()
 
 
 def test_quarantines_and_pins_outlive_their_entries(store: LocalStore) -> None:

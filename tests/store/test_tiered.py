@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from conftest import needs_root
 from file_backend import FileBackend
 from models import archive_source, eager_model, settings_of, write_weights
-from subprocesses import run_python
+from subprocesses import finish, run_python, start_python
 from tcp_proxy import Proxy
 
 from ts_handlers import CompiledModel, start_model
@@ -434,6 +435,34 @@ def test_what_could_not_be_sent_is_sent_by_a_later_start(shared: Fleet) -> None:
     assert counters(shared.start("host")) == {"hit": 1, "write_back": 2}
     assert counters(shared.start("host")) == {"hit": 1}
     assert list((shared.root / "host" / "remote").iterdir()) == []
+    assert counters(shared.start("other")) == FETCHED
+
+
+def test_canary_record_that_a_killed_process_could_not_send_is_sent_by_the_next_start(shared: Fleet) -> None:
+    code = """
+        import json, signal, sys
+        from file_backend import use_file_backend
+        from models import archive_source, settings_of
+        from ts_handlers import start_model
+        from ts_handlers.store.remote import Remote
+        use_file_backend()
+        Remote.create = lambda *arguments, **options: signal.pause()
+        settings = settings_of(store=sys.argv[2], backends=["aot_inductor"], remote=json.loads(sys.argv[3]))
+        print(json.dumps(start_model(archive_source(sys.argv[1]), settings).metrics.counters), flush=True)
+        signal.pause()
+    """
+    shared.start("host")
+    write_weights(shared.archive, 7)
+    process = start_python(code, shared.archive, shared.root / "host", json.dumps(shared.remote))
+    assert process.stdout is not None
+    found = json.loads(process.stdout.readline())
+    assert (found["hit"], found["canary_recorded"], found["write_back"]) == (1, 1, 0)
+    process.terminate()
+    finish(process, -signal.SIGTERM)
+    assert len(objects(shared, "canaries")) == 1
+    assert counters(shared.start("host")) == {"hit": 1, "write_back": 1}
+    assert list((shared.root / "host" / "remote").iterdir()) == []
+    assert counters(shared.start("host")) == {"hit": 1}
     assert counters(shared.start("other")) == FETCHED
 
 

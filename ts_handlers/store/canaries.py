@@ -2,12 +2,17 @@
 
 Format: ``SHA-256 in hex, newline, torch.save bytes``. The digest covers the record's subject too, ``<key>/<weights
 digest>``, newline: a record that a copy or a repair has put under another name is damage and not another's answers.
+
+A record's modification time is that of its last use, which `record_canary_use` keeps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import os
+from pathlib import Path
 from typing import Any
 
 
@@ -39,6 +44,20 @@ def load_record(payload: bytes) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"its record is a {type(record).__name__}, not a dict")
     return record
+
+
+def record_canary_use(path: Path) -> None:
+    """Remember that a record was used now; on a store that cannot be written it is not."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
+
+
+def last_use(path: Path) -> float:
+    """When a record was used the last time, in seconds since the epoch; 0 when it is gone."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _digest(subject: str, payload: bytes) -> bytes:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ts_handlers.store.canaries import last_use
 from ts_handlers.store.entry import MANIFEST
 from ts_handlers.store.eviction import EVICTED, remove_entry
 from ts_handlers.store.quarantine import MARKERS, RECORDS, read_quarantines
@@ -27,6 +28,8 @@ from ts_handlers.store.verified import REHASH_SECONDS, read_record
 ORPHAN_SECONDS = 86400.0  # records of keys that have no entry; a new build of the key would use them again
 MARKER_SECONDS = 7 * 86400.0  # crash markers, from which the next start of the key would learn
 DAMAGED_SECONDS = 7 * 86400.0  # damaged entries, kept for whoever wants to know what happened
+
+CANARIES_PER_KEY = 64  # one for each of the weights that were served lately; others are recorded again when needed
 
 _LEASE_FILE = re.compile(r"(?P<lease>(?P<key>[0-9a-f]{32})(\.background)?)\.(fetch\.lock|lock|json|outcome)")
 _LEASE_TEMPORARY = re.compile(r"[0-9a-f]{32}(\.background)?\.(json|outcome)\.\w+")
@@ -50,7 +53,7 @@ def find_garbage(root: Path, now: float | None = None) -> list[Garbage]:
     keys = {entry.key for entry in entries}
     found = [
         Garbage(path, *measure(path), reason, functools.partial(_remove, path, locked))
-        for path, locked, reason in (*_unfinished(root, now), *_orphans(root, keys, now))
+        for path, locked, reason in (*_unfinished(root, now), *_orphans(root, keys, now), *_surplus(root))
         if locked is None or not _is_locked(locked)
     ]
     for entry in entries:
@@ -85,8 +88,8 @@ def _orphans(root: Path, keys: set[str], now: float) -> Iterator[Found]:
             if path.name not in keys and _is_older(path, ORPHAN_SECONDS, now):
                 yield path, None, f"{folder}: its key has no entry"
     for path in _children(root / "remote"):
-        key = path.name.removeprefix("unsent-")
-        if key != path.name and key not in keys and _is_older(path, ORPHAN_SECONDS, now):
+        unsent, _, key = path.name.partition(".")[0].partition("-")
+        if unsent == "unsent" and key not in keys and _is_older(path, ORPHAN_SECONDS, now):
             yield path, None, "remote: its key has no entry"
     for path in _children(root / "leases"):
         match = _LEASE_FILE.fullmatch(path.name)
@@ -103,6 +106,15 @@ def _orphans(root: Path, keys: set[str], now: float) -> Iterator[Found]:
         gone = record is None or not os.path.exists(record.subject)
         if _is_older(path, ORPHAN_SECONDS if gone else REHASH_SECONDS, now):
             yield path, None, "digests of files that are gone, or too old to be used"
+
+
+def _surplus(root: Path) -> Iterator[Found]:
+    """Canary records of weights that have not been served for the longest time."""
+    for folder in _children(root / "canaries"):
+        records = [path for path in _children(folder) if not path.name.startswith(".")]
+        if len(records) > CANARIES_PER_KEY:
+            for path in sorted(records, key=last_use)[:-CANARIES_PER_KEY]:
+                yield path, None, f"canaries: its key has {CANARIES_PER_KEY} that were used since"
 
 
 def _remove(path: Path, locked: Path | None) -> str | None:

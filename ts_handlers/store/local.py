@@ -8,6 +8,7 @@ Layout::
     <root>/leases/<key>.fetch.lock                          held by the process that asks the remote store
     <root>/remote/<service>.json                            why the host goes on alone (see store/breaker.py)
     <root>/remote/unsent-<key>                              entries that the remote store lacks (see store/sender.py)
+    <root>/remote/unsent-<key>.<weights digest>             canary records that it lacks
     <root>/staging/<key>-<random>/                          entries being built; locked by the builder while it lives
     <root>/trash/<key>-<random>/                            damaged entries, moved aside with the reason
     <root>/trash/evicted-<key>-<random>/                    evicted entries on their way out (see store/eviction.py)
@@ -35,7 +36,7 @@ from ts_handlers.cache_key import explain
 from ts_handlers.errors import StoreError
 from ts_handlers.locked_directory import collect_directories, make_locked_directory
 from ts_handlers.store.base import Address, Corrupt, Hit, Miss
-from ts_handlers.store.canaries import check_canary_bytes, encode_canary, load_record
+from ts_handlers.store.canaries import check_canary_bytes, encode_canary, load_record, record_canary_use
 from ts_handlers.store.entry import MANIFEST, Manifest, fsync, read_manifest, verify_files, write_manifest
 from ts_handlers.store.lease import Lease, hold_lease
 from ts_handlers.store.ownership import check_path, is_inside
@@ -147,7 +148,7 @@ class LocalStore:
     def _manifests(self, address: Address) -> list[Path]:
         """Manifests of every entry of this model, as far as they can be read."""
         try:
-            return list(self.root.joinpath("entries", _safe_name(address.model)).glob(f"*/*/*/{MANIFEST}"))
+            return list(self.root.joinpath("entries", safe_name(address.model)).glob(f"*/*/*/{MANIFEST}"))
         except OSError:
             return []
 
@@ -272,10 +273,16 @@ class LocalStore:
             yield lease
 
     def _canary(self, address: Address, weights_digest: str) -> Path:
-        return self.root / "canaries" / address.key.digest / _safe_name(weights_digest)
+        return self.root / "canaries" / address.key.digest / safe_name(weights_digest)
 
     def read_canary(self, address: Address, weights_digest: str) -> dict[str, Any] | None:
-        """The recorded canary, or None when there is none or it is damaged."""
+        """The recorded canary, or None when there is none or it is damaged; its use is recorded."""
+        record = self._load_canary(address, weights_digest)
+        if record is not None:
+            record_canary_use(self._canary(address, weights_digest))
+        return record
+
+    def _load_canary(self, address: Address, weights_digest: str) -> dict[str, Any] | None:
         path = self._canary(address, weights_digest)
         try:
             return load_record(check_canary_bytes(f"{path.parent.name}/{path.name}", path.read_bytes()))
@@ -291,7 +298,7 @@ class LocalStore:
             names = sorted(path.name for path in self._canary(address, "").parent.iterdir())
         except OSError:
             return []
-        return [name for name in names if name[0] != "." and self.read_canary(address, name) is not None]
+        return [name for name in names if name[0] != "." and self._load_canary(address, name) is not None]
 
     def write_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> bool:
         """Record a canary by writing beside and renaming; False when the store cannot be written."""
@@ -338,9 +345,10 @@ def _make_private(directory: Path, root: Path) -> None:
 
 def entry_path(address: Address) -> str:
     """The path of an entry below ``entries``, here and in a remote store."""
-    return "/".join(map(_safe_name, (address.model, address.model_digest[:16], address.device, address.key.digest)))
+    return "/".join(map(safe_name, (address.model, address.model_digest[:16], address.device, address.key.digest)))
 
 
-def _safe_name(name: str) -> str:
+def safe_name(name: str) -> str:
+    """A name as the store's files and folders have it."""
     safe = re.sub(r"[^A-Za-z0-9_.=-]+", "_", name)
     return safe if safe.strip(".") else "_"

@@ -3,8 +3,9 @@
 The first writer wins: when another host's valid object is there, nothing is sent, and this host keeps its own entry,
 which has passed its own canary under the same key. A holder whose lease was taken over sends nothing.
 
-While an entry is not sent, ``<root>/remote/unsent-<key>`` exists. So what was built while the remote was away, or was
-not done when the process was killed, is sent by the next start on this host that finds the entry.
+While an entry is not sent, ``<root>/remote/unsent-<key>`` exists, while a canary record is not,
+``<root>/remote/unsent-<key>.<weights digest>``. So what was built or recorded while the remote was away, or was not
+done when the process was killed, is sent by the next start on this host that finds the entry.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +24,7 @@ from ts_handlers.metrics import Metrics
 from ts_handlers.store import exchange
 from ts_handlers.store.base import Address
 from ts_handlers.store.exchange import canary_name, entry_name
-from ts_handlers.store.local import LocalStore, entry_path
+from ts_handlers.store.local import LocalStore, entry_path, safe_name
 from ts_handlers.store.remote import Remote
 from ts_handlers.store.remote_lease import HeldLease
 from ts_handlers.store.trust import Trust
@@ -82,10 +83,7 @@ class Sender:
         """Send a published entry."""
         if not self._publishes():
             return
-        marker = self._marker(address)
-        with contextlib.suppress(OSError):
-            marker.parent.mkdir(mode=0o700, exist_ok=True)
-            marker.touch(mode=0o600)
+        self._mark(self._marker(address))
         if not self.alone():
             self.write_back.submit(entry_name(address), lambda: self._send_entry(address, directory))
 
@@ -102,40 +100,71 @@ class Sender:
             self.write_back.submit(name, lambda: self._send_sealed_entry(address, sealed))
 
     def resume(self, address: Address, directory: Path) -> None:
-        """Send an entry of this host, and its canary records, if an earlier start could not."""
+        """Send an entry of this host, or canary records of it, if an earlier start could not."""
         key = address.key.digest
-        if key in self._resumed or self._remote.settings.read_only or not self._marker(address).exists():
+        if key in self._resumed or self._remote.settings.read_only:
+            return
+        unsent = self._unsent(key)
+        if not unsent:
             return
         self._resumed.add(key)
+        whole = "" in unsent
 
         def send() -> None:
             if not self.may_write():
                 return
-            for weights_digest in self._local.canaries(address):
+            for weights_digest in sorted(self._local.canaries(address) if whole else unsent):
                 record = self._local.read_canary(address, weights_digest)
                 if record is not None:
                     self._send_canary(address, weights_digest, record)
-            self._send_entry(address, directory)
+                else:
+                    self._marker(address, weights_digest).unlink(missing_ok=True)
+            if whole:
+                self._send_entry(address, directory)
 
-        self.write_back.submit(entry_name(address), send)
+        self.write_back.submit(entry_name(address) if whole else f"canaries/{key}", send)
 
     def send_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> None:
         """Send a canary record."""
-        if self.may_write():
+        if not self._publishes():
+            return
+        self._mark(self._marker(address, weights_digest))
+        if not self.alone():
             name = canary_name(address.key.digest, weights_digest)
             self.write_back.submit(name, lambda: self._send_canary(address, weights_digest, record))
 
-    def _marker(self, address: Address) -> Path:
-        return self._local.root / "remote" / f"unsent-{address.key.digest}"
+    def _marker(self, address: Address, weights_digest: str = "") -> Path:
+        """The file that says that an entry, or one of its canary records, is not sent."""
+        suffix = f".{safe_name(weights_digest)}" if weights_digest else ""
+        return self._local.root / "remote" / f"unsent-{address.key.digest}{suffix}"
+
+    def _mark(self, marker: Path) -> None:
+        with contextlib.suppress(OSError):
+            marker.parent.mkdir(mode=0o700, exist_ok=True)
+            marker.touch(mode=0o600)
+
+    def _unsent(self, key: str) -> set[str]:
+        """What is not sent of a key: weights digests of canary records; empty text stands for the entry."""
+        try:
+            names = os.listdir(self._local.root / "remote")
+        except OSError:
+            return set()
+        return {name.partition(".")[2] for name in names if name.partition(".")[0] == f"unsent-{key}"}
+
+    @contextlib.contextmanager
+    def _marked(self, marker: Path) -> Iterator[None]:
+        """Send what a marker stands for: it goes unless the remote has failed and may answer the next time."""
+        try:
+            yield
+        except StoreError as error:
+            if not isinstance(error, RemoteError):
+                marker.unlink(missing_ok=True)
+            raise
+        marker.unlink(missing_ok=True)
 
     def _send_entry(self, address: Address, directory: Path) -> None:
-        try:
+        with self._marked(self._marker(address)):
             self._send_sealed_entry(address, self._seal_entry(address, directory))
-        except StoreError as error:
-            if not isinstance(error, RemoteError):  # it would be the same the next time
-                self._marker(address).unlink(missing_ok=True)
-            raise
-        self._marker(address).unlink(missing_ok=True)
 
     def _send_sealed_entry(self, address: Address, sealed: Path) -> None:
         subject, trust = entry_path(address), self.trust()
@@ -148,9 +177,10 @@ class Sender:
     def _send_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> None:
         key, trust = address.key.digest, self.trust()
         subject = f"{key}/{weights_digest}"
-        sealed = self._sealed(lambda file: exchange.seal_canary(file, record, key, weights_digest, trust))
         check: Callable[[BinaryIO], object] = lambda stream: exchange.unseal_canary(stream, subject, trust)  # noqa: E731
-        self._send(canary_name(key, weights_digest), sealed, key, check)
+        with self._marked(self._marker(address, weights_digest)):
+            sealed = self._sealed(lambda file: exchange.seal_canary(file, record, key, weights_digest, trust))
+            self._send(canary_name(key, weights_digest), sealed, key, check)
 
     def _sealed(self, write: Callable[[BinaryIO], None]) -> Path:
         """A file that `_send` removes; in the temporary folder, as the store may be read-only."""
