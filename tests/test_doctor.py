@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,9 +18,10 @@ import ts_handlers.backends
 from ts_handlers import doctor, fingerprint, start_model
 from ts_handlers.doctor import Finding, machine, server
 from ts_handlers.doctor.base import Question, probe
+from ts_handlers.errors import QuarantinedError
 from ts_handlers.key import CacheKey
 from ts_handlers.settings import Settings
-from ts_handlers.store.guard import Guard
+from ts_handlers.store.guard import Guard, remember_death
 
 
 def ask(
@@ -216,34 +217,32 @@ def test_a_store_of_another_user(tmp_path: Path) -> None:
 
 
 def test_quarantines_and_damage_are_shown_with_the_way_out(filled: Path) -> None:
-    key = CacheKey((("backend", "aot_inductor"),))
-    Guard(filled, Settings(), key, "mine", lambda: "w").quarantine_canary("5e", ValueError("wrong by 3"))
-    (entry,) = filled.glob("entries/*/*/*/*")
-    (filled / "trash").mkdir()
-    shutil.move(entry, filled / "trash" / "k-1")
-    findings = by_check(ask(doctor.store.check_quarantine, filled))
-    assert (findings["quarantine"].status, findings["damage"].status) == ("warn", "warn")
-    assert "ValueError: wrong by 3" in findings["quarantine"].found
-    assert findings["quarantine"].remedy.endswith(f"ts-handlers unquarantine {key.digest[:12]} --store {filled}")
+    key = CacheKey((("backend", "inductor"),))
 
+    def guard() -> Guard:
+        return Guard(filled, Settings(), key, "slow", lambda: "w")
 
-@pytest.mark.parametrize(
-    ("config", "status", "found"),
-    [
-        ("", "fail", "building model took"),
-        ("on_miss: fail", "ok", "building model took"),
-        ("guard: {load_seconds: 9}", "warn", "load_seconds 9 is not below startupTimeout 0.0001"),
-    ],
-)
-def test_time_limits_against_recorded_builds(
-    config: str, status: str, found: str, filled: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "model-config.yaml"
-    path.write_text(f"startupTimeout: 0.0001\nhandler:\n  ts_handlers:\n    strict: false\n    {config}\n")
-    findings = ask(doctor.store.check_model_config, filled, model_config=path)
-    assert [f.status for f in findings if found in f.found] == [status], findings
-    other = ask(doctor.store.check_model_config, filled, model_config=path, model="other")
-    assert "no build of other is recorded" in by_check(other[:2])["startup time"].found
+    def killed() -> int:
+        child = os.fork()
+        if not child:
+            with guard().marked("build"):
+                os.kill(os.getpid(), signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        return child
+
+    killed()
+    remember_death(filled, killed(), "it took longer than the setting background.seconds: 60")
+    limit, *deaths = ask(doctor.store.check_time_limits, filled, model="slow")
+    assert ("background.seconds: 60" in limit.found, "raise background.seconds" in limit.remedy) == (True, True)
+    assert ["killed without a trace" in finding.found for finding in deaths] == [True, True]
+    assert [f.status for f in ask(doctor.store.check_time_limits, filled, model="other")] == ["ok"]
+    killed()
+    with pytest.raises(QuarantinedError):
+        guard().refuse()
+    assert any(
+        "3 times in a row" in f.found and "startupTimeout" in f.remedy
+        for f in ask(doctor.store.check_time_limits, filled)
+    )
 
 
 def test_settings_are_checked(tmp_path: Path) -> None:

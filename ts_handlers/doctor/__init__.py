@@ -34,6 +34,7 @@ CHECKS: tuple[Callable[[Question], Iterator[Finding]], ...] = (
     store.check_root,
     store.check_space,
     store.check_quarantine,
+    store.check_time_limits,
     store.check_model_config,
 )
 

@@ -17,6 +17,8 @@ from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS
 from ts_handlers.store.entry import Manifest
 from ts_handlers.store.eviction import EVICTED
 from ts_handlers.store.failures import build_runtime
+from ts_handlers.store.guard import WITHOUT_A_TRACE
+from ts_handlers.store.markers import read_deaths
 from ts_handlers.store.quarantine import read_quarantines
 from ts_handlers.store.scan import scan_entries, scan_trash
 
@@ -98,6 +100,31 @@ def check_quarantine(question: Question) -> Iterator[Finding]:
         yield Finding("damage", "warn", found, "find out what damages them (disk, a copy); ts-handlers gc removes them")
     if not records and not aside:
         yield Finding("quarantine", "ok", "none")
+
+
+def check_time_limits(question: Question) -> Iterator[Finding]:
+    """Builds that a time limit, or somebody who names no reason, has ended."""
+    raise_startup = "raise startupTimeout above what the build takes, or set on_miss: background, or prewarm"
+    ended = 0
+    for record in read_quarantines(question.store):
+        if question.model not in (None, record.model) or record.phase != "build":
+            continue
+        what = f"building {record.model} with {record.backend}: {record.reason}"
+        if record.kind and "background.seconds" in record.reason:
+            yield Finding("time limits", "warn", what, "raise background.seconds, or prewarm where there is time")
+        elif not record.kind and WITHOUT_A_TRACE in record.reason:
+            yield Finding("time limits", "warn", what, raise_startup)
+        else:
+            continue
+        ended += 1
+    for death in read_deaths(question.store):
+        marker = death.marker
+        if question.model in (None, marker.model) and marker.phase == "build" and death.cause is None:
+            ended += 1
+            found = f"building {marker.model} with {marker.backend}, begun {marker.time}, was killed without a trace"
+            yield Finding("time limits", "warn", f"{found}, as TorchServe does after startupTimeout", raise_startup)
+    if not ended:
+        yield Finding("time limits", "ok", "none has ended a build")
 
 
 def check_model_config(question: Question) -> Iterator[Finding]:

@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 FORGIVEN = {"build": 2, "load": 1}
 """Deaths without a trace, one after the other, that are not yet a reason."""
 AUTO_SECONDS = 120.0
+WITHOUT_A_TRACE = "ended without a trace"
 
 
 class Guard:
@@ -300,7 +301,7 @@ def remember_death(root: Path, pid: int, reason: str) -> None:
 
 def _without_a_trace(times: int, phase: str) -> str:
     return (
-        f"the process ended without a trace {times} times in a row in the phase {phase}, as by "
+        f"the process {WITHOUT_A_TRACE} {times} times in a row in the phase {phase}, as by "
         "SIGKILL (out of memory, or startupTimeout too short) or by exit() in native code"
     )
 
