@@ -101,6 +101,18 @@ def test_it_holds_for_its_time_and_not_longer_whatever_the_clock_does(tmp_path: 
     assert fail(tmp_path, BuildError("no")).count == 2
 
 
+def test_a_damaged_record_holds_for_a_day_at_most(tmp_path: Path) -> None:
+    fail(tmp_path, BuildError("no"))
+    (path,) = (tmp_path / "quarantine").iterdir()
+    facts = {**json.loads(path.read_text()), "held_seconds": 1e300, "count": 10**9}
+    path.write_text(json.dumps(facts))
+    with pytest.raises(FailedBeforeError):
+        guard_of(tmp_path).refuse()
+    assert fail(tmp_path, BuildError("no")).held_seconds == 86400
+    age(tmp_path, 86401)
+    guard_of(tmp_path).refuse()
+
+
 def test_who_tries_anew_takes_what_failed_meanwhile_for_its_own_failure(tmp_path: Path) -> None:
     before = time.time()
     fail(tmp_path, BuildError("no"))
@@ -125,7 +137,7 @@ def test_what_is_no_failure_of_a_build_is_not_remembered(error: BaseException, t
 
 def test_records_that_are_long_over_are_garbage(tmp_path: Path) -> None:
     fail(tmp_path, BuildError("no"))
-    assert find_garbage(tmp_path, time.time() + 3 * 86400) == []
-    (item,) = find_garbage(tmp_path, time.time() + 8 * 86400)
+    assert find_garbage(tmp_path, time.time() + 7 * 86400) == []
+    (item,) = find_garbage(tmp_path, time.time() + 9 * 86400)
     assert item.remove() is None
     assert read_quarantines(tmp_path) == []

@@ -26,12 +26,18 @@ from pathlib import Path
 import msgspec
 
 from ts_handlers.fingerprint import compiler_identity, runtime_identity
-from ts_handlers.store.quarantine import RECORDS, Quarantine, existing_homes, read_quarantines, write_quarantine
+from ts_handlers.store.quarantine import (
+    LONGEST_HOLD_SECONDS,
+    Quarantine,
+    quarantine_files,
+    read_quarantines,
+    write_quarantine,
+)
 
 logger = logging.getLogger(__name__)
 
 DETERMINISTIC, CIRCUMSTANTIAL = "deterministic", "circumstantial"
-HOLD_SECONDS = {DETERMINISTIC: (3600.0, 86400.0), CIRCUMSTANTIAL: (60.0, 3600.0)}
+HOLD_SECONDS = {DETERMINISTIC: (3600.0, LONGEST_HOLD_SECONDS), CIRCUMSTANTIAL: (60.0, 3600.0)}
 """How long the first failure of a kind holds, and the longest that any does."""
 
 _NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded", re.IGNORECASE)
@@ -134,9 +140,8 @@ def remember_failure(
 
 def forget_failures(root: Path, key: str) -> None:
     """Remove the failures of a key: it has been built."""
-    for record in read_quarantines(root, key):
+    for path, record in quarantine_files(root, key):
         if record.kind:
-            for home in existing_homes(root):
-                with contextlib.suppress(OSError):
-                    (home / RECORDS / record.file_name).unlink()
-                    logger.info("%s has been built; it had failed %d times", key, record.count)
+            with contextlib.suppress(OSError):
+                path.unlink()
+                logger.info("%s has been built; it had failed %d times", key, record.count)

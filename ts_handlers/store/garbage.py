@@ -20,7 +20,7 @@ from pathlib import Path
 from ts_handlers.store.canaries import last_use
 from ts_handlers.store.entry import MANIFEST
 from ts_handlers.store.eviction import EVICTED, remove_entry
-from ts_handlers.store.quarantine import MARKERS, RECORDS, read_quarantines
+from ts_handlers.store.quarantine import LONGEST_HOLD_SECONDS, MARKERS, RECORDS, quarantine_files
 from ts_handlers.store.scan import measure, scan_entries, scan_trash
 from ts_handlers.store.verified import FOLDER as VERIFIED
 from ts_handlers.store.verified import REHASH_SECONDS, read_record
@@ -98,9 +98,9 @@ def _orphans(root: Path, keys: set[str], now: float) -> Iterator[Found]:
     for path in _children(root / MARKERS):
         if path.name.partition(".")[0] not in keys and _is_older(path, MARKER_SECONDS, now):
             yield path, path, "guards: left by a process that died long ago, and its key has no entry"
-    for failed in read_quarantines(root):
-        if failed.kind and now - failed.failed_at > failed.held_seconds + MARKER_SECONDS:
-            yield root / RECORDS / failed.file_name, None, "quarantine: a build that failed long ago"
+    for path, failure in quarantine_files(root):
+        if failure.kind and _is_older(path, LONGEST_HOLD_SECONDS + MARKER_SECONDS, now):
+            yield path, None, "quarantine: a build that failed long ago"
     for path in _children(root / VERIFIED):
         record = read_record(path)
         gone = record is None or not os.path.exists(record.subject)

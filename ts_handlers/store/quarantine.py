@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 RECORDS = "quarantine"
 MARKERS = "guards"
 BUILD = "build-"
+LONGEST_HOLD_SECONDS = 86400.0
+"""No build that failed with an exception is held back for longer."""
 
 
 class Quarantine(msgspec.Struct, frozen=True):
@@ -85,7 +87,7 @@ class Quarantine(msgspec.Struct, frozen=True):
     @property
     def is_over(self) -> bool:
         """Whether a failed build may be tried again; a clock that was set back makes it wait no longer than that."""
-        return bool(self.kind) and abs(time.time() - self.failed_at) >= self.held_seconds
+        return bool(self.kind) and abs(time.time() - self.failed_at) >= min(self.held_seconds, LONGEST_HOLD_SECONDS)
 
     @property
     def retry(self) -> str:
@@ -173,17 +175,22 @@ def read_quarantines(root: str | Path, key: str = "", *, builds: bool = True) ->
     >>> read_quarantines(tempfile.mkdtemp())
     []
     """
-    records = []
-    for path in _paths(Path(root), RECORDS, key):
+    return [record for _, record in quarantine_files(Path(root), key, builds=builds)]
+
+
+def quarantine_files(root: Path, key: str = "", *, builds: bool = True) -> list[tuple[Path, Quarantine]]:
+    """The same records with the files that hold them."""
+    found = []
+    for path in _paths(root, RECORDS, key):
         if not builds and f"-{BUILD}" in path.name:
             continue
         try:
-            records.append(msgspec.json.decode(path.read_bytes(), type=Quarantine))
+            found.append((path, msgspec.json.decode(path.read_bytes(), type=Quarantine)))
         except FileNotFoundError:
             continue  # lifted meanwhile
         except (OSError, *UNDECODABLE) as error:
             logger.warning("the quarantine record %s cannot be read and is ignored: %s", path, error)
-    return sorted(records, key=lambda record: record.time)
+    return sorted(found, key=lambda each: each[1].time)
 
 
 def lift_quarantine(root: str | Path, key: str) -> list[Quarantine]:
