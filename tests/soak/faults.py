@@ -25,7 +25,9 @@ from ts_handlers.errors import RefusedError, StoreError
 from ts_handlers.store import bundles
 from ts_handlers.store.audit import audit
 from ts_handlers.store.eviction import Limits
+from ts_handlers.store.failures import CIRCUMSTANTIAL
 from ts_handlers.store.local import LocalStore
+from ts_handlers.store.quarantine import quarantine_files
 from ts_handlers.store.scan import scan_entries
 from ts_handlers.store.space import make_room, wait_for_room
 from ts_handlers.store.trust import Trust
@@ -220,7 +222,13 @@ def _judge(tally: Tally, what: str, facts: dict[str, Any] | None) -> None:
 
 
 def _afterwards(tally: Tally, operations: Operations, root: Path, what: str) -> None:
-    """The disk works again, the clock is right: a start serves or builds, the next one hits, nothing is left over."""
+    """The disk works again, the clock is right: a start serves or builds, the next one hits, nothing is left over.
+
+    A build that met the fault is held back for a minute, which is over here; for a fault no build is held for longer.
+    """
+    for path, record in quarantine_files(root):
+        if record.kind == CIRCUMSTANTIAL:
+            path.unlink()
     for expected in (("hit", "built"), ("hit",)):
         code, facts, text = forks.call(lambda: operations.subject.start(root))
         if code or not facts["right"] or facts["result"] not in expected:
