@@ -29,7 +29,7 @@ from ts_handlers.metrics import Metrics
 from ts_handlers.serving.contexts import PoolStats
 from ts_handlers.serving.slots import ModuleSlots
 from ts_handlers.settings.sections import ContextSettings
-from ts_handlers.store.quarantine import lift_quarantine
+from ts_handlers.store.quarantine import read_quarantines
 
 pytestmark = pytest.mark.processes
 
@@ -50,10 +50,11 @@ def _backends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def start(archive: Path, tmp_path: Path) -> Start:
-    def run(**changes: Any) -> CompiledModel:
+    def run(retry_failed: bool = False, **changes: Any) -> CompiledModel:
         section = {"store": str(tmp_path / "store"), "backends": ["aot_inductor", "eager"], "on_miss": "background"}
         section["background"] = {"nice": 0}  # the machine may be busy
-        return start_model(archive_source(archive), settings_of(**{**section, **changes}))
+        settings = settings_of(**{**section, **changes})
+        return start_model(archive_source(archive), settings, retry_failed=retry_failed)
 
     return run
 
@@ -222,9 +223,9 @@ def test_child_is_nice_and_a_killed_one_changes_nothing(
     monkeypatch.setenv("BUILD_SECONDS", "0")
     at_once = start()
     assert (at_once.background, at_once.metrics.counters["build_skipped"]) == (None, 1)
-    (record,) = lift_quarantine(tmp_path / "store", "")
+    (record,) = read_quarantines(tmp_path / "store")
     assert (record.kind, "was killed by SIGKILL" in record.reason) == ("circumstantial", True)
-    assert settled(start(), archive)["backend"] == "aot_inductor"  # a restart tries again
+    assert settled(start(retry_failed=True), archive)["backend"] == "aot_inductor"
 
 
 def test_a_build_that_its_time_limit_ended_is_remembered_and_the_next_backend_served(

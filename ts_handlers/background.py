@@ -78,6 +78,8 @@ class BackgroundBuild:
         What was missed.
     load:
         Loads the published entry of a backend, with canary and warm-up.
+    retry_failed:
+        See `ts_handlers.startup.start_model`.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class BackgroundBuild:
         store: Store,
         address: Address,
         load: Callable[[str], CompiledModel],
+        retry_failed: bool = False,
     ) -> None:
         self._model = model
         self._request = request
@@ -95,6 +98,7 @@ class BackgroundBuild:
         self._store = store
         self._address = address
         self._load = load
+        self._retry_failed = retry_failed
         self._leases = store.root / "leases"
         self._name = f"{address.key.digest}.background"
         self._state = "waiting"
@@ -234,7 +238,7 @@ class BackgroundBuild:
             "device": str(self._device),
             "threads": self._threads,
             "float32_matmul": torch.get_float32_matmul_precision(),
-            "retry_failed": False,
+            "retry_failed": self._retry_failed,
             "keys": {self._backend.name: key.parts},
         }
         report("process", None)

@@ -216,7 +216,8 @@ class _Start:
 
         model = self._try(get_backend("eager"))
         model.outcome = dataclasses.replace(model.outcome, result="background", missed=missed)
-        model.background = BackgroundBuild(model, self._request, backend, store, address, load)
+        retry_failed = self._anew_since is not None
+        model.background = BackgroundBuild(model, self._request, backend, store, address, load, retry_failed)
         model.background.begin()
         return model
 
