@@ -25,6 +25,7 @@ FOR_BUILDS = (
     "ts_handlers.backends.inductor",
     "ts_handlers.backends.tensorrt",
     "ts_handlers.store.eviction",
+    "ts_handlers.store.failures",
     "ts_handlers.store.garbage",
     "ts_handlers.store.scan",
     "ts_handlers.store.space",

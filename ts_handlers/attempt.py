@@ -35,11 +35,8 @@ from ts_handlers.metrics import Metrics
 from ts_handlers.serving.slots import ModuleSlots
 from ts_handlers.store.base import Address, Corrupt, Hit, Miss, Store
 from ts_handlers.store.entry import Manifest, list_files, read_manifest
-from ts_handlers.store.eviction import Limits
-from ts_handlers.store.failures import is_disk_full
 from ts_handlers.store.guard import Guard
 from ts_handlers.store.lease import Lease
-from ts_handlers.store.space import make_room
 from ts_handlers.warmup import check_canary, run_warmup
 
 logger = logging.getLogger(__name__)
@@ -177,6 +174,8 @@ class Attempt:
                 try:
                     return self._compile(lease, staging)
                 except Exception as error:
+                    from ts_handlers.store.failures import is_disk_full
+
                     if not is_disk_full(error):
                         raise
                     self._make_room(staging, error)
@@ -203,6 +202,9 @@ class Attempt:
         BuildError
             Nothing came of it; with the folders, their free bytes and the remedy.
         """
+        from ts_handlers.store.eviction import Limits
+        from ts_handlers.store.space import make_room
+
         empty_folder(staging)
         root = self._store.root
         folders = [staging.parent, Path(tempfile.gettempdir())]

@@ -36,7 +36,6 @@ from ts_handlers.fingerprint import runtime_identity
 from ts_handlers.key import CacheKey
 from ts_handlers.process_limits import bounded_memory, last_words, oom_kills, time_limit
 from ts_handlers.settings import Settings
-from ts_handlers.store.failures import CIRCUMSTANTIAL, build_runtime, forget_failures, kind_of, remember_failure
 from ts_handlers.store.markers import Death, Marker, read_deaths, write_marker
 from ts_handlers.store.quarantine import (
     MARKERS,
@@ -111,7 +110,7 @@ class Guard:
         """
         judged = self._judge()
         for record in [*read_quarantines(self._root, self._key.digest, builds=not seal), *judged]:
-            runtime = build_runtime() if record.kind else runtime_identity()
+            runtime = _runtime_of(record)
             if not record.applies(seal, runtime, self._canary, self._weights):
                 continue
             lift = f"`ts-handlers unquarantine {self._key.digest[:12]} --store {self._root}`"
@@ -131,6 +130,8 @@ class Guard:
     @contextlib.contextmanager
     def remembered(self) -> Iterator[None]:
         """Run a build: an exception that ends the block is kept for later starts, a good end removes what was kept."""
+        from ts_handlers.store.failures import forget_failures, kind_of, remember_failure
+
         began = time.monotonic()
         try:
             yield
@@ -287,11 +288,22 @@ class Guard:
         return records
 
 
+def _runtime_of(record: Quarantine) -> dict[str, str]:
+    """What a record of the runtime at hand would say."""
+    if not record.kind:
+        return runtime_identity()
+    from ts_handlers.store.failures import build_runtime
+
+    return build_runtime()
+
+
 def remember_death(root: Path, pid: int, reason: str) -> None:
     """Keep, as a failed build, what a process of this host was building when its limits or the kernel ended it.
 
     A death whose cause its marker tells is left to the next start, which quarantines it.
     """
+    from ts_handlers.store.failures import CIRCUMSTANTIAL, remember_failure
+
     for death in read_deaths(root):
         marker, cause = death.marker, death.cause
         if (marker.pid, marker.host, marker.seal) == (pid, platform.node(), "") and not (cause and cause[0]):
