@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,23 @@ def test_what_was_built_is_loaded_from_where_it_was_published(
     monkeypatch.setattr(backend, "load", recorded)
     start()
     assert seen == ["staging", "entries"]
+
+
+def test_what_was_checked_is_gone_before_the_published_artifact_loads(
+    start: Start, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two artifacts at once may not fit into a GPU's memory."""
+    load, loaded, alive = backend.load, [], []
+
+    def watched(*arguments: Any) -> Any:
+        alive.append(sum(artifact() is not None for artifact in loaded))
+        artifact = load(*arguments)
+        loaded.append(weakref.ref(artifact.run))
+        return artifact
+
+    monkeypatch.setattr(backend, "load", watched)
+    start()
+    assert alive == [0, 0]
 
 
 @pytest.mark.parametrize(

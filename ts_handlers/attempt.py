@@ -18,7 +18,7 @@ from pathlib import Path
 
 import ts_handlers
 from ts_handlers import fingerprint
-from ts_handlers.backends.base import Backend, Built, Loaded, Request
+from ts_handlers.backends.base import Backend, Loaded, Request
 from ts_handlers.cycle_collector import collection_paused
 from ts_handlers.errors import (
     FINAL,
@@ -49,6 +49,17 @@ class Served:
     loaded: Loaded
     result: str
     canary: dict[str, object] | None
+
+
+@dataclasses.dataclass
+class _Made:
+    """A build that has loaded; `live` when the backend handed over what it had in memory. Nobody else holds `loaded`,
+    so that two artifacts are never in memory at once."""
+
+    manifest: Manifest
+    loaded: Loaded
+    canary: dict[str, object]
+    live: bool
 
 
 class Attempt:
@@ -165,9 +176,9 @@ class Attempt:
             logger.info("%s: building with %s%s", self._request.source.name, self._backend.name, expected)
             self._request.shared_folder = self._store.root / "shared"
             with self._store.staging(self._address) as staging:
-                return self._publish(lease, staging, *self._make(lease, staging))
+                return self._publish(lease, staging, self._make(lease, staging))
 
-    def _make(self, lease: Lease, staging: Path) -> tuple[Manifest, Built, Loaded, dict[str, object]]:
+    def _make(self, lease: Lease, staging: Path) -> _Made:
         """Build into `staging`, load and check; a failure is remembered for later starts."""
         try:
             with self._guard.remembered():
@@ -179,20 +190,21 @@ class Attempt:
                     if not is_disk_full(error):
                         raise
                     self._make_room(staging, error)
-                    self._request.source.release()
-                    return self._compile(lease, staging)
+                self._request.source.release()
+                return self._compile(lease, staging)
         except Exception:
             self._metrics.count("build_failed")
             raise
 
-    def _compile(self, lease: Lease, staging: Path) -> tuple[Manifest, Built, Loaded, dict[str, object]]:
+    def _compile(self, lease: Lease, staging: Path) -> _Made:
         lease.report(phase="build")
         with self._metrics.phase("build"), self._guard.marked("build"):
             built = self._backend.build(self._request, staging, self._metrics.build_phase)
         self._metrics.count("build")
         manifest = self._manifest(built.description, staging)
         lease.report(phase="load")
-        return manifest, built, *self._load(staging, manifest, "", built.loaded)
+        loaded, canary = self._load(staging, manifest, "", built.loaded)
+        return _Made(manifest, loaded, canary, live=built.loaded is not None)
 
     def _make_room(self, staging: Path, error: Exception) -> None:
         """Tidy the store if it lies on the disk that is full.
@@ -223,31 +235,23 @@ class Attempt:
             f"or move the store (TS_HANDLERS_CACHE) or the temporary folder (TMPDIR); {one_line(error)}"
         ) from error
 
-    def _publish(
-        self,
-        lease: Lease,
-        staging: Path,
-        manifest: Manifest,
-        built: Built,
-        loaded: Loaded,
-        canary: dict[str, object],
-    ) -> Served:
+    def _publish(self, lease: Lease, staging: Path, made: _Made) -> Served:
         """Publish what has loaded and answered rightly."""
         lease.report(phase="publish")
         directory = staging
         with self._metrics.phase("publish"):
             try:
-                directory = self._store.publish(self._address, staging, manifest)
+                directory = self._store.publish(self._address, staging, made.manifest)
             except StoreError as error:
                 logger.warning("%s; serving it unpublished", error)
                 self._metrics.count("publish_failed")
                 self._notes.append(one_line(error))
-        if built.loaded is None and directory != staging:
+        if directory != staging and not made.live:
             # What was loaded may open further files of its directory later, and that has moved.
-            del loaded
+            del made.loaded
             manifest = read_manifest(directory)  # another process may have published the same key first
-            loaded, _ = self._load(directory, manifest, manifest.seal, None)
-        return Served(loaded, "built", canary)
+            made.loaded, _ = self._load(directory, manifest, manifest.seal, None)
+        return Served(made.loaded, "built", made.canary)
 
     def _manifest(self, artifact: dict[str, object], staging: Path) -> Manifest:
         recorded = {
