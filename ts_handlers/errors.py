@@ -32,7 +32,12 @@ class BuildError(WarmStartError, RuntimeError):
 
 
 class FailedBeforeError(BuildError):
-    """A build of the same key has failed a short time ago and is not repeated yet; the next backend is tried."""
+    """A build of the same key has failed a short time ago and is not repeated yet; the next backend is tried.
+
+    `unbuildable` tells whether that was a `BuildError`: the backend cannot build the model, and no variant of it could.
+    """
+
+    unbuildable: bool = True
 
 
 class LoadError(WarmStartError, RuntimeError):

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from ts_handlers import Settings
-from ts_handlers.errors import BuildError, CanaryError, FailedBeforeError, MissError
+from ts_handlers.backends import get_backend, stand_in
+from ts_handlers.errors import BuildError, CanaryError, FailedBeforeError, LoadError, MissError
 from ts_handlers.key import CacheKey
+from ts_handlers.settings.sections import TensorRTSettings
 from ts_handlers.store.failures import CIRCUMSTANTIAL, DETERMINISTIC, kind_of, remember_failure
 from ts_handlers.store.garbage import find_garbage
 from ts_handlers.store.guard import Guard
@@ -119,6 +121,22 @@ def test_who_tries_anew_takes_what_failed_meanwhile_for_its_own_failure(tmp_path
     guard_of(tmp_path, time.time()).refuse()
     with pytest.raises(FailedBeforeError, match="no"):
         guard_of(tmp_path, before).refuse()
+
+
+@pytest.mark.parametrize(
+    ("error", "unbuildable"), [(BuildError("no operator"), True), (LoadError("refused"), False), (MemoryError(), False)]
+)
+def test_a_plan_with_its_weights_inside_stands_in_after_the_same_failures_as_at_first(
+    error: Exception, unbuildable: bool, tmp_path: Path
+) -> None:
+    settings = Settings(tensorrt=TensorRTSettings(refit=True))
+    backend = get_backend("tensorrt")
+    fail(tmp_path, error)
+    with pytest.raises(FailedBeforeError) as remembered:
+        guard_of(tmp_path).refuse()
+    assert remembered.value.unbuildable == unbuildable
+    for each in (error, remembered.value):
+        assert (stand_in(backend, settings, each) is None) == unbuildable
 
 
 def test_a_build_that_ends_well_removes_the_record(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 from ts_handlers.backends.base import Backend
-from ts_handlers.errors import BuildError
+from ts_handlers.errors import BuildError, FailedBeforeError
 from ts_handlers.settings import Settings
 
 _MODULES = {
@@ -29,7 +29,8 @@ def stand_in(backend: Backend, settings: Settings, error: Exception) -> Backend 
 
     Where nothing could be built, it could not either.
     """
-    if backend.name != "tensorrt" or not settings.tensorrt.refit or isinstance(error, BuildError):
+    unbuildable = error.unbuildable if isinstance(error, FailedBeforeError) else isinstance(error, BuildError)
+    if backend.name != "tensorrt" or not settings.tensorrt.refit or unbuildable:
         return None
     from ts_handlers.backends import tensorrt
 

@@ -94,7 +94,15 @@ def build_runtime() -> dict[str, str]:
 
 
 def remember_failure(
-    root: Path, key: str, model: str, backend: str, reason: str, kind: str, seconds: float
+    root: Path,
+    key: str,
+    model: str,
+    backend: str,
+    reason: str,
+    kind: str,
+    seconds: float,
+    *,
+    unbuildable: bool = True,
 ) -> Quarantine | None:
     """Keep a record of a build that failed.
 
@@ -108,6 +116,8 @@ def remember_failure(
         See `kind_of`.
     seconds:
         What the attempt took.
+    unbuildable:
+        Whether the backend said that it cannot build the model, as by `BuildError`.
 
     Returns
     -------
@@ -127,6 +137,7 @@ def remember_failure(
         pid=os.getpid(),
         kind=kind,
         failed_at=now,
+        unbuildable=unbuildable,
     )
     before = [old.count for old in read_quarantines(root, key) if (old.kind, old.file_name) == (kind, new.file_name)]
     count = max(before, default=0) + 1

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ts_handlers.durations import span
-from ts_handlers.errors import FINAL, CanaryError, FailedBeforeError, QuarantinedError, one_line
+from ts_handlers.errors import FINAL, BuildError, CanaryError, FailedBeforeError, QuarantinedError, one_line
 from ts_handlers.fingerprint import runtime_identity
 from ts_handlers.key import CacheKey
 from ts_handlers.process_limits import bounded_memory, last_words, oom_kills, time_limit
@@ -122,10 +122,12 @@ class Guard:
                 )
             if self._anew_since is None or record.failed_at >= self._anew_since:
                 times = f", {record.count} times in a row" if record.count > 1 else ""
-                raise FailedBeforeError(
+                error = FailedBeforeError(
                     f"a build failed {span(time.time() - record.failed_at)} ago{times} and is tried again "
                     f"{record.retry}, by `ts-handlers prewarm`, or after {lift}: {record.reason}"
                 )
+                error.unbuildable = record.unbuildable
+                raise error
 
     @contextlib.contextmanager
     def remembered(self) -> Iterator[None]:
@@ -142,7 +144,14 @@ class Guard:
                 reason = f"{type(error).__name__}: {one_line(error)}"
                 took = time.monotonic() - began
                 remember_failure(
-                    self._root, self._key.digest, self._model, self._key["backend"], reason, kind_of(error), took
+                    self._root,
+                    self._key.digest,
+                    self._model,
+                    self._key["backend"],
+                    reason,
+                    kind_of(error),
+                    took,
+                    unbuildable=isinstance(error, BuildError),
                 )
             raise
         forget_failures(self._root, self._key.digest)

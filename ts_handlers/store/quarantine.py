@@ -56,8 +56,9 @@ class Quarantine(msgspec.Struct, frozen=True):
     kind:
         Empty when the record holds until it is lifted; for a build that failed with an exception what was at fault, see
         `ts_handlers.store.failures`.
-    count, failed_at, held_seconds:
-        Of such a build: how often in a row, the last time in seconds since the epoch, and how long it is not tried.
+    count, failed_at, held_seconds, unbuildable:
+        Of such a build: how often in a row, the last time in seconds since the epoch, how long it is not tried, and
+        whether the exception was a `BuildError`.
     """
 
     key: str
@@ -77,6 +78,7 @@ class Quarantine(msgspec.Struct, frozen=True):
     count: int = 1
     failed_at: float = 0.0
     held_seconds: float = 0.0
+    unbuildable: bool = True
 
     def applies(self, seal: str, runtime: dict[str, str], canary: str, weights: Callable[[], str]) -> bool:
         """Whether an entry with this seal (empty: a build) is refused; `weights` is asked only if it matters."""
