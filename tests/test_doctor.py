@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -217,6 +218,38 @@ def test_a_store_of_another_user(tmp_path: Path) -> None:
 
 
 def test_quarantines_and_damage_are_shown_with_the_way_out(filled: Path) -> None:
+    key = CacheKey((("backend", "aot_inductor"),))
+    Guard(filled, Settings(), key, "mine", lambda: "w").quarantine_canary("5e", ValueError("wrong by 3"))
+    (entry,) = filled.glob("entries/*/*/*/*")
+    (filled / "trash").mkdir()
+    shutil.move(entry, filled / "trash" / "k-1")
+    findings = by_check(ask(doctor.store.check_quarantine, filled))
+    assert (findings["quarantine"].status, findings["damage"].status) == ("warn", "warn")
+    assert "ValueError: wrong by 3" in findings["quarantine"].found
+    assert findings["quarantine"].remedy.endswith(f"ts-handlers unquarantine {key.digest[:12]} --store {filled}")
+
+
+@pytest.mark.parametrize(
+    ("config", "status", "found"),
+    [
+        ("", "fail", "building model took"),
+        ("on_miss: fail", "ok", "building model took"),
+        ("guard: {load_seconds: 9}", "warn", "load_seconds 9 is not below startupTimeout 0.0001"),
+    ],
+)
+def test_time_limits_against_recorded_builds(
+    config: str, status: str, found: str, filled: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "model-config.yaml"
+    path.write_text(f"startupTimeout: 0.0001\nhandler:\n  ts_handlers:\n    strict: false\n    {config}\n")
+    findings = ask(doctor.store.check_model_config, filled, model_config=path)
+    assert [f.status for f in findings if found in f.found] == [status], findings
+    other = ask(doctor.store.check_model_config, filled, model_config=path, model="other")
+    assert "no build of other is recorded" in by_check(other[:2])["startup time"].found
+
+
+def test_builds_that_a_time_limit_has_ended_are_named(filled: Path) -> None:
+    assert [f.status for f in ask(doctor.store.check_time_limits, filled)] == ["ok"]
     key = CacheKey((("backend", "inductor"),))
 
     def guard() -> Guard:
