@@ -41,6 +41,8 @@ class Quantized(torch.nn.Module):
 
 
 class Model(torch.nn.Module):
+    __model__ = True
+
     def __init__(self):
         super().__init__()
         torch.manual_seed(4)
