@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fsspec.registry
 import msgspec
 import pytest
+from fsspec.registry import _registry
 from tcp_proxy import Proxy
 
 from ts_handlers.errors import RemoteError, StoreError
@@ -112,7 +112,7 @@ def test_missing_package_is_named(make_remote: Make, monkeypatch: pytest.MonkeyP
     for client, package in (("fsspec", "gcsfs"), ("obstore", "obstore")):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
-            patch.delitem(fsspec.registry._registry, "gs", raising=False)  # looked up by an earlier test
+            patch.delitem(_registry, "gs", raising=False)  # looked up by an earlier test
             patch.delitem(sys.modules, "ts_handlers.store.clients.obstore_client", raising=False)
             settings = RemoteSettings("gs://bucket/x", client=client)  # type: ignore[arg-type]
             with pytest.raises(RemoteError, match=rf"cannot be imported.*{package}.*pip install 'ts-handlers\[gcs\]'"):
