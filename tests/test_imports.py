@@ -35,6 +35,17 @@ def test_the_handler_imports_no_compiler() -> None:
     assert not beyond_budget(imported("from ts_handlers import CompiledHandler"))
 
 
+def test_a_worker_does_not_walk_torchs_objects_again() -> None:
+    pytest.importorskip("ts", reason="TorchServe is not installed")
+    code = """
+    import gc, torch
+    before = len(gc.get_objects())
+    from ts_handlers import CompiledHandler
+    print(gc.get_freeze_count() >= before > 100_000)
+    """
+    assert run_python(code).split()[-1] == "True"
+
+
 @pytest.mark.usefixtures("backend")
 def test_a_hit_imports_nothing_that_only_builds_need(archive: Path, tmp_path: Path) -> None:
     """tests/backends/test_aot_inductor.py looks at a hit of a real artifact."""

@@ -5,6 +5,7 @@ Names are imported on first use, so that the parts that do not need TorchServe w
 
 from __future__ import annotations
 
+import gc
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -42,5 +43,9 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in _NAMES:
+        if _NAMES[name] == "ts_handlers.handler":
+            # A worker of TorchServe: what torch has made by now stays. Otherwise the next imports make Python's cycle
+            # collector walk all of it once more, see docs/decisions/0020-warm-torch-compile.md.
+            gc.freeze()
         return getattr(importlib.import_module(_NAMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
