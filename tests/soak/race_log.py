@@ -24,7 +24,7 @@ from ts_handlers.store.garbage import find_garbage
 from ts_handlers.store.scan import scan_entries
 from ts_handlers.store.space import make_room
 
-HEARTBEAT = 1.0  # seconds between two signs of life of a lease among hosts
+HEARTBEAT = 2.4  # seconds, of a lease among hosts
 
 
 def examine(tally: Tally, events: list[dict[str, Any]], hosts: list[Path], what: str) -> None:
@@ -85,7 +85,7 @@ def _overlaps(events: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], di
 def _is_long(events: list[dict[str, Any]], stop: dict[str, Any]) -> bool:
     """Whether a stop may have cost a lease."""
     ends = (event["at"] for event in events if event["event"] == "continue" and event["who"] == stop["who"])
-    return next((end for end in ends if end >= stop["at"]), stop["at"]) - stop["at"] > HEARTBEAT
+    return next((end for end in ends if end >= stop["at"]), stop["at"]) - stop["at"] > HEARTBEAT / 2
 
 
 def _gone(events: list[dict[str, Any]], published: dict[str, Any]) -> float:

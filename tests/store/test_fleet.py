@@ -85,7 +85,7 @@ def test_builder_that_is_killed_is_taken_over(
     lease: str, archive: Path, folder: RemoteSettings, tmp_path: Path, run: Run, request: pytest.FixtureRequest
 ) -> None:
     service = request.getfixturevalue("redis_url") if lease == "redis" else lease
-    remote = {**msgspec.to_builtins(folder), "lease": service, "heartbeat_seconds": 0.5, "timeout_seconds": 60.0}
+    remote = {**msgspec.to_builtins(folder), "lease": service, "heartbeat_seconds": 1.2, "timeout_seconds": 60.0}
     killed = start_python(
         START,
         archive,
@@ -106,7 +106,7 @@ def test_builder_that_is_stopped_is_taken_over_and_never_publishes(
     archive: Path, folder: RemoteSettings, tmp_path: Path, run: Run
 ) -> None:
     log = tmp_path / "builds"
-    remote = {**msgspec.to_builtins(folder), "heartbeat_seconds": 0.5, "timeout_seconds": 60.0}
+    remote = {**msgspec.to_builtins(folder), "heartbeat_seconds": 1.2, "timeout_seconds": 60.0}
     stopped = start_python(
         START, archive, tmp_path / "stopped", json.dumps({"remote": remote}), BUILD_LOG=str(log), BUILD_SECONDS="2"
     )

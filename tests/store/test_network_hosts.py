@@ -32,7 +32,7 @@ class Hosts:
         self.remote = {"url": "s3://bucket/x", "options": {**KEYS, **region, "endpoint_url": url}}
 
     def begin(self, host: str, *, seconds: float = 30.0, **env: str) -> subprocess.Popen[str]:
-        remote = {**self.remote, "heartbeat_seconds": 0.3, "timeout_seconds": seconds}
+        remote = {**self.remote, "heartbeat_seconds": 0.8, "timeout_seconds": seconds}
         log = str(self.root / f"builds-{host}")
         store = self.root / f"store-{host}"
         return self.network.start(

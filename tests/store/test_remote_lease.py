@@ -27,7 +27,7 @@ from ts_handlers.store.remote_lease import (
     wait_for_lease,
 )
 
-HEARTBEAT = 0.5
+HEARTBEAT = 1.0
 Host = Callable[[str], LeaseService]
 
 

@@ -402,7 +402,7 @@ def test_holder_that_was_taken_over_does_not_publish(
 def test_holder_that_is_cut_off_goes_on_alone_and_another_host_publishes(
     shared: Fleet, s3: RemoteSettings, s3_port: int, backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared.remote = msgspec.to_builtins(s3) | {"heartbeat_seconds": 0.2}
+    shared.remote = msgspec.to_builtins(s3) | {"heartbeat_seconds": 0.5}
     build, others = backend.build, []
 
     def lose_the_network(request: Any, directory: Path, phase: Any) -> Any:

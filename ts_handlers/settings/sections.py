@@ -42,15 +42,15 @@ class RemoteSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     A start waits for the remote for `timeout_seconds` at most, all its answers together; after a failure the host goes
     on without it for a minute. `lease` says how hosts agree on one builder: ``auto`` (the object store's exclusive
-    create), ``off``, or a ``redis://`` URL. A holder that has not renewed its lease for three times `heartbeat_seconds`
-    has lost it.
+    create), ``off``, or a ``redis://`` URL. A holder renews its lease four times in
+    `heartbeat_seconds`; one that has not for 1.25 times as long has lost it.
     """
 
     url: str
     read_only: bool = False
     timeout_seconds: float = 10.0
     lease: str = "auto"
-    heartbeat_seconds: float = 5.0
+    heartbeat_seconds: float = 10.0
     client: Literal["auto", "obstore", "fsspec"] = "auto"
     options: dict[str, Any] = msgspec.field(default_factory=dict)
 

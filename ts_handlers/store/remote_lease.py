@@ -1,12 +1,13 @@
 """One builder per key among hosts: a lease with heartbeat, takeover and a fencing token.
 
-A holder shows a sign of life every heartbeat. Nobody compares the clocks of two hosts: a waiter measures with its own
-monotonic clock for how long it has seen no change, and a Redis server measures with its own clock alone.
+A holder shows `SIGNS_PER_HEARTBEAT` signs of life in each heartbeat. Nobody compares the clocks of two hosts: a waiter
+measures with its own monotonic clock for how long it has seen no change, and a Redis server measures with its own clock
+alone.
 
 The loss of a holder (killed, stopped, or cut off) is *detectable* for a waiter when it has watched the holder for
 `LOST_AFTER` heartbeats without a new sign of life, or when the Redis server has let the lease expire, which it does
 `LOST_AFTER` heartbeats after the last one. The waiter polls `POLLS_PER_HEARTBEAT` times per heartbeat and takes over at
-its first poll after that moment.
+its first poll after that moment: within two heartbeats of the loss.
 
 Each acquisition gets a token greater than every earlier one of the same name. A holder that has been taken over finds
 that out when it confirms its token, and does not publish. It may also find out too late: the fence is the remote
@@ -26,7 +27,8 @@ from ts_handlers.errors import RemoteError
 
 logger = logging.getLogger(__name__)
 
-LOST_AFTER = 3.0  # heartbeats
+LOST_AFTER = 1.25  # heartbeats
+SIGNS_PER_HEARTBEAT = 4
 POLLS_PER_HEARTBEAT = 4
 LOG_EVERY_SECONDS = 10.0
 
@@ -86,7 +88,7 @@ class HeldLease:
         self._thread.start()
 
     def _beat(self) -> None:
-        while not self._released.wait(self._heartbeat):
+        while not self._released.wait(self._heartbeat / SIGNS_PER_HEARTBEAT):
             if not self.confirm():
                 logger.warning("the lease %s was taken over by another host", self.grant.name)
                 return
