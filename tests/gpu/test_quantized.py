@@ -7,17 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_marks import TENSORRT
 from models import archive_source, eager_model, settings_of, write_archive
 from quantized_models import quantized_code
 
 from ts_handlers import ExportedSource, start_model
-from ts_handlers.backends.tensorrt_library import installed_flavours
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
-    pytest.mark.skipif(not installed_flavours(), reason="no TensorRT"),
-]
+pytestmark = TENSORRT
 SECTION: dict[str, Any] = {
     "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 64]}],
     "dimensions": {"batch": {"min": 1, "max": 16}},

@@ -8,18 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_marks import TENSORRT
 from models import archive_source, eager_model, save_weights, settings_of, write_archive
 from subprocesses import run_python
 
 from ts_handlers import CompiledModel, start_model
 from ts_handlers.archive_files import load_model_class
-from ts_handlers.backends.tensorrt_library import installed_flavours
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
-    pytest.mark.skipif(not installed_flavours(), reason="no TensorRT"),
-]
+pytestmark = TENSORRT
 
 CODE = """
 import torch

@@ -8,16 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_marks import TENSORRT
 from models import LINEAR, TWO_LAYERS, archive_source, eager_model, settings_of, write_archive, write_weights
 
 from ts_handlers import CompiledModel, start_model
-from ts_handlers.backends.tensorrt_library import installed_flavours
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
-    pytest.mark.skipif(not installed_flavours(), reason="no TensorRT"),
-]
+pytestmark = TENSORRT
 
 CODE = """
 import torch
