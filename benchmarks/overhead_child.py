@@ -20,21 +20,22 @@ import torch
 from start_child import build_eager, read_inputs, start_ours
 
 from ts_handlers.backends import aot_inductor
+from ts_handlers.backends.aot_inductor_container import TorchRunner
 from ts_handlers.store.entry import read_manifest
 
 WARM_UP_CALLS = 20
 
 
 def open_runner(model: Any) -> Callable[[list[torch.Tensor]], Any]:
-    """Another runner on the artifact that `model` was loaded from, without anything of ours around it."""
+    """torch's own runner on the artifact that `model` was loaded from, without anything of ours around it."""
     (manifest,) = Path(os.environ["TS_HANDLERS_CACHE"], "entries").rglob("manifest.json")
     description = read_manifest(manifest.parent).artifact
     request = model._request
     constants = aot_inductor._constants(request, manifest.parent, description)
     (variant,) = description["variants"]
-    run: Callable[[list[torch.Tensor]], Any] = aot_inductor._load_runner(
-        request, manifest.parent, variant, constants
-    ).run
+    runner = TorchRunner(manifest.parent / variant["name"] / variant["library"], request.device, 1)
+    runner.use_constants({name: constants[fqn] for name, fqn in runner.constant_names().items()})
+    run: Callable[[list[torch.Tensor]], Any] = runner.run
     return run
 
 

@@ -202,7 +202,7 @@ def prepare_lock(folder: Path) -> None:
 
 
 def lock(folder: Path) -> Figures:
-    """Steps per second of a counting thread: `beside_runner_ratio`, beside the artifact's runner over beside eager.
+    """Steps per second of a counting thread: beside eager, beside an artifact as it is served, beside torch's runner.
 
     At batch 16 and sequence 128, so that calls are long against the interpreter's switch interval.
     """
@@ -212,14 +212,18 @@ def lock(folder: Path) -> Figures:
 
     inputs = {name: tensor.repeat(16, 8) for name, tensor in read_inputs(folder / "work").items()}
     tensors = list(inputs.values())
-    runner = open_runner(start_hit(folder, "aot_inductor"))
+    served = start_hit(folder, "aot_inductor")
+    runner = open_runner(served)
     eager = build_eager(folder / "model")
     with torch.inference_mode():
         beside_eager = steps_beside(lambda: eager(**inputs))
+        beside_served = steps_beside(lambda: served(**inputs))
         beside_runner = steps_beside(lambda: runner(tensors))
     return {
+        "beside_served_ratio": beside_served / beside_eager,
         "beside_runner_ratio": beside_runner / beside_eager,
         "beside_eager_per_s": beside_eager,
+        "beside_served_per_s": beside_served,
         "beside_runner_per_s": beside_runner,
     }
 

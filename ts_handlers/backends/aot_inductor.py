@@ -30,6 +30,7 @@ import torch
 
 from ts_handlers import fingerprint
 from ts_handlers.archive_files import Tensors
+from ts_handlers.backends.aot_inductor_container import Container, TorchRunner, open_library
 from ts_handlers.backends.base import Built, Description, Loaded, Phase, Request
 from ts_handlers.errors import BuildError, InputError, LoadError, ModelError
 from ts_handlers.model_source import ExportedSource
@@ -103,7 +104,7 @@ class AotInductorBackend:
         constants = _constants(request, directory, description)
         runners = []
         for variant in description["variants"]:
-            runners.append((variant["fixed"], _load_runner(request, directory, variant, constants)))
+            runners.append((variant["fixed"], _load_library(request, directory, variant, constants)))
         output = description["output"]
         by_sizes = len(runners) > 1
 
@@ -162,8 +163,9 @@ def _build_step(
             files = compile_program(program, request, directory / name, baked=False)
         constants = {**program.state_dict, **program.constants}
         description["variants"].append({"name": name, "fixed": fixed, "ranges": ranges, **files})
-        runner = _open_runner(request.device, directory / name / files["library"])
-        fqns = set(runner.get_constant_names_to_original_fqns().values())
+        ensure_loadable()
+        library = open_library(directory / name / files["library"], request.device)
+        fqns = set(library.constant_names().values())
         refuse_folded_weights(program, fqns)
         for fqn in sorted(fqns):
             tensor = constants[fqn].detach()
@@ -283,45 +285,24 @@ def _constants(request: Request, directory: Path, description: Description) -> T
     return constants
 
 
-def _open_runner(device: torch.device, library: Path, count: int = 1) -> Any:
-    """torch's container runner on a shared library where it lies: nothing is unpacked into the temporary folder.
-
-    `count` is the number of inferences that it can run at once; they share the weights.
-    """
+def _load_library(
+    request: Request, directory: Path, variant: Description, constants: Tensors
+) -> Container | TorchRunner:
     ensure_loadable()
-    runners = torch._C._aoti
-    if device.type == "cpu":
-        return runners.AOTIModelContainerRunnerCpu(str(library), count)
-    if device.type == "cuda":
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return runners.AOTIModelContainerRunnerCuda(str(library), count, f"cuda:{index}", str(library.parent))
-    raise LoadError(f"no AOTInductor runner for device {device.type!r}; use the backend 'inductor' or 'eager'")
-
-
-def _load_runner(request: Request, directory: Path, variant: Description, constants: Tensors) -> Any:
-    library = directory / variant["name"] / variant["library"]
-    runner = _open_runner(request.device, library, request.settings.contexts.count)
-    names = runner.get_constant_names_to_original_fqns()
+    path = directory / variant["name"] / variant["library"]
+    library = open_library(path, request.device, request.settings.contexts.count)
     if constants:
+        names = library.constant_names()
         missing = sorted(set(names.values()) - set(constants))
         if missing:  # running without them would kill the process
             raise LoadError(f"the artifact needs constants that its manifest does not list: {', '.join(missing[:5])}")
-        # (map, use_inactive, validate_full_updates, user_managed): the tensors are used where they are, not copied.
-        runner.update_constant_buffer({name: constants[fqn] for name, fqn in names.items()}, False, True, True)
-    return _Runner(runner, constants)
+        library.use_constants({name: constants[fqn] for name, fqn in names.items()})
+    return library
 
 
-class _Runner:
-    """A runner together with the tensors that it borrows."""
-
-    __slots__ = ("_constants", "run")
-
-    def __init__(self, runner: Any, constants: Tensors) -> None:
-        self.run = runner.run
-        self._constants = constants
-
-
-def _route(runners: list[tuple[Sizes, _Runner]], signature: Signature, tensors: list[torch.Tensor]) -> _Runner:
+def _route(
+    runners: list[tuple[Sizes, Container | TorchRunner]], signature: Signature, tensors: list[torch.Tensor]
+) -> Container | TorchRunner:
     """The variant for these sizes: the one that fixes most of them."""
     sizes = signature.sizes(tensors)
     fitting = [pair for pair in runners if all(sizes[name] == size for name, size in pair[0].items())]
