@@ -156,7 +156,7 @@ def serve(side: str, model_store: Path, workers: int, measure: Any) -> Facts:
 
     before = gpu_memory_mib()
     with TorchServe(model_store, {"model": side}, env={"OMP_NUM_THREADS": "1"}) as server:
-        server.wait_ready("model", 1 if side == "tensorrt" else workers, timeout=400)
+        server.wait_ready("model", 1 if side != "eager" else workers, timeout=400)
         ready = server.elapsed
         port = int(server.url().rpartition(":")[2])
         load(port, 64, 2.0)
