@@ -76,6 +76,9 @@ class CompiledModel:
         self.metrics = metrics
         self.store: Store | None = None
         self.background: BackgroundBuild | None = None
+        for pool in (slots.pool, loaded.pool):
+            if pool is not None:
+                pool.favour_own()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         loaded = self._loaded

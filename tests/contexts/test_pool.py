@@ -27,6 +27,13 @@ class PoolMachine(RuleBasedStateMachine):
         self.queue: list[Ticket[int]] = []
         self.total = self.waited = self.refused = self.high = 0
         self.closed = False
+        self.favours_own = False
+        self.own: int | None = None
+
+    @rule()
+    def favour_own(self) -> None:
+        self.pool.favour_own()
+        self.favours_own = True
 
     @rule()
     def request(self) -> None:
@@ -37,8 +44,11 @@ class PoolMachine(RuleBasedStateMachine):
         ticket = self.pool.request()
         assert ticket.granted == bool(self.free)
         if self.free:
-            assert ticket.slot == self.free[0]  # the one idle for longest
-            self._lend(self.free.pop(0))
+            # The one that this thread had last, or the one idle for longest.
+            expected = self.own if self.own in self.free else self.free[0]
+            assert ticket.slot == expected
+            self.free.remove(ticket.slot)
+            self._lend(ticket.slot)
         else:
             self.waited += 1
             self.queue.append(ticket)
@@ -49,6 +59,8 @@ class PoolMachine(RuleBasedStateMachine):
         slot = data.draw(st.sampled_from(self.lent))
         self.lent.remove(slot)
         self.pool.give_back(slot)
+        if self.favours_own:
+            self.own = slot
         if self.queue:
             first = self.queue.pop(0)
             assert first.granted
@@ -113,6 +125,25 @@ def test_threads_never_share_a_slot(size: int) -> None:
     stats = pool.stats()
     assert (stats.lent, stats.in_use, stats.waiting, stats.refused) == (done, 0, 0, 0)
     assert stats.high_water <= size
+
+
+def test_threads_keep_their_slots() -> None:
+    """Threads that take turns get their own slot each time; without that they would get each other's."""
+    pool: ContextPool[int] = ContextPool(range(3), wait_seconds=1)
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+
+        def take(thread: ThreadPoolExecutor) -> int:
+            def lend() -> int:
+                with pool.lend() as slot:
+                    return slot
+
+            return thread.submit(lend).result()
+
+        assert [take(thread) for thread in (first, second) * 3] == [0, 1, 2, 0, 1, 2]
+        pool.favour_own()
+        slots = [take(thread) for thread in (first, second) * 3]
+        assert slots == slots[:2] * 3
+        assert slots[0] != slots[1]
 
 
 def test_every_slot_is_used_at_once() -> None:

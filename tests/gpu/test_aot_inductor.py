@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from models import LINEAR_SECTION, archive_source, eager_model, settings_of, write_archive, write_weights
 
 from ts_handlers import start_model
+
+SYNCHRONISING = """
+import torch
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        found = torch.nonzero(x > 0)
+        return self.layer(x) + found.sum()
+"""
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
@@ -26,3 +42,48 @@ def test_built_loaded_and_refilled_with_new_weights(tmp_path: Path) -> None:
             with torch.inference_mode():
                 torch.testing.assert_close(model(x), eager_model(folder).cuda()(x), rtol=1e-3, atol=1e-4)
     assert results == ["built", "hit", "hit"]
+
+
+def test_cuda_graphs(tmp_path: Path) -> None:
+    """Declared sizes are replayed on every context and others run without a graph; answers are those of the weights."""
+    folder = write_archive(tmp_path / "archive")
+    section = {**LINEAR_SECTION, "contexts": {"count": 3, "cuda_graphs": True}, "warmup": [{"batch": 4}, {"batch": 8}]}
+    settings = settings_of(section, store=str(tmp_path / "s"), strict=True, backends=["aot_inductor"])
+    for seed in (0, 0, 5):
+        write_weights(folder, seed)
+        model = start_model(archive_source(folder), settings, "cuda:0")
+        eager = eager_model(folder).cuda()
+        recorded = model.describe()["artifact"]["cuda_graphs"]
+        assert recorded >= 6  # two declared sizes on three contexts, and what the check has run
+        wrong: list[int] = []
+
+        def call(number: int, model: Any = model, eager: Any = eager, wrong: list[int] = wrong) -> None:
+            torch.manual_seed(number)
+            with torch.inference_mode():
+                for batch in (4, 8, 5, 1, 4, 8) * 20:
+                    x = torch.randn(batch, 4, device="cuda")
+                    if not torch.allclose(model(x), eager(x), rtol=1e-3, atol=1e-4):
+                        wrong.append(batch)
+
+        threads = [threading.Thread(target=call, args=(number,)) for number in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        facts = model.describe()
+        assert facts["artifact"]["cuda_graphs"] == recorded
+        assert facts["contexts"]["high_water"] <= 3
+
+
+def test_what_cannot_be_recorded_runs_all_the_same(tmp_path: Path) -> None:
+    """`nonzero` waits for the device, which a recording forbids."""
+    folder = write_archive(tmp_path / "archive", SYNCHRONISING)
+    section = {**LINEAR_SECTION, "contexts": {"count": 2, "cuda_graphs": True}, "warmup": [{"batch": 4}]}
+    settings = settings_of(section, store=str(tmp_path / "s"), strict=True, backends=["aot_inductor"])
+    model = start_model(archive_source(folder), settings, "cuda:0")
+    assert model.describe()["artifact"]["cuda_graphs"] == 0
+    with torch.inference_mode():
+        for batch in (4, 8, 1):
+            x = torch.randn(batch, 4, device="cuda")
+            torch.testing.assert_close(model(x), eager_model(folder).cuda()(x), rtol=1e-3, atol=1e-4)

@@ -40,6 +40,7 @@ from ts_handlers.structure import unflatten
 
 if TYPE_CHECKING:
     from ts_handlers.backends.aot_inductor_export import Variant
+    from ts_handlers.backends.aot_inductor_graphs import GraphSlots
 
 logger = logging.getLogger(__name__)
 
@@ -102,33 +103,36 @@ class AotInductorBackend:
         """Load the shared libraries in place and give them the weights by name."""
         signature = _signature_of(description)
         constants = _constants(request, directory, description)
-        runners = []
-        for variant in description["variants"]:
-            runners.append((variant["fixed"], _load_library(request, directory, variant, constants)))
+        variants = description["variants"]
+        fixed = [variant["fixed"] for variant in variants]
         output = description["output"]
-        by_sizes = len(runners) > 1
+        ensure_loadable()
+        graphs = _graph_slots(request, directory, variants, constants)
+        if graphs is None:
+            libraries = [_load_library(request, directory, variant, constants) for variant in variants]
 
         def run(tensors: list[torch.Tensor]) -> Any:
-            runner = runners[0][1]
-            if by_sizes:
-                runner = _route(runners, signature, tensors)
-            return unflatten(runner.run(tensors), output)
+            index = _choose_variant(fixed, signature, tensors) if len(fixed) > 1 else 0
+            answers = libraries[index].run(tensors) if graphs is None else graphs.run(index, tensors)
+            return unflatten(answers, output)
 
         facts = {
             "step": description.get("step"),
-            "variants": [variant["name"] for variant in description["variants"]],
+            "variants": [variant["name"] for variant in variants],
             "ranges": {name: [d.min, d.max] for name, d in signature.dimensions.items()},
             "weights_from": description["weights_from"],
         }
-        static = [fixed for fixed, _ in runners] if description.get("step") == "static" else None
-        return Loaded(
+        loaded = Loaded(
             run=run,
             signature=signature,
-            sizes=static,
-            variants=len(runners),
+            sizes=fixed if description.get("step") == "static" else None,
+            variants=len(variants),
             facts=facts,
             adjusts_threads=request.device.type == "cpu",
         )
+        if graphs is not None:
+            loaded.pool, loaded.seal = graphs.pool, functools.partial(graphs.seal, facts)
+        return loaded
 
 
 def _build_step(
@@ -286,11 +290,10 @@ def _constants(request: Request, directory: Path, description: Description) -> T
 
 
 def _load_library(
-    request: Request, directory: Path, variant: Description, constants: Tensors
+    request: Request, directory: Path, variant: Description, constants: Tensors, single_threaded: bool = False
 ) -> Container | TorchRunner:
-    ensure_loadable()
     path = directory / variant["name"] / variant["library"]
-    library = open_library(path, request.device, request.settings.contexts.count)
+    library = open_library(path, request.device, request.settings.contexts.count, single_threaded)
     if constants:
         names = library.constant_names()
         missing = sorted(set(names.values()) - set(constants))
@@ -300,16 +303,36 @@ def _load_library(
     return library
 
 
-def _route(
-    runners: list[tuple[Sizes, Container | TorchRunner]], signature: Signature, tensors: list[torch.Tensor]
-) -> Container | TorchRunner:
+def _graph_slots(
+    request: Request, directory: Path, variants: list[Description], constants: Tensors
+) -> GraphSlots | None:
+    """Slots with CUDA graphs, where they are wanted and possible."""
+    contexts = request.settings.contexts
+    if not contexts.cuda_graphs or request.device.type != "cuda":
+        return None
+    from ts_handlers.backends.aot_inductor_graphs import GraphSlots
+
+    slots = []
+    for _ in range(contexts.count):
+        libraries = [
+            _load_library(request, directory, variant, constants, single_threaded=True) for variant in variants
+        ]
+        usable = [library for library in libraries if isinstance(library, Container)]
+        if len(usable) < len(libraries):
+            logger.warning("%s: no CUDA graphs: it has operators that torch itself has to call", request.source.name)
+            return None
+        slots.append(usable)
+    return GraphSlots(slots, contexts, request.device)
+
+
+def _choose_variant(fixed: list[Sizes], signature: Signature, tensors: list[torch.Tensor]) -> int:
     """The variant for these sizes: the one that fixes most of them."""
     sizes = signature.sizes(tensors)
-    fitting = [pair for pair in runners if all(sizes[name] == size for name, size in pair[0].items())]
+    fitting = [i for i, wanted in enumerate(fixed) if all(sizes[name] == size for name, size in wanted.items())]
     if not fitting:
-        known = "; ".join(str(fixed) for fixed, _ in runners)
+        known = "; ".join(map(str, fixed))
         raise InputError(f"no artifact was built for sizes {sizes}; built are {known}: add the sizes to warmup")
-    return max(fitting, key=lambda pair: len(pair[0]))[1]
+    return max(fitting, key=lambda index: len(fixed[index]))
 
 
 @functools.cache

@@ -26,6 +26,7 @@ _REQUIRED = (
     "GetConstantOriginalFQN",
     "GetNumOutputs",
     "Run",
+    "RunSingleThreaded",
     "UpdateUserManagedConstantBufferPairs",
 )
 
@@ -44,7 +45,9 @@ _pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char
 )
 
 
-def open_library(library: Path, device: torch.device, count: int = 1) -> Container | TorchRunner:
+def open_library(
+    library: Path, device: torch.device, count: int = 1, single_threaded: bool = False
+) -> Container | TorchRunner:
     """Load a library where it lies: nothing is unpacked into the temporary folder.
 
     Parameters
@@ -55,6 +58,8 @@ def open_library(library: Path, device: torch.device, count: int = 1) -> Contain
         A CPU or a CUDA device.
     count:
         Number of inferences that it can run at once; they share the weights.
+    single_threaded:
+        For one inference at a time, which may then be recorded in a CUDA graph. torch's runner cannot do this.
 
     Raises
     ------
@@ -67,13 +72,14 @@ def open_library(library: Path, device: torch.device, count: int = 1) -> Contain
         raise LoadError(f"no AOTInductor runner for device {device.type!r}; use the backend 'inductor' or 'eager'")
     if library.with_suffix(".json").exists():  # operators that torch's runner calls for the library
         return TorchRunner(library, device, count)
+    count = 1 if single_threaded else count
     try:
         interface = ctypes.CDLL(str(library))
     except OSError as error:
         raise LoadError(f"{library.name} cannot be loaded: {error}") from error
     if not all(hasattr(interface, _PREFIX + name) for name in _REQUIRED):  # another version of torch
         return TorchRunner(library, device, count)
-    return Container(interface, library.parent, device, count)
+    return Container(interface, library.parent, device, count, single_threaded)
 
 
 class TorchRunner:
@@ -113,6 +119,8 @@ class Container:
         A CPU or a CUDA device with its index.
     count:
         Number of runners. A call that finds none free waits for one, without the interpreter's lock.
+    single_threaded:
+        See `open_library`; `count` is 1 then.
 
     Raises
     ------
@@ -120,7 +128,9 @@ class Container:
         The library does not accept this.
     """
 
-    def __init__(self, interface: Any, folder: Path, device: torch.device, count: int) -> None:
+    def __init__(
+        self, interface: Any, folder: Path, device: torch.device, count: int, single_threaded: bool = False
+    ) -> None:
         self._interface = interface
         self._device = device
         container = ctypes.c_void_p()
@@ -131,7 +141,7 @@ class Container:
         self._borrowed: list[int] = []
         weakref.finalize(self, _delete, interface, container, self._borrowed).atexit = False  # the process ends anyway
         self._outputs = self._number("GetNumOutputs")
-        self._run = getattr(interface, f"{_PREFIX}Run")
+        self._run = getattr(interface, _PREFIX + ("RunSingleThreaded" if single_threaded else "Run"))
 
     def constant_names(self) -> dict[str, str]:
         """The names of the constants in the library, and in the exported program."""
@@ -159,7 +169,9 @@ class Container:
         self._call("UpdateUserManagedConstantBufferPairs", self._container, entries, count, inactive, all_of_them)
 
     def run(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """One inference, on a GPU on the calling thread's current stream; safe to call from any number of threads.
+        """One inference, on a GPU on the calling thread's current stream.
+
+        Safe to call from any number of threads unless it is single-threaded.
 
         Raises
         ------

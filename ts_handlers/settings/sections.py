@@ -155,7 +155,8 @@ class ContextSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     wait_seconds:
         How long a call waits for a free context before it is refused with HTTP 503.
     cuda_graphs:
-        Record each context's launches once for each shape and replay them.
+        Record each context's launches once for each shape and replay them: `tensorrt` at the first call of a shape,
+        `aot_inductor` on a GPU for the sizes of warm-up and check.
     """
 
     count: int = 1
