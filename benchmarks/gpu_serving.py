@@ -3,11 +3,13 @@
     python benchmarks/gpu_serving.py --workers 4 --seconds 5 --rounds 3 --json FILE
 
 The model is gpu_start.py's BERT-base in fp16; a request holds 8 sequences of 128 token ids (int16, 2 KiB) and its
-answer their first tokens' vectors (float16, 12 KiB), so that the two sides compete for the GPU and not for HTTP. Eager
-workers take one request at a time; the worker with contexts takes four for each context from TorchServe and hands them
-to its contexts one by one, by TorchServe's micro-batching. Throughput is that of a closed loop of `--clients`
-connections, in requests; p99 is taken at an equal rate for both sides, a fraction of what the eager workers can do,
-from the time at which a request was due. Memory is the whole GPU's, from nvidia-smi.
+answer their first tokens' vectors (float16, 12 KiB), so that the sides compete for the GPU and not for HTTP. Every
+inference, on every side, takes `--together` requests. The worker with contexts gets eight inferences for each context
+from TorchServe at once and spreads them over its contexts, by TorchServe's micro-batching.
+
+Throughput is that of a closed loop of `--clients` connections, in requests; p99 is taken in the same loop, and at equal
+rates for all sides, fractions of what the eager workers can do, from the time at which a request was due. Memory is the
+whole GPU's, from nvidia-smi; its parts are those that can be told apart.
 """
 
 from __future__ import annotations
@@ -37,46 +39,52 @@ from ts_handlers import CompiledHandler
 
 class Handler(CompiledHandler):
     def preprocess(self, data):
-        (row,) = data
-        rows = numpy.frombuffer(self.request_body(row), dtype=numpy.int16).reshape(8, 128)
+        bodies = [self.request_body(row) for row in data]
+        rows = numpy.frombuffer(b"".join(bodies), dtype=numpy.int16).reshape(8 * len(bodies), 128)
+        self.batch_state.requests = len(bodies)
         ids = torch.from_numpy(rows.astype(numpy.int64)).to(self.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def postprocess(self, data):
-        return [data[:, 0].cpu().numpy().tobytes()]
+        vectors = data[:, 0].cpu().numpy().reshape(self.batch_state.requests, -1)
+        return [each.tobytes() for each in vectors]
 """
 BATCH = 8
 ANSWER_BYTES = BATCH * 768 * 2
 PROCESSES = 8
+SIDES = ("eager", "tensorrt", "aot_inductor")
+RATES = (0.8, 0.95)
+INFERENCES_EACH = 8
 Facts = dict[str, Any]
 
 
-def configuration(backend: str, workers: int, store: Path) -> Facts:
+def configuration(side: str, workers: int, together: int, store: Path) -> Facts:
     """model-config.yaml of one side."""
-    contexts = workers if backend == "tensorrt" else 1
+    rows = BATCH * together
+    section: Facts = {
+        "store": str(store),
+        "backends": [side],
+        "strict": True,
+        "dtype": "float16",
+        "inputs": INPUTS["bert_base"],
+        "dimensions": {"batch": {"min": 1, "max": 16}},
+        "warmup": [{"batch": rows}],
+    }
     config: Facts = {
-        "minWorkers": 1 if backend == "tensorrt" else workers,
-        "maxWorkers": 1 if backend == "tensorrt" else workers,
-        "batchSize": 4 * contexts if contexts > 1 else 1,
+        "minWorkers": workers,
+        "maxWorkers": workers,
+        "batchSize": together,
         "maxBatchDelay": 2,
         "responseTimeout": 120,
         "startupTimeout": 600,
-        "handler": {
-            "ts_handlers": {
-                "store": str(store),
-                "backends": [backend],
-                "strict": True,
-                "dtype": "float16",
-                "inputs": INPUTS["bert_base"],
-                "dimensions": {"batch": {"min": 1, "max": 16}},
-                "warmup": [{"batch": BATCH}],
-            }
-        },
+        "handler": {"ts_handlers": section},
     }
-    if contexts > 1:
-        config["handler"]["ts_handlers"]["contexts"] = {"count": contexts, "cuda_graphs": True}
-        parallelism = {"preprocess": 2, "inference": contexts, "postprocess": 2}
-        config["micro_batching"] = {"micro_batch_size": 1, "parallelism": parallelism}
+    if side != "eager":
+        section["contexts"] = {"count": workers, "cuda_graphs": True}
+        section["tensorrt"] = {"ranges": [{"batch": {"min": 1, "opt": rows, "max": 16}}]}
+        parallelism = {"preprocess": 2, "inference": workers, "postprocess": 2}
+        config["micro_batching"] = {"micro_batch_size": together, "parallelism": parallelism}
+        config.update(minWorkers=1, maxWorkers=1, batchSize=INFERENCES_EACH * workers * together)
     return config
 
 
@@ -167,20 +175,45 @@ def serve(side: str, model_store: Path, workers: int, measure: Any) -> Facts:
     return facts
 
 
-def prepare(work: Path, workers: int) -> Path:
-    """A folder for each side (TorchServe's no-archive format), with the same seeded weights."""
+def context_mib() -> int:
+    """What a process takes that has done nothing but create torch's CUDA context."""
+    code = "import torch, sys; torch.zeros(1, device='cuda'); print(flush=True); sys.stdin.read()"
+    before = gpu_memory_mib()
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        used = gpu_memory_mib() - before
+        process.stdin.close()
+    return used
+
+
+def memory_parts(facts: Facts, context: int, weights: int) -> Facts:
+    """Parts of a side's memory in MiB, of one process where there are several."""
+    parts = {"CUDA context": context, "weights": weights}
+    predicted = facts["describe"]["artifact"].get("memory", {}).get("predicted")
+    if predicted is not None:
+        parts["scratch"] = predicted["scratch_bytes"] >> 20
+        parts["outputs and bindings"] = predicted["buffer_bytes"] >> 20
+    parts["everything else"] = facts["gpu_memory_mib"] // facts["processes"] - sum(parts.values())
+    return parts
+
+
+def prepare(work: Path, workers: int, together: int, sides: list[str]) -> tuple[Path, int]:
+    """A folder for each side (TorchServe's no-archive format), with the same seeded weights, whose MiB are returned."""
     import torch
     import yaml
 
     from ts_handlers.archive_files import load_model_class
 
     model_store = work / "models"
-    for side in ("eager", "tensorrt"):
+    for side in sides:
         folder = model_store / side
         (folder / "MAR-INF").mkdir(parents=True)
         (folder / "model.py").write_text(BERT_BASE)
         (folder / "handler.py").write_text(HANDLER)
-        (folder / "model-config.yaml").write_text(yaml.safe_dump(configuration(side, workers, work / "store")))
+        config = configuration(side, workers, together, work / "store")
+        (folder / "model-config.yaml").write_text(yaml.safe_dump(config))
         model = {
             "modelName": "model",
             "serializedFile": "model.pt",
@@ -191,57 +224,77 @@ def prepare(work: Path, workers: int) -> Path:
         }
         (folder / "MAR-INF" / "MANIFEST.json").write_text(json.dumps({"runtime": "python", "model": model}))
         torch.manual_seed(0)
-        torch.save(load_model_class(folder / "model.py")().state_dict(), folder / "model.pt")
-    return model_store
+        state = load_model_class(folder / "model.py")().state_dict()
+        torch.save(state, folder / "model.pt")
+    return model_store, sum(tensor.numel() * 2 for tensor in state.values()) >> 20
 
 
 def main() -> None:
     """Measure one side after the other and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=4, help="eager workers, and contexts of the one other worker")
+    parser.add_argument("--together", type=int, default=1, choices=(1, 2), help="requests in one inference")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, help="eager comes first")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--load", type=float, default=0.8, help="rate for p99, as a fraction of the eager throughput")
     parser.add_argument("--json")
     arguments = parser.parse_args()
     found: dict[str, Facts] = {}
     with tempfile.TemporaryDirectory() as folder:
-        model_store = prepare(Path(folder), arguments.workers)
-        serve(
-            "tensorrt", model_store, arguments.workers, lambda port: {}
-        )  # builds; what is measured starts from the store
-        rate = 0.0
-        for side in ("eager", "tensorrt"):
+        workers, sides = arguments.workers, arguments.sides
+        model_store, weights = prepare(Path(folder), workers, arguments.together, sides)
+        for side in sides:
+            if side != "eager":  # builds; what is measured starts from the store
+                serve(side, model_store, workers, lambda port: {})
+        context = context_mib()
+        capacity = 0.0
+        for side in sides:
 
             def measure(port: int) -> Facts:
-                nonlocal rate
-                closed = [load(port, arguments.clients, arguments.seconds) for _ in range(arguments.rounds)]
-                rate = rate or arguments.load * statistics.median(one["per_second"] for one in closed)
-                equal = [load(port, arguments.clients, arguments.seconds, rate) for _ in range(arguments.rounds)]
-                return {"closed": closed, "equal": equal}
+                nonlocal capacity
+                rounds = range(arguments.rounds)
+                closed = [load(port, arguments.clients, arguments.seconds) for _ in rounds]
+                capacity = capacity or statistics.median(one["per_second"] for one in closed)
+                at = {
+                    str(part): [load(port, arguments.clients, arguments.seconds, part * capacity) for _ in rounds]
+                    for part in RATES
+                }
+                return {"closed": closed, **at}
 
-            found[side] = serve(side, model_store, arguments.workers, measure)
-            print(side, {key: value for key, value in found[side].items() if key != "describe"}, flush=True)
-        results = {"rate": rate, "sides": found, "arguments": vars(arguments)}
+            facts = found[side] = serve(side, model_store, workers, measure)
+            facts["processes"] = workers if side == "eager" else 1
+            facts["memory_parts_mib"] = memory_parts(facts, context, weights)
+            print(side, {key: value for key, value in facts.items() if key != "describe"}, flush=True)
+        results = {"sides": found, "arguments": vars(arguments)}
         if arguments.json:
             Path(arguments.json).write_text(json.dumps({"environment": environment(), "results": results}, indent=1))
-    report(found, arguments.workers)
+    report(found, arguments)
 
 
-def report(found: dict[str, Facts], workers: int) -> None:
-    """Ratios of medians."""
+def report(found: dict[str, Facts], arguments: argparse.Namespace) -> None:
+    """A row for each side, with ratios of medians to the eager workers."""
 
-    def ratio(kind: str, name: str) -> float:
-        values = {side: statistics.median(one[name] for one in facts[kind]) for side, facts in found.items()}
-        return values["tensorrt"] / values["eager"]
+    def median(side: str, kind: str, name: str) -> float:
+        return statistics.median(one[name] for one in found[side][kind])
 
-    ours, eager = found["tensorrt"], found["eager"]
-    print(f"one worker with {workers} contexts / {workers} eager workers:")
-    print(f"  throughput {ratio('closed', 'per_second'):.2f}, p99 at equal load {ratio('equal', 'p99'):.2f}")
-    print(f"  GPU memory {ours['gpu_memory_mib']} / {eager['gpu_memory_mib']} MiB, READY {ours['ready_s']} s")
-    memory = ours["describe"]["artifact"]["memory"]
-    print(f"  memory of the contexts: {json.dumps(memory['predicted'])} used {json.dumps(memory['used'])}")
+    first = arguments.sides[0]
+    kinds = ("closed", *map(str, RATES))
+    print(f"{arguments.workers} contexts in one worker, or {arguments.workers} workers; ratios to {first}")
+    print(
+        "| side | requests/s | ratio | "
+        + " | ".join(f"p99 ms {kind} | ratio" for kind in kinds)
+        + " | GPU MiB | READY s |"
+    )
+    for side, facts in found.items():
+        throughput = median(side, "closed", "per_second")
+        cells = [side, f"{throughput:.0f}", f"{throughput / median(first, 'closed', 'per_second'):.2f}"]
+        for kind in kinds:
+            p99 = median(side, kind, "p99")
+            cells += [f"{p99:.1f}", f"{p99 / median(first, kind, 'p99'):.2f}"]
+        print("| " + " | ".join([*cells, str(facts["gpu_memory_mib"]), str(facts["ready_s"])]) + " |")
+    for side, facts in found.items():
+        print(f"{side}: MiB of each process: {facts['memory_parts_mib']}")
 
 
 if __name__ == "__main__":
