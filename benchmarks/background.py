@@ -130,8 +130,7 @@ def _period(answer: Answer, facts: Mapping[str, Any]) -> str:
     swapped = background["began"] + background["elapsed_s"]
     if answer.sent >= swapped:
         return "swapped"
-    loading = swapped - sum(background["phases_ms"].values()) / 1000
-    return "loading" if answer.sent + answer.took_ms / 1000 >= loading else "building"
+    return "loading" if answer.sent + answer.took_ms / 1000 >= background["load_began"] else "building"
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -181,6 +180,8 @@ def markdown(result: Mapping[str, Any]) -> str:
             cells += [f"{facts[name]:.1f}" for name in ("p50_ms", "p99_ms", "max_ms")]
             cells.append(f"{facts['p50_ms'] / reference:.2f}" if reference else "")
         lines.append("| " + " | ".join([*cells, *[""] * (7 - len(cells))]) + " |")
+    loading = [f"{answer[2]:.0f}" for run in result["runs"] for answer in run["answers"] if answer[0] == "loading"]
+    lines += ["", f"Each request while the artifact is loaded and checked, ms: {', '.join(loading) or 'none'}."]
     problems = sorted({problem for run in result["runs"] for problem in run["problems"]})
     lines += ["", *[f"- failed: {problem}" for problem in problems]]
     facts = ", ".join(f"{name} {value}" for name, value in result["environment"].items())

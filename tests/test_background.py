@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import json
 import os
 import signal
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,10 @@ from ts_handlers import CompiledModel, ModuleSource, Settings, start_model
 from ts_handlers.backends.base import Loaded, Request
 from ts_handlers.background import BackgroundBuild
 from ts_handlers.compiled_model import Outcome
+from ts_handlers.cycle_collector import exempt_from_collection
 from ts_handlers.metrics import Metrics
+from ts_handlers.model_source import ArchiveSource
+from ts_handlers.serving import gaps
 from ts_handlers.serving.contexts import PoolStats
 from ts_handlers.serving.slots import ModuleSlots
 from ts_handlers.settings.sections import ContextSettings
@@ -50,11 +56,11 @@ def _backends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def start(archive: Path, tmp_path: Path) -> Start:
-    def run(retry_failed: bool = False, **changes: Any) -> CompiledModel:
+    def run(retry_failed: bool = False, source: ArchiveSource | None = None, **changes: Any) -> CompiledModel:
         section = {"store": str(tmp_path / "store"), "backends": ["aot_inductor", "eager"], "on_miss": "background"}
         section["background"] = {"nice": 0}  # the machine may be busy
         settings = settings_of(**{**section, **changes})
-        return start_model(archive_source(archive), settings, retry_failed=retry_failed)
+        return start_model(source or archive_source(archive), settings, retry_failed=retry_failed)
 
     return run
 
@@ -185,6 +191,102 @@ def test_a_call_that_runs_during_the_swap_ends_as_it_began(archive: Path) -> Non
     caller.join()
     assert answers == ["before"]
     assert model.outcome.backend == "aot_inductor"
+
+
+def test_native_steps_begin_while_no_call_is_under_way_and_calls_are_answered_meanwhile(
+    start: Start, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gaps, "PATIENCE_SECONDS", 600.0)
+    started, may_end, loaded, checked, release = (threading.Event() for _ in range(5))
+    steps: list[tuple[str, bool]] = []
+    under_way = threading.Event()
+    load = file_backend.BACKEND.load
+
+    def watched(*arguments: Any) -> Any:
+        steps.append(("load", under_way.is_set()))
+        artifact = load(*arguments)
+        run = artifact.run
+
+        def check(tensors: list[torch.Tensor]) -> Any:
+            if not checked.is_set():
+                steps.append(("run", under_way.is_set()))
+                checked.set()
+                assert release.wait(60)
+            return run(tensors)
+
+        loaded.set()
+        return dataclasses.replace(artifact, run=check)
+
+    monkeypatch.setattr(file_backend.BACKEND, "load", watched)
+    source = archive_source(archive)
+    module = source.eager()
+    forward = module.forward
+
+    def slow(rows: torch.Tensor) -> torch.Tensor:
+        if not started.is_set():
+            under_way.set()
+            started.set()
+            assert may_end.wait(60)
+            under_way.clear()
+        return forward(rows)
+
+    monkeypatch.setattr(module, "forward", slow)
+    model = start(source=source)
+    answers: list[torch.Tensor] = []
+    caller = threading.Thread(target=lambda: answers.append(model(ROWS)))
+    caller.start()
+    assert started.wait(60)
+    while background(model).describe()["state"] != "loading":
+        assert not background(model).wait(0.01)
+    assert not loaded.wait(0.2)  # the call is still under way
+    may_end.set()
+    caller.join()
+    assert checked.wait(60)
+    assert model.outcome.backend == "eager"
+    answers.append(model(ROWS))  # the check has not ended: eager answers
+    release.set()
+    assert background(model).wait(60)
+    assert steps == [("load", False), ("run", False)]
+    assert model.outcome.backend == "aot_inductor"
+    with torch.inference_mode():
+        assert all(torch.allclose(answer, forward(ROWS), atol=1e-5) for answer in answers)
+
+
+def test_the_eager_module_is_freed_with_the_swap_although_its_import_kept_an_exception(
+    start: Start, archive: Path
+) -> None:
+    code = "try:\n    raise ImportError('x')\nexcept ImportError as error:\n    KEPT = error\n"
+    path = archive / "model.py"
+    path.write_text(path.read_text() + "\n" + code)
+    source = archive_source(archive)
+    model = start(source=source)
+    module = weakref.ref(source.eager())
+    gc.disable()
+    try:
+        assert background(model).wait(120)
+        assert model.outcome.backend == "aot_inductor"
+        background(model).wait_for_gap()
+        assert module() is None
+        assert not background(model).left_module
+    finally:
+        gc.enable()
+
+
+def test_a_module_that_reference_cycles_hold_is_told(start: Start, archive: Path) -> None:
+    source = archive_source(archive)
+    model = start(source=source)
+    module = source.eager()
+    module.itself = [module]
+    del module
+    gc.disable()
+    try:
+        assert background(model).wait(120)
+        assert background(model).left_module
+        exempt_from_collection(True)
+        assert not background(model).left_module
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def test_waits_for_contexts_are_counted_anew_after_the_swap() -> None:

@@ -14,7 +14,11 @@ import platform
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
 
 import ts_handlers
 from ts_handlers import fingerprint
@@ -71,6 +75,9 @@ class Attempt:
         Gets what `describe` shall say.
     anew_since:
         See `ts_handlers.store.guard.Guard`.
+    turn:
+        Returns when a step of the artifact's native code may begin: loading, and each run. None when nothing is served
+        meanwhile.
 
     Attributes
     ----------
@@ -88,6 +95,7 @@ class Attempt:
         address: Address,
         notes: list[str],
         anew_since: float | None,
+        turn: Callable[[], None] | None = None,
     ) -> None:
         self.missed: tuple[str, ...] = ()
         self._notes = notes
@@ -97,6 +105,7 @@ class Attempt:
         self._backend = backend
         self._store = store
         self._address = address
+        self._turn = turn
         digest = request.source.weights_digest
         self._guard = Guard(store.root, request.settings, address.key, address.model, digest, anew_since)
 
@@ -281,10 +290,12 @@ class Attempt:
             if guard.problem is not None and guard.problem not in self._notes:
                 self._notes.append(guard.problem)
             if loaded is None:
+                if self._turn is not None:
+                    self._turn()
                 with self._metrics.phase("load"), guard.limited():
                     loaded = self._backend.load(self._request, directory, manifest.artifact)
             loaded = self._slots.wrap(loaded)
-            limited = guard.limit(loaded)
+            limited = guard.limit(loaded) if self._turn is None else _take_turns(loaded, self._turn)
             with self._metrics.phase("canary"):
                 try:
                     canary = check_canary(self._store, self._address, self._request, limited)
@@ -297,6 +308,16 @@ class Attempt:
             self._metrics.count("canary_recorded")
         loaded.seal()
         return loaded, canary
+
+
+def _take_turns(loaded: Loaded, turn: Callable[[], None]) -> Loaded:
+    """The same artifact, each of its runs when it may begin, and on as many threads as a request's."""
+
+    def run(tensors: list[torch.Tensor]) -> Any:
+        turn()
+        return loaded.run(tensors)
+
+    return dataclasses.replace(loaded, run=run, adjusts_threads=False)
 
 
 def _is_damage(error: Exception) -> bool:

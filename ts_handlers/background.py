@@ -4,7 +4,8 @@ The worker is READY as soon as the eager model is. A thread of it then
 
 1. takes the right to build this key on this host; who does not get it waits, and takes over when the holder dies;
 2. runs one child process (`ts_handlers.build_process`), which walks the ladder and publishes what it has built;
-3. loads the published entry as an ordinary start does, canary and warm-up included, while eager keeps serving;
+3. loads the published entry as an ordinary start does, canary and warm-up included, while eager keeps serving; each
+   step of native code begins between two requests, see `ts_handlers.serving.gaps`;
 4. replaces what the model runs by one assignment.
 
 A native artifact is loaded by the child first: one that kills its process kills the child, and the worker stays eager.
@@ -26,18 +27,20 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import torch
 
-from ts_handlers.backends import get_backend
+from ts_handlers.backends import RELEASES_EAGER, get_backend
 from ts_handlers.backends.base import Backend, Request
 from ts_handlers.build_process import BuildProcess
 from ts_handlers.compiled_model import CompiledModel
 from ts_handlers.errors import UNDECODABLE, BuildError
 from ts_handlers.key import compute_key
+from ts_handlers.serving.gaps import wait_for_gap
 from ts_handlers.store.base import Address, Hit, Store
 from ts_handlers.store.guard import remember_death
 from ts_handlers.store.lease import hold_lease, read_status
@@ -77,7 +80,8 @@ class BackgroundBuild:
     request, backend, store, address:
         What was missed.
     load:
-        Loads the published entry of a backend, with canary and warm-up.
+        Loads the published entry of a backend, with canary and warm-up; the second argument returns when a step of
+        native code may begin.
     retry_failed:
         See `ts_handlers.startup.start_model`.
     """
@@ -89,7 +93,7 @@ class BackgroundBuild:
         backend: Backend,
         store: Store,
         address: Address,
-        load: Callable[[str], CompiledModel],
+        load: Callable[[str, Callable[[], None]], CompiledModel],
         retry_failed: bool = False,
     ) -> None:
         self._model = model
@@ -106,8 +110,11 @@ class BackgroundBuild:
         self._reason: str | None = None
         self._estimate = store.build_estimate(address)
         self._began = time.time()
+        self._load_began: float | None = None
         self._ended: float | None = None
         self._process: BuildProcess | None = None
+        self._eager_module: weakref.ref[torch.nn.Module] | None = None
+        self._eager_pool = model.pool
         self._phases_ms: dict[str, float] = {}
         self._closed = False
         self._callbacks: list[Callable[[], None]] = []
@@ -136,6 +143,21 @@ class BackgroundBuild:
                 return
         callback()
 
+    @property
+    def left_module(self) -> bool:
+        """Whether the eager module was to go with the swap and is still there: reference cycles hold it."""
+        return self._eager_module is not None and self._eager_module() is not None
+
+    def wait_for_gap(self) -> None:
+        """Return between two requests of the model; at once when it is to be closed."""
+        wait_for_gap(self._calls, lambda: self._closed)
+
+    def _calls(self) -> tuple[bool, int]:
+        """Whether a call is under way, on what serves now or on the eager model, and how many there have been."""
+        pools = {id(pool): pool.stats() for pool in (self._eager_pool, self._model.pool)}.values()
+        busy = self._model.answering > 0 or any(pool.in_use or pool.waiting for pool in pools)
+        return busy, sum(pool.lent for pool in pools)
+
     def close(self) -> None:
         """Give up: end the child process and never swap."""
         self._closed = True
@@ -149,8 +171,8 @@ class BackgroundBuild:
         """State, phase, seconds and reason, JSON-compatible.
 
         `state` is ``waiting`` (another process of this host builds), ``building``, ``loading``, ``swapped`` or
-        ``failed``; `began` is in seconds since the epoch, `estimate_s` what the latest build of this model took, None
-        when there was none.
+        ``failed``; `began` and `load_began` are in seconds since the epoch, `estimate_s` what the latest build of this
+        model took, None when there was none.
         """
         state, phase, process = self._state, self._phase, self._process
         pid = None if process is None or self._ended is not None else process.pid
@@ -162,6 +184,7 @@ class BackgroundBuild:
             "phase": phase,
             "pid": pid,
             "began": round(self._began, 3),
+            "load_began": None if self._load_began is None else round(self._load_began, 3),
             "elapsed_s": round((self._ended or time.time()) - self._began, 3),
             "estimate_s": None if self._estimate is None else round(self._estimate, 1),
             "reason": self._reason,
@@ -269,9 +292,12 @@ class BackgroundBuild:
         if self._closed:
             raise BuildError("the server stops")
         self._phase = None
+        self._load_began = time.time()
         self._state = "loading"
-        fresh = self._load(backend)
         model = self._model
+        eager = weakref.ref(self._request.source.eager())
+        self.wait_for_gap()
+        fresh = self._load(backend, self.wait_for_gap)
         self._phases_ms = fresh.metrics.phases_ms
         fresh.outcome = dataclasses.replace(
             fresh.outcome,
@@ -281,6 +307,8 @@ class BackgroundBuild:
             notes=(*model.outcome.notes, *fresh.outcome.notes),
         )
         model.swap(fresh)
+        if backend in RELEASES_EAGER and self._request.settings.outside != "eager":
+            self._eager_module = eager
         model.metrics.count("swap")
         self._state = "swapped"
         log_outcome("swap", self._request.source.name, model)

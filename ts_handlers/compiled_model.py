@@ -12,7 +12,7 @@ from ts_handlers.backends.base import Loaded, Request, Run
 from ts_handlers.backends.eager import eager_run
 from ts_handlers.errors import BusyError, InputError
 from ts_handlers.metrics import Metrics, compiled_graphs
-from ts_handlers.serving.contexts import PoolStats
+from ts_handlers.serving.contexts import ContextPool, PoolStats
 from ts_handlers.serving.slots import ModuleSlots
 from ts_handlers.store.base import Store
 
@@ -53,6 +53,8 @@ class CompiledModel:
         The store that the artifact came from, if any; it keeps the artifact's files while this object lives.
     background:
         The build that goes on beside an eager model, or None.
+    answering:
+        Requests that a server is answering with this model, calls of it and what surrounds them; kept by the server.
 
     Raises
     ------
@@ -76,6 +78,7 @@ class CompiledModel:
         self.metrics = metrics
         self.store: Store | None = None
         self.background: BackgroundBuild | None = None
+        self.answering = 0
         for pool in (slots.pool, loaded.pool):
             if pool is not None:
                 pool.favour_own()
@@ -135,9 +138,14 @@ class CompiledModel:
         """The device on which the model runs."""
         return self._device
 
+    @property
+    def pool(self) -> ContextPool[Any]:
+        """The pool from which calls are lent their slots."""
+        return self._loaded.pool or self._slots.pool
+
     def context_stats(self) -> PoolStats:
-        """Gauges and counters of the pool from which calls are lent their slots."""
-        return (self._loaded.pool or self._slots.pool).stats()
+        """Gauges and counters of `pool`."""
+        return self.pool.stats()
 
     def describe(self) -> dict[str, Any]:
         """Backend, key, hit or miss with the missed part, phases, counters and fallback reasons, JSON-compatible."""

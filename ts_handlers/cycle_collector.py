@@ -30,5 +30,6 @@ def exempt_from_collection(collect: bool) -> None:
     docs/decisions/0020-warm-torch-compile.md.
     """
     if collect:
+        gc.unfreeze()
         gc.collect()
     gc.freeze()

@@ -144,14 +144,15 @@ class CompiledHandlerMixin:
         if isinstance(self.model, CompiledModel):
             self._check_startup_timeout()
             self.model.metrics.emit(getattr(context, "metrics", None))
-            if self.model.background is None:
-                exempt_from_collection(self.model.outcome.result == "built")
-            else:
+            exempt_from_collection(self.model.outcome.result == "built")
+            if self.model.background is not None:
                 self.model.background.when_done(lambda: self._after_swap(context))
 
     def _after_swap(self, context: Any) -> None:
         self.model.metrics.emit(getattr(context, "metrics", None))
-        exempt_from_collection(True)  # first the eager model that was swapped out
+        background = self.model.background
+        background.wait_for_gap()  # a full pass holds the interpreter; a call under way holds the eager module
+        exempt_from_collection(background.left_module)
 
     def _make_recipe(self, context: Any, config: Any) -> dict[str, Any] | None:
         """How another process makes this handler, to take its model from it; see `ts_handlers.recipes`."""
@@ -269,10 +270,14 @@ class CompiledHandlerMixin:
         """Answer a batch. A request that the model cannot answer gets HTTP 400 and leaves the others alone; requests
         for which no execution context came free get HTTP 503."""
         self.context = context
+        compiled = isinstance(self.model, CompiledModel)
+        if compiled:
+            self.model.answering += 1
         try:
             return self._answer(RequestBatch(data, context))
         finally:
-            if isinstance(self.model, CompiledModel):
+            if compiled:
+                self.model.answering -= 1
                 torchserve_metrics = getattr(context, "metrics", None)
                 self.model.metrics.emit(torchserve_metrics)
                 self.model.metrics.emit_contexts(torchserve_metrics, self.model.context_stats())

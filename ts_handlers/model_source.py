@@ -76,6 +76,13 @@ class ModelSource(Protocol):
     def weights_digest(self) -> str:
         """Digest of the weights' values."""
 
+    def prepare(self) -> None:
+        """Import what `eager` needs; does nothing where that is not known.
+
+        An exception that an import keeps also keeps its callers' frames with all that they hold, until the cycle
+        collector runs. A caller that wants the module to be freed at once with `release` calls this first.
+        """
+
     def eager(self) -> torch.nn.Module:
         """The eager module on the CPU in eval mode, built at the first call. Raises `ModelError`."""
 
@@ -98,6 +105,9 @@ class _Source:
     def recipe(self) -> Recipe | None:
         """How another process makes this source; None when it cannot."""
         return self._recipe
+
+    def prepare(self) -> None:
+        """Does nothing: how the module is built is not known here."""
 
     def eager(self) -> torch.nn.Module:
         """The eager module on the CPU in eval mode; raises `ModelError` when it cannot be built."""
@@ -174,6 +184,7 @@ class ArchiveSource(_Source):
         self._extra_source = tuple(extra_source)
         self._ignored = (*IGNORED_FILES, *ignored_files)
         self._mmap = mmap
+        self._model_class: type[torch.nn.Module] | None = None
         self._weights: Tensors | None = None
         if self._weights_path is not None and not self._weights_path.is_file():
             raise ModelError(
@@ -219,10 +230,15 @@ class ArchiveSource(_Source):
         """SHA-256 of the weights file."""
         return self._hash_file()
 
+    def prepare(self) -> None:
+        """Import the model file; the next `eager` takes its class."""
+        if self._build_hook is None:
+            self._model_class = load_model_class(self._model_path)
+
     def _build(self) -> torch.nn.Module:
         if self._build_hook is not None:
             return self._build_hook()
-        model_class = load_model_class(self._model_path)
+        model_class, self._model_class = self._model_class or load_model_class(self._model_path), None
         if self._weights_path is not None:
             # A constructor may also fail because its weights were not drawn; it is then run in the ordinary way.
             size = sum(tensor.nbytes for tensor in self.weights().values())

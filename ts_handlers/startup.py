@@ -24,7 +24,7 @@ import torch
 
 from ts_handlers import fingerprint
 from ts_handlers.attempt import Attempt, Served
-from ts_handlers.backends import get_backend, stand_in
+from ts_handlers.backends import RELEASES_EAGER, get_backend, stand_in
 from ts_handlers.backends.base import Backend, Request
 from ts_handlers.compiled_model import CompiledModel, Outcome
 from ts_handlers.errors import FINAL, MissError, RefitError, one_line
@@ -105,13 +105,20 @@ def start_model(
 class _Start:
     """One start: walks the ladder and remembers what happened."""
 
-    def __init__(self, request: Request, metrics: Metrics, retry_failed: bool = False) -> None:
+    def __init__(
+        self,
+        request: Request,
+        metrics: Metrics,
+        retry_failed: bool = False,
+        turn: Callable[[], None] | None = None,
+    ) -> None:
         self._request = request
         self._metrics = metrics
         self._settings = request.settings
         self._anew_since = time.time() if retry_failed or request.settings.strict else None
         self._fallbacks: list[dict[str, str]] = []
         self._notes: list[str] = []
+        self._turn = turn
         self._store: Store | None = None
         self._slots = ModuleSlots(request.settings.contexts, request.device)
         self.estimate: float | None = None
@@ -164,7 +171,15 @@ class _Start:
             )
         store = self._open_store()
         attempt = Attempt(
-            self._request, self._metrics, self._slots, backend, store, address, self._notes, self._anew_since
+            self._request,
+            self._metrics,
+            self._slots,
+            backend,
+            store,
+            address,
+            self._notes,
+            self._anew_since,
+            self._turn,
         )
         served = attempt.find()
         if served is not None:
@@ -197,7 +212,7 @@ class _Start:
         """Serve eagerly while a child process builds, and then what it has built."""
         from ts_handlers.background import BackgroundBuild
 
-        def load(built: str) -> CompiledModel:
+        def load(built: str, turn: Callable[[], None]) -> CompiledModel:
             """An ordinary start from the entry that is there now, and nothing else.
 
             Without limits, which hold for the whole process and would end or fail requests: the child has loaded and
@@ -210,10 +225,11 @@ class _Start:
                 strict=True,
                 guard=GuardSettings(load_seconds=None),
             )
-            start = _Start(Request(self._request.source, settings, self._request.device), Metrics())
+            start = _Start(Request(self._request.source, settings, self._request.device), Metrics(), turn=turn)
             start._store = store
             return start.run()
 
+        self._request.source.prepare()
         model = self._try(get_backend("eager"))
         model.outcome = dataclasses.replace(model.outcome, result="background", missed=missed)
         retry_failed = self._anew_since is not None
@@ -233,8 +249,8 @@ class _Start:
             canary=served.canary,
             notes=(*self._notes, *(self._store.notes if self._store is not None else ())),
         )
-        if backend.name in ("aot_inductor", "tensorrt"):
-            self._request.source.release()  # the artifact does not need the eager module
+        if backend.name in RELEASES_EAGER:
+            self._request.source.release()
         loaded = self._slots.wrap(served.loaded)
         model = CompiledModel(self._request, loaded, outcome, self._metrics, self._slots)
         model.store = self._store  # keeps the entry from being evicted while the model is served

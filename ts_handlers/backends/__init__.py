@@ -15,6 +15,8 @@ _MODULES = {
     "inductor": "ts_handlers.backends.inductor",
     "eager": "ts_handlers.backends.eager",
 }
+RELEASES_EAGER = ("aot_inductor", "tensorrt")
+"""Backends whose artifacts do not need the eager module, which is then freed."""
 
 
 def get_backend(name: str) -> Backend:

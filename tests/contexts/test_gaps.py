@@ -1,0 +1,48 @@
+"""Moments between two requests: counts and order, never seconds."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from ts_handlers.serving import gaps
+from ts_handlers.serving.gaps import wait_for_gap
+
+
+def test_waits_until_no_call_is_under_way_and_none_has_come() -> None:
+    # Under way; over; another one has come and gone between two looks; then nothing.
+    seen = [(True, 1), (False, 1), (False, 2)]
+    looks: list[tuple[bool, int]] = []
+
+    def calls() -> tuple[bool, int]:
+        looks.append(seen[min(len(looks), len(seen) - 1)])
+        return looks[-1]
+
+    assert wait_for_gap(calls, lambda: False)
+    assert looks[:3] == seen
+    assert len(looks) >= 4  # the third starts the quiet time anew
+    assert set(looks[3:]) == {(False, 2)}
+
+
+def test_a_server_that_never_pauses_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gaps, "PATIENCE_SECONDS", 0.05)
+    count = 0
+
+    def calls() -> tuple[bool, int]:
+        nonlocal count
+        count += 1
+        return False, count
+
+    assert not wait_for_gap(calls, lambda: False)
+    assert count > 1
+
+
+def test_gives_up_when_told() -> None:
+    over = threading.Event()
+    found: list[bool] = []
+    waiting = threading.Thread(target=lambda: found.append(wait_for_gap(lambda: (True, 0), over.is_set)))
+    waiting.start()
+    over.set()
+    waiting.join()
+    assert found == [False]
