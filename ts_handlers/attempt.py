@@ -36,6 +36,7 @@ from ts_handlers.errors import (
 )
 from ts_handlers.locked_directory import empty_folder
 from ts_handlers.metrics import Metrics
+from ts_handlers.serving.idle_priority import run_at_idle_priority
 from ts_handlers.serving.slots import ModuleSlots
 from ts_handlers.store.base import Address, Corrupt, Hit, Miss, Store
 from ts_handlers.store.entry import Manifest, list_files, read_manifest
@@ -311,11 +312,14 @@ class Attempt:
 
 
 def _take_turns(loaded: Loaded, turn: Callable[[], None]) -> Loaded:
-    """The same artifact, each of its runs when it may begin, and on as many threads as a request's."""
+    """The same artifact, each of its runs when it may begin, and if possible on processors that requests do not use.
+
+    With as many threads as a request has: the calls that are under way when a run begins are over soon.
+    """
 
     def run(tensors: list[torch.Tensor]) -> Any:
         turn()
-        return loaded.run(tensors)
+        return run_at_idle_priority(loaded.run, tensors) if loaded.frees_interpreter else loaded.run(tensors)
 
     return dataclasses.replace(loaded, run=run, adjusts_threads=False)
 

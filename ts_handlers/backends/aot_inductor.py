@@ -129,6 +129,7 @@ class AotInductorBackend:
             variants=len(variants),
             facts=facts,
             adjusts_threads=request.device.type == "cpu",
+            frees_interpreter=request.device.type == "cpu",
         )
         if graphs is not None:
             loaded.pool, loaded.seal = graphs.pool, functools.partial(graphs.seal, facts)

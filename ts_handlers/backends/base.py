@@ -100,6 +100,8 @@ class Loaded:
         How many artifacts `run` chooses from; with one, the smallest canary input tells all.
     adjusts_threads:
         Whether `torch.set_num_threads` may change after loading without compiling anything.
+    frees_interpreter:
+        Whether `run` is native code that leaves the GIL alone and works on processors of the host.
     warmed_up:
         Whether loading has already run the declared warm-up sizes.
     facts:
@@ -118,6 +120,7 @@ class Loaded:
     sizes: list[Sizes] | None = None
     variants: int = 1
     adjusts_threads: bool = False
+    frees_interpreter: bool = False
     warmed_up: bool = False
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     seal: Callable[[], None] = lambda: None

@@ -1,0 +1,40 @@
+"""Native code that runs only on processors which nobody else wants."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def run_at_idle_priority(function: Callable[..., T], *args: Any) -> T:
+    """Call `function` on a thread of its own with the scheduling policy SCHED_IDLE of Linux, and wait for it.
+
+    The threads that it starts inherit the policy, its OpenMP team first of all. Only for functions that leave the GIL
+    alone nearly all the time: a holder that the kernel does not run would keep everybody waiting. A thread of its own
+    because an unprivileged one cannot leave the policy again, see sched(7). Elsewhere it is an ordinary call.
+
+    Examples
+    --------
+    >>> run_at_idle_priority(max, 3, 4)
+    4
+    """
+    if not hasattr(os, "SCHED_IDLE"):
+        return function(*args)
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        with contextlib.suppress(OSError):  # a sandbox may refuse it
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="ts_handlers-idle").start()
+    return future.result()
