@@ -199,6 +199,7 @@ def test_native_steps_begin_while_no_call_is_under_way_and_calls_are_answered_me
     monkeypatch.setattr(gaps, "PATIENCE_SECONDS", 600.0)
     started, may_end, loaded, checked, release = (threading.Event() for _ in range(5))
     steps: list[tuple[str, bool]] = []
+    policies: list[int] = []
     under_way = threading.Event()
     load = file_backend.BACKEND.load
 
@@ -210,12 +211,13 @@ def test_native_steps_begin_while_no_call_is_under_way_and_calls_are_answered_me
         def check(tensors: list[torch.Tensor]) -> Any:
             if not checked.is_set():
                 steps.append(("run", under_way.is_set()))
+                policies.append(os.sched_getscheduler(0))
                 checked.set()
                 assert release.wait(60)
             return run(tensors)
 
         loaded.set()
-        return dataclasses.replace(artifact, run=check)
+        return dataclasses.replace(artifact, run=check, frees_interpreter=True)
 
     monkeypatch.setattr(file_backend.BACKEND, "load", watched)
     source = archive_source(archive)
@@ -247,6 +249,7 @@ def test_native_steps_begin_while_no_call_is_under_way_and_calls_are_answered_me
     release.set()
     assert background(model).wait(60)
     assert steps == [("load", False), ("run", False)]
+    assert policies == [os.SCHED_IDLE]
     assert model.outcome.backend == "aot_inductor"
     with torch.inference_mode():
         assert all(torch.allclose(answer, forward(ROWS), atol=1e-5) for answer in answers)

@@ -1,8 +1,6 @@
 """Moments between two requests, for work that would delay one: it holds the interpreter, or the processors.
 
-torch's bindings of AOTInductor hold the GIL while an artifact is opened and while it runs
-(https://github.com/pytorch/pytorch/issues/197516), so a run beside a call keeps that call waiting; see
-docs/decisions/0016-background-builds.md.
+See docs/decisions/0016-background-builds.md.
 """
 
 from __future__ import annotations
