@@ -77,12 +77,18 @@ def test_cuda_graphs(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_recorded_runs_all_the_same(tmp_path: Path) -> None:
-    """`nonzero` waits for the device, which a recording forbids."""
+    """`nonzero` waits for the device, which a recording forbids; the process goes on as before."""
     folder = write_archive(tmp_path / "archive", SYNCHRONISING)
     section = {**LINEAR_SECTION, "contexts": {"count": 2, "cuda_graphs": True}, "warmup": [{"batch": 4}]}
     settings = settings_of(section, store=str(tmp_path / "s"), strict=True, backends=["aot_inductor"])
     model = start_model(archive_source(folder), settings, "cuda:0")
     assert model.describe()["artifact"]["cuda_graphs"] == 0
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            before = torch.cuda.memory_allocated()
+            torch.randn(1 << 20, device="cuda")
+            torch.cuda.synchronize()
+            assert torch.cuda.memory_allocated() == before
     with torch.inference_mode():
         for batch in (4, 8, 1):
             x = torch.randn(batch, 4, device="cuda")

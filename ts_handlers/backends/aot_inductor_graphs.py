@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ts_handlers.backends.aot_inductor_container import Container
+from ts_handlers.errors import one_line
 from ts_handlers.serving.contexts import ContextPool
 from ts_handlers.settings.sections import ContextSettings
 
@@ -44,7 +45,8 @@ class GraphSlot:
 
     def __init__(self, libraries: Sequence[Container], device: torch.device) -> None:
         self._libraries = libraries
-        self._device = device
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._device = torch.device("cuda", index)
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._memory = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[int, tuple[torch.Size, ...]], _Graph] = {}
@@ -95,10 +97,22 @@ class GraphSlot:
             finally:
                 graph.capture_end()
         except RuntimeError as error:  # an operator that synchronises, for example
-            logger.warning("no CUDA graph for inputs of %s: %s", [tuple(t.shape) for t in tensors], error)
+            _end_broken_capture(self._device.index, self._memory)
+            logger.warning("no CUDA graph for inputs of %s: %s", [tuple(t.shape) for t in tensors], one_line(error))
             self.recording = False
             return None
         return _Graph(graph, inputs, answers)
+
+
+def _end_broken_capture(device: int, memory: Any) -> None:
+    """Undo what `CUDAGraph.capture_end` leaves when CUDA reports that the capture failed.
+
+    It raises before it takes the allocator and the random number generator out of the capture; after that no random
+    numbers could be drawn in this process.
+    """
+    torch._C._cuda_endAllocateToPool(device, memory)
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 class GraphSlots:
