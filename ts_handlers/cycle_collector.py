@@ -12,7 +12,8 @@ def collection_paused() -> Iterator[None]:
     """Pause the collector inside the block, while an entry is loaded.
 
     Importing a compiler and tracing a model make objects that stay: each pass over them finds next to nothing, see
-    docs/decisions/0020-warm-torch-compile.md for what the passes cost together.
+    docs/decisions/0020-warm-torch-compile.md for what the passes cost together. When the collector goes on they are not
+    in the young generation, which it would walk at once.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -20,6 +21,10 @@ def collection_paused() -> Iterator[None]:
         yield
     finally:
         if enabled:
+            frozen = gc.get_freeze_count()
+            gc.freeze()
+            if not frozen:  # into the oldest generation
+                gc.unfreeze()
             gc.enable()
 
 

@@ -64,6 +64,13 @@ START = """
         except InputError:
             refused += 1
     late = compiled_graphs() - before
+    from torch._inductor.codegen.common import KernelTemplate
+    from torch._inductor.select_algorithm import TritonTemplate
+    templates = [template.template for template in TritonTemplate.all_templates.values()]
+    facts["parsed"] = sum(type(template).__module__.startswith("jinja2") for template in templates)
+    facts["templates"] = len(templates)
+    facts["usable"] = all(callable(template.render) for template in templates)
+    facts["parses"] = "jinja2" in type(KernelTemplate._template_from_string("{{ 1 }}")).__module__
     print(json.dumps({**facts, "late": late, "wrong": wrong, "refused": refused}))
 """
 
@@ -117,6 +124,9 @@ def test_warm_start_on_another_host_compiles_nothing(built: Built, tmp_path: Pat
     assert [child for child in facts["children"] if child not in questions] == []
     assert [child for child in built.facts["children"] if child not in questions]
     assert list((tmp_path / "host").glob("ts_handlers-work-*")) == []
+    # Templates of the autotuner: parsed by the build, left alone by the hit, there when they are needed.
+    assert built.facts["parsed"] == facts["templates"] > 0
+    assert (facts["parsed"], facts["usable"], facts["parses"]) == (0, True, True)
 
 
 def test_new_weights_hit_the_same_entry(built: Built, tmp_path: Path) -> None:
