@@ -193,9 +193,12 @@ def test_a_call_that_runs_during_the_swap_ends_as_it_began(archive: Path) -> Non
     assert model.outcome.backend == "aot_inductor"
 
 
+@pytest.mark.parametrize(("idle", "policy"), [(1, os.SCHED_IDLE), (0, os.SCHED_OTHER)])
 def test_native_steps_begin_while_no_call_is_under_way_and_calls_are_answered_meanwhile(
-    start: Start, archive: Path, monkeypatch: pytest.MonkeyPatch
+    start: Start, archive: Path, idle: int, policy: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And they get the idle processors only, where there are such."""
+    monkeypatch.setattr("ts_handlers.attempt.idle_processors", lambda: idle)
     monkeypatch.setattr(gaps, "PATIENCE_SECONDS", 600.0)
     started, may_end, loaded, checked, release = (threading.Event() for _ in range(5))
     steps: list[tuple[str, bool]] = []
@@ -249,7 +252,7 @@ def test_native_steps_begin_while_no_call_is_under_way_and_calls_are_answered_me
     release.set()
     assert background(model).wait(60)
     assert steps == [("load", False), ("run", False)]
-    assert policies == [os.SCHED_IDLE]
+    assert policies == [policy]
     assert model.outcome.backend == "aot_inductor"
     with torch.inference_mode():
         assert all(torch.allclose(answer, forward(ROWS), atol=1e-5) for answer in answers)

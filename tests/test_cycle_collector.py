@@ -52,6 +52,13 @@ def test_what_was_frozen_stays_frozen() -> None:
     assert gc.get_freeze_count() >= before > 0
 
 
+def test_a_load_that_fails_keeps_nothing() -> None:
+    with pytest.raises(ValueError, match="no"), collection_paused():
+        raise ValueError("no")
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
 def test_a_collector_that_was_off_stays_off() -> None:
     gc.disable()
     try:

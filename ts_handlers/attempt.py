@@ -36,15 +36,18 @@ from ts_handlers.errors import (
 )
 from ts_handlers.locked_directory import empty_folder
 from ts_handlers.metrics import Metrics
-from ts_handlers.serving.idle_priority import run_at_idle_priority
+from ts_handlers.serving.idle_priority import keeps_threads, run_at_idle_priority
 from ts_handlers.serving.slots import ModuleSlots
 from ts_handlers.store.base import Address, Corrupt, Hit, Miss, Store
 from ts_handlers.store.entry import Manifest, list_files, read_manifest
 from ts_handlers.store.guard import Guard
 from ts_handlers.store.lease import Lease
-from ts_handlers.warmup import check_canary, run_warmup
+from ts_handlers.warmup import check_canary, idle_processors, run_warmup
 
 logger = logging.getLogger(__name__)
+
+IDLE_SECONDS = 30.0
+"""How long a load beside a model that serves may keep to idle processors."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +142,8 @@ class Attempt:
         seal = hit.manifest.seal
         self._refuse(seal)
         try:
-            with collection_paused():
+            # Beside a model that serves the collector goes on, for what its requests leave behind.
+            with collection_paused() if self._turn is None else contextlib.nullcontext():
                 loaded, canary = self._load(hit.directory, hit.manifest, seal, None)
         except FINAL:
             raise
@@ -314,12 +318,17 @@ class Attempt:
 def _take_turns(loaded: Loaded, turn: Callable[[], None]) -> Loaded:
     """The same artifact, each of its runs when it may begin, and if possible on processors that requests do not use.
 
-    With as many threads as a request has: the calls that are under way when a run begins are over soon.
+    With as many threads as a request has: the calls that are under way when a run begins are over soon. Where no
+    processor is idle, or after `IDLE_SECONDS`, a run is an ordinary one.
     """
+    deadline = time.monotonic() + IDLE_SECONDS
+    idle = loaded.frees_interpreter and not keeps_threads()
 
     def run(tensors: list[torch.Tensor]) -> Any:
         turn()
-        return run_at_idle_priority(loaded.run, tensors) if loaded.frees_interpreter else loaded.run(tensors)
+        if idle and idle_processors() > 0 and time.monotonic() < deadline:
+            return run_at_idle_priority(loaded.run, tensors)
+        return loaded.run(tensors)
 
     return dataclasses.replace(loaded, run=run, adjusts_threads=False)
 

@@ -19,12 +19,13 @@ def collection_paused() -> Iterator[None]:
     gc.disable()
     try:
         yield
-    finally:
         if enabled:
             frozen = gc.get_freeze_count()
             gc.freeze()
             if not frozen:  # into the oldest generation
                 gc.unfreeze()
+    finally:
+        if enabled:
             gc.enable()
 
 

@@ -144,7 +144,8 @@ class CompiledHandlerMixin:
         if isinstance(self.model, CompiledModel):
             self._check_startup_timeout()
             self.model.metrics.emit(getattr(context, "metrics", None))
-            exempt_from_collection(self.model.outcome.result == "built")
+            outcome = self.model.outcome
+            exempt_from_collection(outcome.result == "built" or bool(outcome.fallbacks))
             if self.model.background is not None:
                 self.model.background.when_done(lambda: self._after_swap(context))
 

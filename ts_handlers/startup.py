@@ -140,13 +140,13 @@ class _Start:
                 strict = self._settings.strict and not isinstance(error, RefitError)  # which the same backend mends
                 if strict or (isinstance(error, FINAL) and not stands_in):
                     raise
+                logger.debug("details", exc_info=error)
                 instead = stand_in(backend, self._settings, error)
                 if instead is not None:
                     ladder.insert(0, instead)
-                last = error
+                last = error.with_traceback(None)  # whose frames hold what failed
                 reason = f"{type(error).__name__}: {one_line(error)}"
                 logger.warning("%s: backend %s failed: %s", self._request.source.name, backend.name, reason)
-                logger.debug("details", exc_info=error)
                 self._fallbacks.append({"backend": backend.name, "reason": reason})
                 self._metrics.count("fallback")
                 self._request.source.release()  # a failed build may have run the module and changed its state
@@ -216,7 +216,7 @@ class _Start:
             """An ordinary start from the entry that is there now, and nothing else.
 
             Without limits, which hold for the whole process and would end or fail requests: the child has loaded and
-            checked the artifact under them.
+            checked the artifact under them. And without CUDA graphs: recording them would disturb requests.
             """
             settings = msgspec.structs.replace(
                 self._settings,
@@ -224,9 +224,12 @@ class _Start:
                 on_miss="fail",
                 strict=True,
                 guard=GuardSettings(load_seconds=None),
+                contexts=msgspec.structs.replace(self._settings.contexts, cuda_graphs=False),
             )
             start = _Start(Request(self._request.source, settings, self._request.device), Metrics(), turn=turn)
             start._store = store
+            if self._settings.contexts.cuda_graphs:
+                start._notes.append("without CUDA graphs until the next start")
             return start.run()
 
         self._request.source.prepare()

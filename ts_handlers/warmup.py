@@ -152,7 +152,7 @@ def few_threads(loaded: Loaded) -> Iterator[None]:
     one alone.
     """
     threads = torch.get_num_threads()
-    few = min(threads, max(1, _idle_processors()))
+    few = min(threads, max(1, idle_processors()))
     if not loaded.adjusts_threads or few == threads:
         yield
         return
@@ -163,7 +163,7 @@ def few_threads(loaded: Loaded) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _idle_processors() -> int:
+def idle_processors() -> int:
     """Processors that run nothing but this thread at this moment; 0 where the kernel does not tell.
 
     The fourth field of /proc/loadavg is ``running/total`` threads of the whole machine, see proc_loadavg(5).

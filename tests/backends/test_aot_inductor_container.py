@@ -185,6 +185,7 @@ def test_operators_without_a_c_interface_take_torchs_runner(tmp_path: Path) -> N
     )
     model = start_model(archive_source(archive), settings)
     assert model.outcome.result == "hit"
+    assert not model._loaded.frees_interpreter
     x = torch.randn(5, 6)
     with torch.inference_mode():
         torch.testing.assert_close(model(x), eager_model(archive)(x))

@@ -20,7 +20,7 @@ BATCH = torch.export.Dim("batch", min=1, max=6)
 
 
 class Scaled(torch.nn.Module):
-    """Two inputs, a small weight, a nested output with a constant."""
+    """Two inputs, a small weight, a nested output with a constant and None."""
 
     def __init__(self, scale: float) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Scaled(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, *, shift: torch.Tensor) -> dict[str, Any]:
         y = x * self.scale + shift
-        return {"y": y, "more": (y.sum(1), 3)}
+        return {"y": y, "more": (y.sum(1), 3, None)}
 
 
 def export(module: torch.nn.Module, *inputs: torch.Tensor, shapes: Any = None, **kwargs: torch.Tensor) -> Any:
@@ -49,7 +49,7 @@ def test_program_describes_itself() -> None:
     ]
     assert {name: (d.min, d.max) for name, d in dimensions.items()} == {"dim0": (1, 6)}
     one, two = torch.ones(1), torch.zeros(1)
-    assert unflatten([one, two], structure)["more"] == (two, 3)
+    assert unflatten([one, two], structure)["more"] == (two, 3, None)
 
 
 class Counting(torch.nn.Module):

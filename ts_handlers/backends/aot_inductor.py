@@ -108,6 +108,7 @@ class AotInductorBackend:
         output = description["output"]
         ensure_loadable()
         graphs = _graph_slots(request, directory, variants, constants)
+        libraries: list[Container | TorchRunner] = []
         if graphs is None:
             libraries = [_load_library(request, directory, variant, constants) for variant in variants]
 
@@ -129,7 +130,7 @@ class AotInductorBackend:
             variants=len(variants),
             facts=facts,
             adjusts_threads=request.device.type == "cpu",
-            frees_interpreter=request.device.type == "cpu",
+            frees_interpreter=request.device.type == "cpu" and all(isinstance(each, Container) for each in libraries),
         )
         if graphs is not None:
             loaded.pool, loaded.seal = graphs.pool, functools.partial(graphs.seal, facts)

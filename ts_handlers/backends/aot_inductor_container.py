@@ -24,6 +24,7 @@ _REQUIRED = (
     "GetNumConstants",
     "GetConstantName",
     "GetConstantOriginalFQN",
+    "GetNumInputs",
     "GetNumOutputs",
     "Run",
     "RunSingleThreaded",
@@ -140,7 +141,7 @@ class Container:
         self._container = container
         self._borrowed: list[int] = []
         weakref.finalize(self, _delete, interface, container, self._borrowed).atexit = False  # the process ends anyway
-        self._outputs = self._number("GetNumOutputs")
+        self._inputs, self._outputs = self._number("GetNumInputs"), self._number("GetNumOutputs")
         self._run = getattr(interface, _PREFIX + ("RunSingleThreaded" if single_threaded else "Run"))
 
     def constant_names(self) -> dict[str, str]:
@@ -182,6 +183,8 @@ class Container:
         if self._device.type == "cuda":
             stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device.index))
         count = len(tensors)
+        if count != self._inputs:  # the library would end the process
+            raise RuntimeError(f"the compiled model takes {self._inputs} tensors, found {count}")
         inputs = (ctypes.c_void_p * count)(*_handles(tensors))
         outputs = (ctypes.c_void_p * self._outputs)()
         sizes = ctypes.c_size_t(count), ctypes.c_size_t(self._outputs)
@@ -205,10 +208,9 @@ def _handles(tensors: list[torch.Tensor]) -> list[int]:
 
 
 def _take(handles: list[int]) -> list[torch.Tensor]:
-    """The tensors behind handles, which are freed."""
-    return torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(
-        [_new_capsule(handle, None, None) for handle in handles]
-    )
+    """The tensors behind handles, which are freed; None for a null handle, which is an output that is None."""
+    capsules = [None if handle is None else _new_capsule(handle, None, None) for handle in handles]
+    return torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(capsules)
 
 
 def _delete(interface: Any, container: ctypes.c_void_p, borrowed: list[int]) -> None:

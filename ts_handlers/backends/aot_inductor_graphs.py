@@ -8,8 +8,11 @@ clients send.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,16 +44,19 @@ class GraphSlot:
         Opened single-threaded, with their weights.
     device:
         A CUDA device.
+    sealed:
+        Once set, nothing is recorded any more; a recording that fails sets it for all slots.
     """
 
-    def __init__(self, libraries: Sequence[Container], device: torch.device) -> None:
+    def __init__(self, libraries: Sequence[Container], device: torch.device, sealed: threading.Event) -> None:
         self._libraries = libraries
         index = torch.cuda.current_device() if device.index is None else device.index
         self._device = torch.device("cuda", index)
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._memory = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[int, tuple[torch.Size, ...]], _Graph] = {}
-        self.recording = True
+        self._sealed = sealed
+        self._broken: list[torch.cuda.CUDAGraph] = []
 
     def run(self, index: int, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """One inference of the library `index`, complete on return, for use on the caller's current stream."""
@@ -62,7 +68,8 @@ class GraphSlot:
         finally:
             self._stream.synchronize()
         for answer in answers:
-            answer.record_stream(caller)  # its memory belongs to the slot's stream
+            if answer is not None:
+                answer.record_stream(caller)  # its memory belongs to the slot's stream
         return answers
 
     @property
@@ -73,7 +80,7 @@ class GraphSlot:
     def _answers(self, index: int, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         key = (index, tuple(tensor.shape for tensor in tensors))
         graph = self._graphs.get(key)
-        if graph is None and self.recording:
+        if graph is None and not self._sealed.is_set():
             graph = self._record(index, tensors)
             if graph is not None:
                 self._graphs[key] = graph
@@ -82,7 +89,7 @@ class GraphSlot:
         for fixed, tensor in zip(graph.inputs, tensors, strict=True):
             fixed.copy_(tensor)
         graph.graph.replay()
-        return [answer.clone() for answer in graph.answers]
+        return [answer if answer is None else answer.clone() for answer in graph.answers]
 
     def _record(self, index: int, tensors: list[torch.Tensor]) -> _Graph | None:
         library = self._libraries[index]
@@ -90,6 +97,8 @@ class GraphSlot:
         library.run(inputs)  # loads kernels and allocates what a recording must not
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
+        collecting = gc.isenabled()
+        gc.disable()  # an artifact that it frees would break the capture
         try:
             graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
             try:
@@ -99,8 +108,12 @@ class GraphSlot:
         except RuntimeError as error:  # an operator that synchronises, for example
             _end_broken_capture(self._device.index, self._memory)
             logger.warning("no CUDA graph for inputs of %s: %s", [tuple(t.shape) for t in tensors], one_line(error))
-            self.recording = False
+            self._sealed.set()
+            self._broken.append(graph)  # torch's allocators may still refer to it
             return None
+        finally:
+            if collecting:
+                gc.enable()
         return _Graph(graph, inputs, answers)
 
 
@@ -110,7 +123,8 @@ def _end_broken_capture(device: int, memory: Any) -> None:
     It raises before it takes the allocator and the random number generator out of the capture; after that no random
     numbers could be drawn in this process.
     """
-    torch._C._cuda_endAllocateToPool(device, memory)
+    with contextlib.suppress(RuntimeError):  # the capture itself ended well, or did not begin
+        torch._C._cuda_endAllocateToPool(device, memory)
     generator = torch.cuda.default_generators[device]
     generator.graphsafe_set_state(generator.clone_state())
 
@@ -129,7 +143,8 @@ class GraphSlots:
     def __init__(
         self, libraries: Sequence[Sequence[Container]], settings: ContextSettings, device: torch.device
     ) -> None:
-        self._slots = [GraphSlot(each, device) for each in libraries]
+        self._sealed = threading.Event()
+        self._slots = [GraphSlot(each, device, self._sealed) for each in libraries]
         self.pool: ContextPool[GraphSlot] = ContextPool(self._slots, settings.wait_seconds)
 
     def run(self, index: int, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -145,6 +160,5 @@ class GraphSlots:
 
     def seal(self, facts: dict[str, Any]) -> None:
         """Record nothing from now on, and say how many graphs there are."""
-        for slot in self._slots:
-            slot.recording = False
+        self._sealed.set()
         facts["cuda_graphs"] = sum(slot.recorded for slot in self._slots)

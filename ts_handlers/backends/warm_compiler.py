@@ -7,6 +7,7 @@ left out, and what each saves, stands in docs/decisions/0020-warm-torch-compile.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -48,11 +49,12 @@ class _Template:
     """A Jinja template that is parsed when it is used."""
 
     def __init__(self, parse: Any, source: str) -> None:
-        self._parse = parse
-        self._source = source
+        self._parsed = functools.cache(lambda: parse(source))
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._parse(self._source), name)
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._parsed(), name)
 
 
 @contextlib.contextmanager

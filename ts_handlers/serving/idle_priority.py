@@ -36,5 +36,21 @@ def run_at_idle_priority(function: Callable[..., T], *args: Any) -> T:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True, name="ts_handlers-idle").start()
+    try:
+        threading.Thread(target=run, daemon=True, name="ts_handlers-idle").start()
+    except RuntimeError:  # no thread to be had
+        return function(*args)
     return future.result()
+
+
+def keeps_threads() -> bool:
+    """Whether this process has an OpenMP runtime that hands the threads of one caller to the next one.
+
+    Intel's and LLVM's do; threads that once had SCHED_IDLE would then serve requests. libgomp, which torch brings, ends
+    them with their caller.
+    """
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+            return any("/libiomp" in line or "/libomp" in line for line in maps)
+    except OSError:
+        return True
