@@ -79,9 +79,10 @@ class CompiledModel:
         self.store: Store | None = None
         self.background: BackgroundBuild | None = None
         self.answering = 0
-        for pool in (slots.pool, loaded.pool):
-            if pool is not None:
-                pool.favour_own()
+        if self._device.type == "cuda":
+            for pool in (slots.pool, loaded.pool):
+                if pool is not None:
+                    pool.favour_own()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         loaded = self._loaded

@@ -117,6 +117,12 @@ class AotInductorBackend:
             answers = libraries[index].run(tensors) if graphs is None else graphs.run(index, tensors)
             return unflatten(answers, output)
 
+        if graphs is None and len(libraries) == 1:
+            infer = libraries[0].run
+
+            def run(tensors: list[torch.Tensor]) -> Any:
+                return unflatten(infer(tensors), output)
+
         facts = {
             "step": description.get("step"),
             "variants": [variant["name"] for variant in variants],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class _ConstantMapEntry(ctypes.Structure):
     _fields_ = (("name", ctypes.c_char_p), ("handle", ctypes.c_void_p))
 
 
+_to_capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors
+_to_tensors = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs
 _new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
     ("PyCapsule_New", ctypes.pythonapi)
 )
@@ -142,7 +144,12 @@ class Container:
         self._borrowed: list[int] = []
         weakref.finalize(self, _delete, interface, container, self._borrowed).atexit = False  # the process ends anyway
         self._inputs, self._outputs = self._number("GetNumInputs"), self._number("GetNumOutputs")
+        self._on_gpu = device.type == "cuda"
+        self._input_array, self._output_array = ctypes.c_void_p * self._inputs, ctypes.c_void_p * self._outputs
         self._run = getattr(interface, _PREFIX + ("RunSingleThreaded" if single_threaded else "Run"))
+        # In this order: container, inputs, their number, outputs, their number, stream, proxy executor.
+        handles, number = ctypes.c_void_p, ctypes.c_size_t
+        self._run.argtypes = (handles, handles, number, handles, number, handles, handles)
 
     def constant_names(self) -> dict[str, str]:
         """The names of the constants in the library, and in the exported program."""
@@ -179,18 +186,14 @@ class Container:
         RuntimeError
             The library reports a failure; what it says about it is on standard error.
         """
-        stream = None
-        if self._device.type == "cuda":
-            stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self._device.index))
-        count = len(tensors)
-        if count != self._inputs:  # the library would end the process
-            raise RuntimeError(f"the compiled model takes {self._inputs} tensors, found {count}")
-        inputs = (ctypes.c_void_p * count)(*_handles(tensors))
-        outputs = (ctypes.c_void_p * self._outputs)()
-        sizes = ctypes.c_size_t(count), ctypes.c_size_t(self._outputs)
-        if self._run(self._container, inputs, sizes[0], outputs, sizes[1], stream, None):
+        if len(tensors) != self._inputs:  # the library would end the process
+            raise RuntimeError(f"the compiled model takes {self._inputs} tensors, found {len(tensors)}")
+        stream = torch._C._cuda_getCurrentRawStream(self._device.index) if self._on_gpu else None
+        inputs = self._input_array(*_handles(tensors))
+        outputs = self._output_array()
+        if self._run(self._container, inputs, self._inputs, outputs, self._outputs, stream, None):
             raise RuntimeError("the compiled model failed; the reason stands in the worker's log")
-        return _take(list(outputs))
+        return _take(outputs)
 
     def _number(self, name: str) -> int:
         number = ctypes.c_size_t()
@@ -204,13 +207,13 @@ class Container:
 
 def _handles(tensors: list[torch.Tensor]) -> list[int]:
     """New ``AtenTensorHandle``s, for the callee to own."""
-    return [_pointer_of(capsule, None) for capsule in torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)]
+    return [_pointer_of(capsule, None) for capsule in _to_capsules(tensors)]
 
 
-def _take(handles: list[int]) -> list[torch.Tensor]:
+def _take(handles: Iterable[int | None]) -> list[torch.Tensor]:
     """The tensors behind handles, which are freed; None for a null handle, which is an output that is None."""
-    capsules = [None if handle is None else _new_capsule(handle, None, None) for handle in handles]
-    return torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(capsules)
+    capsules: list[Any] = [None if handle is None else _new_capsule(handle, None, None) for handle in handles]
+    return _to_tensors(capsules)
 
 
 def _delete(interface: Any, container: ctypes.c_void_p, borrowed: list[int]) -> None:

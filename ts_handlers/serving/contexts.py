@@ -139,6 +139,8 @@ class ContextPool(Generic[S]):
 
     def _choose(self) -> S:
         """A free slot, which is then no longer free."""
+        if self._own is None:
+            return self._free.popleft()
         slot: S | None = getattr(self._own, "slot", None)
         if slot is None or slot not in self._free:
             return self._free.popleft()
@@ -166,15 +168,25 @@ class ContextPool(Generic[S]):
                 first.settled.set()
             else:
                 self._free.append(slot)
-                self._idle.notify_all()
+                if self._closed:  # only `close` waits for it
+                    self._idle.notify_all()
 
     def _grant(self, ticket: Ticket[S], slot: S) -> None:
-        self._lent += 1
-        self._high_water = max(self._high_water, self.size - len(self._free))
-        ticket.slot = slot
+        ticket.slot = self._count(slot)
         ticket.granted = True
 
-    def _take(self) -> S:
+    def _count(self, slot: S) -> S:
+        self._lent += 1
+        in_use = self.size - len(self._free)
+        if in_use > self._high_water:
+            self._high_water = in_use
+        return slot
+
+    def take(self) -> S:
+        """Wait for a slot, which the caller has to give back; see `lend`."""
+        with self._lock:
+            if self._free and not self._closed:  # nearly always, and then there need be no ticket
+                return self._count(self._choose())
         ticket = self.request()
         if ticket.granted:
             return ticket.slot
@@ -234,7 +246,7 @@ class _Loan(Generic[S]):
         self._pool = pool
 
     def __enter__(self) -> S:
-        self._slot = self._pool._take()
+        self._slot = self._pool.take()
         return self._slot
 
     def __exit__(

@@ -65,8 +65,17 @@ class ModuleSlots:
         slots = (
             self if loaded.reentrant else ModuleSlots(msgspec.structs.replace(self._settings, count=1), self._device)
         )
-        run, call = loaded.run, slots.call
-        return dataclasses.replace(loaded, run=lambda tensors: call(run, tensors), pool=slots.pool)
+        run, call, take, give_back = loaded.run, slots.call, slots.pool.take, slots.pool.give_back
+
+        def run_on_cpu(tensors: list[torch.Tensor]) -> Any:
+            slot = take()
+            try:
+                return run(tensors)
+            finally:
+                give_back(slot)
+
+        in_slot = run_on_cpu if self._device.type == "cpu" else lambda tensors: call(run, tensors)
+        return dataclasses.replace(loaded, run=in_slot, pool=slots.pool)
 
 
 def _call_on(stream: Any, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
