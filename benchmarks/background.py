@@ -130,7 +130,8 @@ def _period(answer: Answer, facts: Mapping[str, Any]) -> str:
     swapped = background["began"] + background["elapsed_s"]
     if answer.sent >= swapped:
         return "swapped"
-    return "loading" if answer.sent + answer.took_ms / 1000 >= background["load_began"] else "building"
+    began = background.get("load_began", swapped)  # absent when the build failed before
+    return "loading" if answer.sent + answer.took_ms / 1000 >= began else "building"
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

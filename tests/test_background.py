@@ -193,12 +193,15 @@ def test_a_call_that_runs_during_the_swap_ends_as_it_began(archive: Path) -> Non
     assert model.outcome.backend == "aot_inductor"
 
 
-@pytest.mark.parametrize(("idle", "policy"), [(1, os.SCHED_IDLE), (0, os.SCHED_OTHER)])
+@pytest.mark.parametrize(
+    ("idle", "seconds", "policy"), [(1, 600.0, os.SCHED_IDLE), (0, 600.0, os.SCHED_OTHER), (1, 0.0, os.SCHED_OTHER)]
+)
 def test_native_steps_begin_while_no_call_is_under_way_and_calls_are_answered_meanwhile(
-    start: Start, archive: Path, idle: int, policy: int, monkeypatch: pytest.MonkeyPatch
+    start: Start, archive: Path, idle: int, seconds: float, policy: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And they get the idle processors only, where there are such."""
+    """And they get the idle processors only, where there are such and not for too long."""
     monkeypatch.setattr("ts_handlers.attempt.idle_processors", lambda: idle)
+    monkeypatch.setattr("ts_handlers.attempt.IDLE_SECONDS", seconds)
     monkeypatch.setattr(gaps, "PATIENCE_SECONDS", 600.0)
     started, may_end, loaded, checked, release = (threading.Event() for _ in range(5))
     steps: list[tuple[str, bool]] = []

@@ -85,7 +85,7 @@ def test_empty_and_complex_outputs() -> None:
 
 
 @pytest.mark.parametrize(("idle", "expected"), [(-3, 1), (0, 1), (1, 1), (2, 2), (3, 3), (64, 3)])
-def test_canary_runs_on_theidle_processors(idle: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_canary_runs_on_the_idle_processors(idle: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warmup, "idle_processors", lambda: idle)
     loaded = Loaded(run=lambda tensors: None, signature=Signature((), {}), adjusts_threads=True)
     before = torch.get_num_threads()
@@ -101,7 +101,7 @@ def test_canary_runs_on_theidle_processors(idle: int, expected: int, monkeypatch
 
 
 @pytest.mark.processes
-def test_running_processes_are_notidle_processors() -> None:
+def test_running_processes_are_not_idle_processors() -> None:
     before = len(os.sched_getaffinity(0))
     assert warmup.idle_processors() <= before
     spinning = [start_python("print('on', flush=True)\nwhile True: pass") for _ in range(before)]

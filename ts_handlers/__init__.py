@@ -16,7 +16,7 @@ _NAMES = {
     "CompiledHandlerMixin": "ts_handlers.handler",
     "CompiledModel": "ts_handlers.compiled_model",
     "ArchiveSource": "ts_handlers.model_source",
-    "ExportedSource": "ts_handlers.model_source",
+    "ExportedSource": "ts_handlers.exported_source",
     "ModuleSource": "ts_handlers.model_source",
     "InputError": "ts_handlers.errors",
     "WarmStartError": "ts_handlers.errors",
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from ts_handlers.compiled_model import CompiledModel as CompiledModel
     from ts_handlers.errors import InputError as InputError
     from ts_handlers.errors import WarmStartError as WarmStartError
+    from ts_handlers.exported_source import ExportedSource as ExportedSource
     from ts_handlers.handler import CompiledHandler as CompiledHandler
     from ts_handlers.handler import CompiledHandlerMixin as CompiledHandlerMixin
     from ts_handlers.model_source import ArchiveSource as ArchiveSource
-    from ts_handlers.model_source import ExportedSource as ExportedSource
     from ts_handlers.model_source import ModuleSource as ModuleSource
     from ts_handlers.settings import Settings as Settings
     from ts_handlers.settings import parse_settings as parse_settings

@@ -36,7 +36,6 @@ from ts_handlers.errors import (
 )
 from ts_handlers.locked_directory import empty_folder
 from ts_handlers.metrics import Metrics
-from ts_handlers.serving.idle_priority import keeps_threads, run_at_idle_priority
 from ts_handlers.serving.slots import ModuleSlots
 from ts_handlers.store.base import Address, Corrupt, Hit, Miss, Store
 from ts_handlers.store.entry import Manifest, list_files, read_manifest
@@ -321,6 +320,8 @@ def _take_turns(loaded: Loaded, turn: Callable[[], None]) -> Loaded:
     With as many threads as a request has: the calls that are under way when a run begins are over soon. Where no
     processor is idle, or after `IDLE_SECONDS`, a run is an ordinary one.
     """
+    from ts_handlers.serving.idle_priority import keeps_threads, run_at_idle_priority
+
     deadline = time.monotonic() + IDLE_SECONDS
     idle = loaded.frees_interpreter and not keeps_threads()
 

@@ -22,9 +22,10 @@ import torch
 from ts_handlers.compiled_model import CompiledModel
 from ts_handlers.cycle_collector import exempt_from_collection
 from ts_handlers.errors import BusyError, InputError, ModelError, SettingsError
+from ts_handlers.exported_source import ExportedSource
 from ts_handlers.json_tensors import read_tensors, rows_of
 from ts_handlers.micro_batching import MicroBatches, check_contexts, read_section
-from ts_handlers.model_source import ArchiveSource, ExportedSource, ModelSource, ModuleSource
+from ts_handlers.model_source import ArchiveSource, ModelSource, ModuleSource
 from ts_handlers.request_batch import REFUSALS, CurrentBatch, RequestBatch
 from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS, SECTION, Settings, parse_settings
 from ts_handlers.startup import start_model

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ts_handlers.errors import ModelError
-from ts_handlers.model_source import ArchiveSource, ExportedSource, ModelSource, Recipe
+from ts_handlers.exported_source import ExportedSource
+from ts_handlers.model_source import ArchiveSource, ModelSource, Recipe
 from ts_handlers.settings import Settings
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import archive_source, eager_model, settings_of, write_archive
+from models import LINEAR, LINEAR_SECTION, archive_source, eager_model, settings_of, write_archive
 
-from ts_handlers import start_model
+from ts_handlers import CompiledModel, start_model
 from ts_handlers.backends.aot_inductor import ensure_loadable
 from ts_handlers.backends.aot_inductor_container import Container, TorchRunner, open_library
 from ts_handlers.backends.aot_inductor_export import PREFIX
@@ -21,44 +22,28 @@ from ts_handlers.errors import LoadError
 pytestmark = pytest.mark.compile
 
 CPU = torch.device("cpu")
-CODE = """
-import torch
-
-
-class Model(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = torch.nn.Linear(256, 256)
-
-    def forward(self, x):
-        for _ in range(40):
-            x = torch.tanh(self.first(x))
-        return x, x.sum(0)
-"""
-FALLBACK = """
-import torch
-
-
-class Model(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = torch.nn.Linear(6, 6)
-
-    def forward(self, x):
-        return torch.linalg.svdvals(self.first(x))
-"""
+WIDE = LINEAR.replace("Linear(4, 3)", "Linear(256, 256)").replace(
+    "return self.layer(x)",
+    "for _ in range(40):\n            x = torch.tanh(self.layer(x))\n        return x, x.sum(0)",
+)
+WIDE_SECTION: dict[str, Any] = {
+    "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 256]}],
+    "dimensions": {"batch": {"min": 1, "max": 4096}},
+}
+SINGULAR_VALUES = LINEAR.replace("return self.layer(x)", "return torch.linalg.svdvals(self.layer(x))")
 Library = tuple[Path, dict[str, torch.Tensor]]
 
 
-def build(folder: Path, code: str, width: int) -> tuple[Path, Path]:
+def start(folder: Path, section: dict[str, Any]) -> CompiledModel:
+    """Start the archive that lies in `folder`."""
+    settings = settings_of(section, store=str(folder / "store"), backends=["aot_inductor"], strict=True)
+    return start_model(archive_source(folder / "archive"), settings)
+
+
+def build(folder: Path, code: str, section: dict[str, Any]) -> tuple[Path, Path]:
     """A model's archive and the library in its entry."""
     archive = write_archive(folder / "archive", code)
-    section = {
-        "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", width]}],
-        "dimensions": {"batch": {"min": 1, "max": 4096}},
-    }
-    settings = settings_of(section, store=str(folder / "store"), backends=["aot_inductor"], strict=True)
-    start_model(archive_source(archive), settings)
+    assert start(folder, section).outcome.result == "built"
     (library,) = (folder / "store" / "entries").rglob("*.so")
     return archive, library
 
@@ -66,7 +51,7 @@ def build(folder: Path, code: str, width: int) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
     """A library, and its constants by their names in it."""
-    archive, path = build(tmp_path_factory.mktemp("container"), CODE, 256)
+    archive, path = build(tmp_path_factory.mktemp("container"), WIDE, WIDE_SECTION)
     ensure_loadable()
     weights = eager_model(archive).state_dict()
     names = open_library(path, CPU).constant_names()
@@ -112,26 +97,19 @@ def test_other_threads_run_while_it_computes(library: Library) -> None:
 
     beside_torchs = max(steps(opened(library, TorchRunner).run) for _ in range(3))
     beside_ours = max(steps(opened(library).run) for _ in range(3))
-    assert beside_ours > 10 * beside_torchs
+    assert beside_ours > 10 * max(beside_torchs, 1000)
 
 
 def test_many_threads_get_their_own_answers(library: Library) -> None:
     container = opened(library, count=3)
     inputs = [torch.randn(batch, 256) for batch in (1, 2, 3, 5, 8, 13)]
     expected = [container.run([x])[0] for x in inputs]
-    wrong: list[int] = []
 
-    def call(index: int) -> None:
-        for _ in range(20):
-            if not torch.equal(container.run([inputs[index]])[0], expected[index]):
-                wrong.append(index)
+    def right(index: int) -> int:
+        return sum(torch.equal(container.run([inputs[index]])[0], expected[index]) for _ in range(20))
 
-    threads = [threading.Thread(target=call, args=(index,)) for index in range(len(inputs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor(len(inputs)) as threads:
+        assert list(threads.map(right, range(len(inputs)))) == [20] * len(inputs)
 
 
 def test_tensors_are_released(library: Library) -> None:
@@ -172,20 +150,11 @@ def test_what_is_no_library(tmp_path: Path) -> None:
 
 
 def test_operators_without_a_c_interface_take_torchs_runner(tmp_path: Path) -> None:
-    archive, path = build(tmp_path, FALLBACK, 6)
+    archive, path = build(tmp_path, SINGULAR_VALUES, LINEAR_SECTION)
     assert isinstance(open_library(path, CPU), TorchRunner)
-    settings = settings_of(
-        {
-            "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 6]}],
-            "dimensions": {"batch": {"min": 1, "max": 4096}},
-        },
-        store=str(tmp_path / "store"),
-        backends=["aot_inductor"],
-        strict=True,
-    )
-    model = start_model(archive_source(archive), settings)
+    model = start(tmp_path, LINEAR_SECTION)
     assert model.outcome.result == "hit"
     assert not model._loaded.frees_interpreter
-    x = torch.randn(5, 6)
+    x = torch.randn(5, 4)
     with torch.inference_mode():
         torch.testing.assert_close(model(x), eager_model(archive)(x))

@@ -157,7 +157,7 @@ exec(quantized_code("int8"), names)
 torch.export.save(torch.export.export(names["Model"]().eval(), (torch.randn(3, 64),)), {path!r})
 """
     load = f"""
-from ts_handlers.model_source import ExportedSource
+from ts_handlers.exported_source import ExportedSource
 print([node.name for node in ExportedSource("m", {path!r}).program.graph.nodes])
 """
     run_python(save)

@@ -38,11 +38,13 @@ def test_a_server_that_never_pauses_is_not_waited_for_for_ever(monkeypatch: pyte
     assert count > 1
 
 
-def test_gives_up_when_told() -> None:
+def test_gives_up_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gaps, "PATIENCE_SECONDS", 600.0)
     over = threading.Event()
     found: list[bool] = []
-    waiting = threading.Thread(target=lambda: found.append(wait_for_gap(lambda: (True, 0), over.is_set)))
+    waiting = threading.Thread(daemon=True, target=lambda: found.append(wait_for_gap(lambda: (True, 0), over.is_set)))
     waiting.start()
+    assert found == []
     over.set()
-    waiting.join()
+    waiting.join(60)
     assert found == [False]

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import LINEAR_SECTION, archive_source, eager_model, settings_of, write_archive, write_weights
+from models import LINEAR, LINEAR_SECTION, archive_source, eager_model, settings_of, write_archive, write_weights
 
 from ts_handlers import start_model
 
-SYNCHRONISING = """
-import torch
-
-
-class Model(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = torch.nn.Linear(4, 3)
-
-    def forward(self, x):
-        found = torch.nonzero(x > 0)
-        return self.layer(x) + found.sum()
-"""
+SYNCHRONISING = LINEAR.replace("return self.layer(x)", "return self.layer(x) + torch.nonzero(x > 0).sum()")
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
@@ -55,22 +43,19 @@ def test_cuda_graphs(tmp_path: Path) -> None:
         eager = eager_model(folder).cuda()
         recorded = model.describe()["artifact"]["cuda_graphs"]
         assert recorded >= 6  # two declared sizes on three contexts, and what the check has run
-        wrong: list[int] = []
 
-        def call(number: int, model: Any = model, eager: Any = eager, wrong: list[int] = wrong) -> None:
+        def wrong(number: int, model: Any = model, eager: Any = eager) -> list[int]:
             torch.manual_seed(number)
+            found = []
             with torch.inference_mode():
                 for batch in (4, 8, 5, 1, 4, 8) * 20:
                     x = torch.randn(batch, 4, device="cuda")
                     if not torch.allclose(model(x), eager(x), rtol=1e-3, atol=1e-4):
-                        wrong.append(batch)
+                        found.append(batch)
+            return found
 
-        threads = [threading.Thread(target=call, args=(number,)) for number in range(5)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert wrong == []
+        with ThreadPoolExecutor(5) as threads:
+            assert list(threads.map(wrong, range(5))) == [[]] * 5
         facts = model.describe()
         assert facts["artifact"]["cuda_graphs"] == recorded
         assert facts["contexts"]["high_water"] <= 3

@@ -111,7 +111,7 @@ torch.export.save(program, {str(tmp_path / "model.pt2")!r})
     found = child(
         tensorrt_folder,
         f"""
-from ts_handlers.model_source import ExportedSource
+from ts_handlers.exported_source import ExportedSource
 module = ExportedSource("m", {str(tmp_path / "model.pt2")!r}).eager()
 found["counts"] = quantized_layers(network(module, torch.randn(3, 3, 8, 8)))
 """,

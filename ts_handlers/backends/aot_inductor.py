@@ -33,7 +33,7 @@ from ts_handlers.archive_files import Tensors
 from ts_handlers.backends.aot_inductor_container import Container, TorchRunner, open_library
 from ts_handlers.backends.base import Built, Description, Loaded, Phase, Request
 from ts_handlers.errors import BuildError, InputError, LoadError, ModelError
-from ts_handlers.model_source import ExportedSource
+from ts_handlers.exported_source import ExportedSource
 from ts_handlers.settings import Dimension, InputSpec
 from ts_handlers.signature import Signature, Sizes
 from ts_handlers.structure import unflatten
@@ -111,17 +111,14 @@ class AotInductorBackend:
         libraries: list[Container | TorchRunner] = []
         if graphs is None:
             libraries = [_load_library(request, directory, variant, constants) for variant in variants]
+            runs = [library.run for library in libraries]
+        else:
+            runs = [functools.partial(graphs.run, index) for index in range(len(variants))]
+        only = runs[0] if len(runs) == 1 else None
 
         def run(tensors: list[torch.Tensor]) -> Any:
-            index = _choose_variant(fixed, signature, tensors) if len(fixed) > 1 else 0
-            answers = libraries[index].run(tensors) if graphs is None else graphs.run(index, tensors)
-            return unflatten(answers, output)
-
-        if graphs is None and len(libraries) == 1:
-            infer = libraries[0].run
-
-            def run(tensors: list[torch.Tensor]) -> Any:
-                return unflatten(infer(tensors), output)
+            infer = only or runs[_choose_variant(fixed, signature, tensors)]
+            return unflatten(infer(tensors), output)
 
         facts = {
             "step": description.get("step"),

@@ -8,7 +8,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from ts_handlers.errors import BuildError
-from ts_handlers.model_source import exported_input_names
+from ts_handlers.exported_source import exported_input_names
 from ts_handlers.settings import Dimension, InputSpec
 from ts_handlers.signature import Signature
 from ts_handlers.structure import flatten
