@@ -91,6 +91,9 @@ def child(model: str, directory: str, store: str, rounds: int, autotune: bool, r
         }
         calls[row] = found
     if autotune:
+        from torch._inductor.async_compile import AsyncCompile
+
+        AsyncCompile.wait_pool_ready()  # what is tuned is otherwise compiled by this process alone
         started = time.perf_counter()
         tuned = torch.compile(eager._request.eager(), mode="max-autotune", dynamic=False)
         with torch.inference_mode():

@@ -1,6 +1,6 @@
 """One TorchServe worker with k execution contexts against k eager workers, on a GPU: throughput, p99 and memory.
 
-    python benchmarks/gpu_serving.py --workers 4 --seconds 5 --rounds 3 --json FILE
+    python benchmarks/gpu_serving.py --workers 4 1 --seconds 2 --rounds 3 --json FILE
 
 The model is gpu_start.py's BERT-base in fp16; a request holds 8 sequences of 128 token ids (int16, 2 KiB) and its
 answer their first tokens' vectors (float16, 12 KiB), so that the sides compete for the GPU and not for HTTP. Every
@@ -9,7 +9,8 @@ from TorchServe at once and spreads them over its contexts, by TorchServe's micr
 
 Throughput is that of a closed loop of `--clients` connections, in requests; p99 is taken in the same loop, and at equal
 rates for all sides, fractions of what the eager workers can do, from the time at which a request was due. Memory is the
-whole GPU's, from nvidia-smi; its parts are those that can be told apart.
+whole GPU's, from nvidia-smi; its parts are those that can be told apart. "Without a server" is the bound that the GPU
+sets: k threads of one process, or k eager processes, that do what the handler does and nothing else.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import argparse
 import http.client
 import json
 import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +56,17 @@ BATCH = 8
 ANSWER_BYTES = BATCH * 768 * 2
 PROCESSES = 8
 SIDES = ("eager", "tensorrt", "aot_inductor")
-RATES = (0.8, 0.95)
+RATES = (0.8, 0.95, 1.0)
 INFERENCES_EACH = 8
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 Facts = dict[str, Any]
 
 
-def configuration(side: str, workers: int, together: int, store: Path) -> Facts:
+def configuration(side: str, workers: int, together: int, store: str) -> Facts:
     """model-config.yaml of one side."""
     rows = BATCH * together
     section: Facts = {
-        "store": str(store),
+        "store": store,
         "backends": [side],
         "strict": True,
         "dtype": "float16",
@@ -74,7 +78,7 @@ def configuration(side: str, workers: int, together: int, store: Path) -> Facts:
         "minWorkers": workers,
         "maxWorkers": workers,
         "batchSize": together,
-        "maxBatchDelay": 2,
+        "maxBatchDelay": 1,
         "responseTimeout": 120,
         "startupTimeout": 600,
         "handler": {"ts_handlers": section},
@@ -82,7 +86,7 @@ def configuration(side: str, workers: int, together: int, store: Path) -> Facts:
     if side != "eager":
         section["contexts"] = {"count": workers, "cuda_graphs": True}
         section["tensorrt"] = {"ranges": [{"batch": {"min": 1, "opt": rows, "max": 16}}]}
-        parallelism = {"preprocess": 2, "inference": workers, "postprocess": 2}
+        parallelism = {"preprocess": 1, "inference": workers, "postprocess": 1}
         config["micro_batching"] = {"micro_batch_size": together, "parallelism": parallelism}
         config.update(minWorkers=1, maxWorkers=1, batchSize=INFERENCES_EACH * workers * together)
     return config
@@ -163,7 +167,7 @@ def serve(side: str, model_store: Path, workers: int, measure: Any) -> Facts:
     from ts_handlers.testing.server import TorchServe
 
     before = gpu_memory_mib()
-    with TorchServe(model_store, {"model": side}, env={"OMP_NUM_THREADS": "1"}) as server:
+    with TorchServe(model_store, {"model": side}, env=ENVIRONMENT) as server:
         server.wait_ready("model", 1 if side != "eager" else workers, timeout=400)
         ready = server.elapsed
         port = int(server.url().rpartition(":")[2])
@@ -173,6 +177,23 @@ def serve(side: str, model_store: Path, workers: int, measure: Any) -> Facts:
         facts["gpu_memory_mib"] = gpu_memory_mib() - before
         facts["describe"] = server.describe("model")
     return facts
+
+
+def without_server(side: str, folder: Path, workers: int, seconds: float) -> float:
+    """Inferences per second without TorchServe, all together."""
+    processes, threads = (workers, 1) if side == "eager" else (1, workers)
+    child = Path(__file__).with_name("serving_child.py")
+    command = [sys.executable, str(child), str(folder), str(threads), str(seconds)]
+    pipes: Facts = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, **pipes) for _ in range(processes)]
+    for process in started:
+        assert process.stdout is not None
+        process.stdout.readline()
+    for process in started:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    return sum(float(process.communicate()[0]) for process in started)
 
 
 def context_mib() -> int:
@@ -199,7 +220,7 @@ def memory_parts(facts: Facts, context: int, weights: int) -> Facts:
     return parts
 
 
-def prepare(work: Path, workers: int, together: int, sides: list[str]) -> tuple[Path, int]:
+def prepare(work: Path, store: str, workers: int, together: int, sides: list[str]) -> tuple[Path, int]:
     """A folder for each side (TorchServe's no-archive format), with the same seeded weights, whose MiB are returned."""
     import torch
     import yaml
@@ -212,7 +233,7 @@ def prepare(work: Path, workers: int, together: int, sides: list[str]) -> tuple[
         (folder / "MAR-INF").mkdir(parents=True)
         (folder / "model.py").write_text(BERT_BASE)
         (folder / "handler.py").write_text(HANDLER)
-        config = configuration(side, workers, together, work / "store")
+        config = configuration(side, workers, together, store)
         (folder / "model-config.yaml").write_text(yaml.safe_dump(config))
         model = {
             "modelName": "model",
@@ -229,24 +250,19 @@ def prepare(work: Path, workers: int, together: int, sides: list[str]) -> tuple[
     return model_store, sum(tensor.numel() * 2 for tensor in state.values()) >> 20
 
 
-def main() -> None:
-    """Measure one side after the other and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=4, help="eager workers, and contexts of the one other worker")
-    parser.add_argument("--together", type=int, default=1, choices=(1, 2), help="requests in one inference")
-    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, help="eager comes first")
-    parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json")
-    arguments = parser.parse_args()
+def build(model_store: Path, sides: list[str]) -> None:
+    """Fill the store, all backends at once; what is measured starts from it."""
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(lambda side: without_server(side, model_store / side, 1, 0.1), sides))
+
+
+def compare(workers: int, arguments: argparse.Namespace) -> dict[str, Facts]:
+    """Measure one side after the other."""
     found: dict[str, Facts] = {}
+    sides = [side for side in arguments.sides if workers == arguments.workers[0] or side != "tensorrt"]
     with tempfile.TemporaryDirectory() as folder:
-        workers, sides = arguments.workers, arguments.sides
-        model_store, weights = prepare(Path(folder), workers, arguments.together, sides)
-        for side in sides:
-            if side != "eager":  # builds; what is measured starts from the store
-                serve(side, model_store, workers, lambda port: {})
+        model_store, weights = prepare(Path(folder), arguments.store, workers, arguments.together, sides)
+        build(model_store, sides[1:])
         context = context_mib()
         capacity = 0.0
         for side in sides:
@@ -265,14 +281,40 @@ def main() -> None:
             facts = found[side] = serve(side, model_store, workers, measure)
             facts["processes"] = workers if side == "eager" else 1
             facts["memory_parts_mib"] = memory_parts(facts, context, weights)
+            facts["without_server"] = [
+                without_server(side, model_store / side, workers, arguments.seconds) for _ in range(arguments.rounds)
+            ]
             print(side, {key: value for key, value in facts.items() if key != "describe"}, flush=True)
-        results = {"sides": found, "arguments": vars(arguments)}
-        if arguments.json:
-            Path(arguments.json).write_text(json.dumps({"environment": environment(), "results": results}, indent=1))
-    report(found, arguments)
+    return found
 
 
-def report(found: dict[str, Facts], arguments: argparse.Namespace) -> None:
+def main() -> None:
+    """Compare for each number of workers and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[4, 1], help="eager workers, and contexts of the one other worker"
+    )
+    parser.add_argument("--together", type=int, default=1, choices=(1, 2), help="requests in one inference")
+    parser.add_argument(
+        "--sides", nargs="+", default=list(SIDES), choices=SIDES, help="eager comes first; tensorrt with the first k"
+    )
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    results: Facts = {}
+    with tempfile.TemporaryDirectory() as store:
+        arguments.store = store
+        for workers in arguments.workers:
+            found = results[str(workers)] = compare(workers, arguments)
+            report(found, workers, arguments)
+            if arguments.json:
+                facts = {"environment": environment(), "arguments": vars(arguments), "results": results}
+                Path(arguments.json).write_text(json.dumps(facts, indent=1))
+
+
+def report(found: dict[str, Facts], workers: int, arguments: argparse.Namespace) -> None:
     """A row for each side, with ratios of medians to the eager workers."""
 
     def median(side: str, kind: str, name: str) -> float:
@@ -280,11 +322,11 @@ def report(found: dict[str, Facts], arguments: argparse.Namespace) -> None:
 
     first = arguments.sides[0]
     kinds = ("closed", *map(str, RATES))
-    print(f"{arguments.workers} contexts in one worker, or {arguments.workers} workers; ratios to {first}")
+    print(f"{workers} contexts in one worker, or {workers} workers; ratios to {first}")
     print(
         "| side | requests/s | ratio | "
         + " | ".join(f"p99 ms {kind} | ratio" for kind in kinds)
-        + " | GPU MiB | READY s |"
+        + " | GPU MiB | READY s | without a server |"
     )
     for side, facts in found.items():
         throughput = median(side, "closed", "per_second")
@@ -292,7 +334,9 @@ def report(found: dict[str, Facts], arguments: argparse.Namespace) -> None:
         for kind in kinds:
             p99 = median(side, kind, "p99")
             cells += [f"{p99:.1f}", f"{p99 / median(first, kind, 'p99'):.2f}"]
-        print("| " + " | ".join([*cells, str(facts["gpu_memory_mib"]), str(facts["ready_s"])]) + " |")
+        cells += [str(facts["gpu_memory_mib"]), str(facts["ready_s"])]
+        cells.append(f"{statistics.median(facts['without_server']):.0f}")
+        print("| " + " | ".join(cells) + " |")
     for side, facts in found.items():
         print(f"{side}: MiB of each process: {facts['memory_parts_mib']}")
 

@@ -54,17 +54,59 @@ def test_bad_requests_are_refused_alone(archive: Path, tmp_path: Path) -> None:
     assert all(close(answer, expected(archive, ROWS)) for status, answer in answers if status == 200)
 
 
-def test_phases_run_in_their_threads(archive: Path, tmp_path: Path) -> None:
-    together = threading.Barrier(3)
+class Counting(CompiledHandler):
+    """Counts how many parts are in each phase at once; a phase waits until it is as full as its setting allows."""
 
-    class Handler(CompiledHandler):
-        def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
-            together.wait(60)  # three at once, or nobody
-            return super().inference(data, *args, **kwargs)
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+        self.inside = dict.fromkeys(MICRO["parallelism"], 0)
+        self.most = dict.fromkeys(MICRO["parallelism"], 0)
+        self.callers: set[threading.Thread] = set()
+        self.full = {phase: threading.Event() for phase in MICRO["parallelism"]}
 
-    handler, context = start(Handler(), archive, tmp_path)
-    answers = ask(handler, context, *[ROWS] * 6)
-    assert [status for status, _ in answers] == [200] * 6
+    def counted(self, phase: str, call: Any, data: Any) -> Any:
+        with self.lock:
+            self.callers.add(threading.current_thread())
+            self.inside[phase] += 1
+            self.most[phase] = max(self.most[phase], self.inside[phase])
+            if self.inside[phase] == MICRO["parallelism"][phase]:
+                self.full[phase].set()
+        try:
+            assert self.full[phase].wait(60)
+            time.sleep(0.002)  # one more would come in now
+            return call(data)
+        finally:
+            with self.lock:
+                self.inside[phase] -= 1
+
+    def preprocess(self, data: Any) -> Any:
+        return self.counted("preprocess", super().preprocess, data)
+
+    def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.counted("inference", super().inference, data)
+
+    def postprocess(self, data: Any) -> Any:
+        return self.counted("postprocess", super().postprocess, data)
+
+
+def test_as_many_parts_are_in_a_phase_as_the_setting_says(archive: Path, tmp_path: Path) -> None:
+    handler, context = start(Counting(), archive, tmp_path)
+    assert isinstance(handler, Counting)
+    answers = ask(handler, context, *[ROWS] * 40)
+    assert [status for status, _ in answers] == [200] * 40
+    assert handler.most == MICRO["parallelism"]
+    assert threading.current_thread() not in handler.callers
+
+
+def test_a_single_part_is_answered_by_the_calling_thread(archive: Path, tmp_path: Path) -> None:
+    handler, context = start(Counting(), archive, tmp_path)
+    assert isinstance(handler, Counting)
+    for full in handler.full.values():
+        full.set()
+    answers = ask(handler, context, ROWS, ROWS)
+    assert [status for status, _ in answers] == [200] * 2
+    assert handler.callers == {threading.current_thread()}
 
 
 class Named(CompiledHandler):

@@ -6,16 +6,18 @@ Configured as in TorchServe's own example, in model-config.yaml::
       micro_batch_size: 1
       parallelism: {preprocess: 2, inference: 2, postprocess: 2}
 
-The threads are TorchServe's (`ts.handler_utils.micro_batching`). What they call is `_Phases`, which never raises: an
-exception in one of those threads ends it, and the worker then waits for ever.
+The setting is TorchServe's, the threads are our own: in TorchServe's (`ts.handler_utils.micro_batching`) an exception
+ends a thread, after which the worker waits for ever, and a part changes threads at each phase.
 """
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -32,6 +34,10 @@ PHASES = ("preprocess", "inference", "postprocess")
 class MicroBatches:
     """Answers batches part by part.
 
+    A thread takes a part through all phases, so that it does not wait for another thread between them; of a phase, no
+    more parts are under way than the parallelism says. There are as many threads as all phases allow together; a batch
+    of one part is answered by the calling thread.
+
     Parameters
     ----------
     handler:
@@ -43,25 +49,20 @@ class MicroBatches:
     size:
         Requests in a part.
     parallelism:
-        Threads of each phase, 1 where it says nothing.
+        Parts in each phase at once, 1 where it says nothing.
     """
 
     def __init__(
         self, handler: Any, current: CurrentBatch, device: torch.device, size: int, parallelism: dict[str, int]
     ) -> None:
-        phases = _Phases(handler, current, device)
-        made: list[Any] = []
-
-        def make() -> None:
-            from ts.handler_utils.micro_batching import MicroBatching
-
-            made.append(MicroBatching(phases, size, dict(parallelism)))
-
-        # Its threads inherit `daemon` from the thread that starts them; otherwise they would keep the worker alive.
-        starter = threading.Thread(target=make, daemon=True)
-        starter.start()
-        starter.join()
-        self._threads = made[0]
+        self._handler = handler
+        self._current = current
+        self._device = device
+        self._size = size
+        self._places = {phase: _places(parallelism.get(phase, 1)) for phase in PHASES}
+        self._waiting: SimpleQueue[_Part] = SimpleQueue()
+        for number in range(sum(parallelism.get(phase, 1) for phase in PHASES)):
+            threading.Thread(target=self._work, name=f"micro-batch-{number}", daemon=True).start()
 
     def answer(self, batch: RequestBatch, one_by_one: Callable[[RequestBatch], list[Any]]) -> list[Any]:
         """Answers of all requests, in order; a part that is refused is handed to `one_by_one`.
@@ -71,87 +72,85 @@ class MicroBatches:
         Exception
             Any other failure of a part, when all parts are done.
         """
-        parts = [_Part(batch, index, one_by_one) for index in range(len(batch.rows))]
-        answers = self._threads.handle(parts)
-        for answer in answers:
-            if isinstance(answer, _Failure):
-                raise answer.error
-        return answers  # type: ignore[no-any-return]
+        done: SimpleQueue[None] = SimpleQueue()
+        starts = range(0, len(batch.rows), self._size)
+        left = itertools.count(len(starts) - 1, -1)
+        parts = [
+            _Part(batch, start, min(start + self._size, len(batch.rows)), one_by_one, left, done) for start in starts
+        ]
+        if len(parts) == 1:
+            self._run(parts[0])
+        else:
+            for part in parts:
+                self._waiting.put(part)
+        done.get()
+        for part in parts:
+            if part.failure is not None:
+                raise part.failure
+        return [answer for part in parts for answer in part.answers]
+
+    def _work(self) -> None:
+        if self._device.type == "cuda" and self._device.index is not None:
+            torch.cuda.set_device(self._device)
+        while True:
+            self._run(self._waiting.get())
+
+    def _run(self, part: _Part) -> None:
+        try:
+            part.answers = self._answer(part)
+        except BaseException as error:
+            part.failure = error
+        if next(part.left) == 0:
+            part.done.put(None)
+
+    def _answer(self, part: _Part) -> list[Any]:
+        requests = part.batch.select(part.start, part.stop)
+        count = len(requests.rows)
+        value: Any = requests.rows
+        try:
+            for phase in PHASES:
+                places = self._places[phase]
+                place = places.get()
+                try:
+                    with self._current.use(requests):
+                        value = getattr(self._handler, phase)(value)
+                finally:
+                    places.put(place)
+        except REFUSALS as error:
+            return list(requests.refuse(error)) if count == 1 else part.one_by_one(requests)
+        if not isinstance(value, list) or len(value) != count:
+            raise RuntimeError(f"postprocess: expected a list of {count} answers, found {_summary(value)}")
+        return value
 
 
 class _Part:
-    """One request of a batch, and afterwards the micro-batch that it opens."""
+    """Some requests of a batch and what became of them."""
 
-    def __init__(self, batch: RequestBatch, index: int, one_by_one: Callable[[RequestBatch], list[Any]]) -> None:
+    def __init__(
+        self,
+        batch: RequestBatch,
+        start: int,
+        stop: int,
+        one_by_one: Callable[[RequestBatch], list[Any]],
+        left: Iterator[int],
+        done: SimpleQueue[None],
+    ) -> None:
         self.batch = batch
-        self.index = index
+        self.start = start
+        self.stop = stop
         self.one_by_one = one_by_one
+        self.left = left
+        self.done = done
+        self.answers: list[Any] = []
+        self.failure: BaseException | None = None
 
 
-class _Failure:
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-
-class _MicroBatch:
-    """What goes from thread to thread: the requests with their state, and what the last phase made of them."""
-
-    def __init__(self, parts: Sequence[_Part]) -> None:
-        first = parts[0]
-        self.one_by_one = first.one_by_one
-        self.requests = first.batch.select(first.index, first.index + len(parts))
-        self.value: Any = self.requests.rows
-        self.answers: list[Any] | None = None
-
-
-class _Phases:
-    """The handler as TorchServe's micro-batching calls it."""
-
-    def __init__(self, handler: Any, current: CurrentBatch, device: torch.device) -> None:
-        self._handler = handler
-        self._device = device
-        self._current = current
-
-    def preprocess(self, parts: Sequence[_Part]) -> _MicroBatch:
-        return self._run("preprocess", _MicroBatch(parts))
-
-    def inference(self, batch: _MicroBatch) -> _MicroBatch:
-        return self._run("inference", batch)
-
-    def postprocess(self, batch: _MicroBatch) -> list[Any]:
-        batch = self._run("postprocess", batch)
-        if batch.answers is not None:
-            return batch.answers
-        count = len(batch.requests.rows)
-        if not isinstance(batch.value, list) or len(batch.value) != count:
-            return [
-                _Failure(
-                    RuntimeError(f"postprocess: expected a list of {count} answers, found {_summary(batch.value)}")
-                )
-            ] * count
-        return batch.value
-
-    def _run(self, phase: str, batch: _MicroBatch) -> _MicroBatch:
-        if batch.answers is not None:
-            return batch
-        try:
-            if self._device.type == "cuda" and self._device.index is not None:
-                torch.cuda.set_device(self._device)
-            with self._current.use(batch.requests):
-                batch.value = getattr(self._handler, phase)(batch.value)
-        except REFUSALS as error:
-            batch.answers = self._refused(batch, error)
-        except BaseException as error:
-            batch.answers = [_Failure(error)] * len(batch.requests.rows)
-        return batch
-
-    def _refused(self, batch: _MicroBatch, error: Exception) -> list[Any]:
-        if len(batch.requests.rows) == 1:
-            return list(batch.requests.refuse(error))
-        try:
-            return batch.one_by_one(batch.requests)
-        except BaseException as failure:
-            return [_Failure(failure)] * len(batch.requests.rows)
+def _places(count: int) -> SimpleQueue[None]:
+    """As many tokens as threads may be in a phase at once."""
+    places: SimpleQueue[None] = SimpleQueue()
+    for _ in range(count):
+        places.put(None)
+    return places
 
 
 def _summary(value: Any) -> str:

@@ -1,0 +1,57 @@
+"""A child of gpu_serving.py: how many inferences a process makes without a server.
+
+    python benchmarks/serving_child.py FOLDER THREADS SECONDS
+
+Its threads do what the benchmark's handler does with one request: ids from bytes, the model, bytes of the answer. It
+prints a line when it is ready, waits for one, and prints inferences per second.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy
+import torch
+import yaml
+
+from ts_handlers import ArchiveSource, parse_settings, start_model
+
+DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+
+
+def main(folder: Path, threads: int, seconds: float) -> None:
+    """Start the model from its folder and count."""
+    settings = parse_settings(yaml.safe_load((folder / "model-config.yaml").read_text()))
+    source = ArchiveSource("model", folder, "model.py", "model.pt", ignored_files=("handler.py",))
+    model = start_model(source, settings, DEVICE)
+    body = numpy.random.default_rng(0).integers(0, 30000, (8, 128)).astype(numpy.int16).tobytes()
+    counts = [0] * threads
+    over = threading.Event()
+
+    def work(number: int) -> None:
+        with torch.inference_mode():
+            while not over.is_set():
+                rows = numpy.frombuffer(body, dtype=numpy.int16).reshape(8, 128)
+                ids = torch.from_numpy(rows.astype(numpy.int64)).to(DEVICE)
+                model(ids, torch.ones_like(ids))[:, 0].cpu().numpy().tobytes()
+                counts[number] += 1
+
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
+    for worker in workers:
+        worker.start()
+    time.sleep(1)
+    print("ready", model.describe()["result"], flush=True)
+    sys.stdin.readline()
+    before, started = sum(counts), time.perf_counter()
+    time.sleep(seconds)
+    print((sum(counts) - before) / (time.perf_counter() - started))
+    over.set()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))
