@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy
 import torch
+import ts.torch_handler.base_handler  # noqa: F401  # sets the precision of float32 products, as in TorchServe's workers
 import yaml
 
 from ts_handlers import ArchiveSource, parse_settings, start_model
