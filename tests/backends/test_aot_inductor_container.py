@@ -158,3 +158,24 @@ def test_operators_without_a_c_interface_take_torchs_runner(tmp_path: Path) -> N
     x = torch.randn(5, 4)
     with torch.inference_mode():
         torch.testing.assert_close(model(x), eager_model(archive)(x))
+
+
+def test_a_start_that_builds_places_each_weight_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loads what it has built more than once, and torch never frees what a load was given."""
+    given: list[dict[str, int]] = []
+    original = Container.use_constants
+
+    def use_constants(self: Container, constants: dict[str, torch.Tensor]) -> None:
+        given.append({name: tensor.data_ptr() for name, tensor in constants.items()})
+        original(self, constants)
+
+    monkeypatch.setattr(Container, "use_constants", use_constants)
+    section = {
+        "inputs": [{"name": "x", "dtype": "bfloat16", "shape": ["batch", 4]}],
+        "dimensions": {"batch": {"min": 2, "max": 8}},
+        "dtype": "bfloat16",  # a copy of the archive's float32 weights
+    }
+    build(tmp_path, LINEAR, section)
+    assert len(given) > 1
+    assert all(pointers == given[0] for pointers in given)
+    assert len(set(given[0].values())) == 2

@@ -279,19 +279,29 @@ def _constants(request: Request, directory: Path, description: Description) -> T
         pool = extras if spec["extra"] else weights
         if spec["name"] not in pool:
             raise LoadError(f"the archive's weights lack {spec['name']!r}, which the artifact needs")
-        tensor = pool[spec["name"]].detach()
-        if list(tensor.shape) != spec["shape"]:
-            raise LoadError(
-                f"weight {spec['name']!r} has shape {list(tensor.shape)}, the artifact was built for {spec['shape']}"
-            )
-        tensor = tensor.to(request.device, getattr(torch, spec["dtype"]))
-        if list(tensor.stride()) != spec["stride"]:
-            fitting = torch.empty_strided(spec["shape"], spec["stride"], dtype=tensor.dtype, device=tensor.device)
-            tensor = fitting.copy_(tensor)
-        constants[fqn] = tensor
+        if pool is extras or description["weights_from"] == "module":
+            constants[fqn] = _placed(pool[spec["name"]], spec, request.device)
+            continue
+        kind = (spec["name"], spec["dtype"], *spec["shape"], *spec["stride"])
+        if kind not in request.placed_weights:
+            request.placed_weights[kind] = _placed(pool[spec["name"]], spec, request.device)
+        constants[fqn] = request.placed_weights[kind]
     if request.device.type == "cuda":
         torch.cuda.synchronize(request.device)
     return constants
+
+
+def _placed(tensor: torch.Tensor, spec: Description, device: torch.device) -> torch.Tensor:
+    """A constant with the dtype, shape and strides of the artifact; the tensor itself if it has them."""
+    if list(tensor.shape) != spec["shape"]:
+        raise LoadError(
+            f"weight {spec['name']!r} has shape {list(tensor.shape)}, the artifact was built for {spec['shape']}"
+        )
+    tensor = tensor.detach().to(device, getattr(torch, spec["dtype"]))
+    if list(tensor.stride()) == spec["stride"]:
+        return tensor
+    fitting = torch.empty_strided(spec["shape"], spec["stride"], dtype=tensor.dtype, device=tensor.device)
+    return fitting.copy_(tensor)
 
 
 def _load_library(

@@ -39,6 +39,9 @@ class Request:
         Where it runs.
     shared_folder:
         Where builds may keep files that later builds profit from, such as TensorRT's timing cache; set by the start.
+    placed_weights:
+        The archive's weights as an artifact takes them, by name, dtype, shape and strides, on `device`. A start that
+        builds loads what it has built several times, and torch never frees the weights of a load.
     """
 
     def __init__(self, source: ModelSource, settings: Settings, device: torch.device) -> None:
@@ -46,6 +49,7 @@ class Request:
         self.settings = settings
         self.device: torch.device = device
         self.shared_folder: Path | None = None
+        self.placed_weights: dict[tuple[object, ...], torch.Tensor] = {}
 
     @functools.cached_property
     def signature(self) -> Signature | None:
