@@ -179,3 +179,25 @@ def test_example_sizes_are_in_range_and_avoid_zero_and_one(signature: Signature)
 def test_canonical_lines_tell_signatures_apart(a: Signature, b: Signature) -> None:
     same = a.inputs == b.inputs and a.dimensions == b.dimensions
     assert (a.canonical() == b.canonical()) == same
+
+
+def test_what_was_accepted_once_does_not_admit_anything_else() -> None:
+    signature = Signature(SIGNATURE.inputs, SIGNATURE.dimensions)
+    good = signature.generate({"batch": 2, "length": 5})
+    for _ in range(2):
+        assert signature.check(good) == {"batch": 2, "length": 5}
+        for index in range(len(good)):
+            with pytest.raises(InputError, match="dtype"):
+                signature.check([*good[:index], good[index].to(torch.float64), *good[index + 1 :]])
+            with pytest.raises(InputError, match=r"size|dimension"):
+                signature.check([*good[:index], good[index][:, :-1], *good[index + 1 :]])
+
+
+def test_what_it_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ts_handlers.signature._REMEMBERED", 3)
+    signature = Signature(SIGNATURE.inputs, SIGNATURE.dimensions)
+    for _ in range(2):
+        for length in range(2, 7):
+            sizes = {"batch": 2, "length": length}
+            assert signature.check(signature.generate(sizes)) == sizes
+    assert len(signature._accepted) == 3

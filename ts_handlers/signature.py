@@ -17,6 +17,8 @@ from ts_handlers.errors import InputError
 from ts_handlers.settings import Dimension, InputSpec
 
 Sizes = dict[str, int]
+_REMEMBERED = 1000
+"""Combinations of dtypes and shapes that `Signature.check` has accepted and need not look at again."""
 
 
 class Signature:
@@ -36,6 +38,7 @@ class Signature:
         self.names = tuple(spec.name for spec in self.inputs)
         self._dtypes = tuple(getattr(torch, spec.dtype) for spec in self.inputs)
         self._ranges = {name: (d.min, d.max) for name, d in self.dimensions.items()}
+        self._accepted: dict[tuple[tuple[torch.dtype, torch.Size], ...], Sizes] = {}
         self._axes = {
             size: (index, axis)
             for index, spec in enumerate(self.inputs)
@@ -72,7 +75,9 @@ class Signature:
             if value.device != device:
                 value = value.to(device, non_blocking=True)
             # An artifact reads the memory as it lies, so pending negations (imag of a conjugate) are carried out here.
-            values.append(value.resolve_neg().contiguous())
+            if value.is_neg() or not value.is_contiguous():
+                value = value.resolve_neg().contiguous()
+            values.append(value)
         if len(args) + len(kwargs) > len(self.names):
             unknown = sorted(set(kwargs) - set(self.names))
             raise InputError(
@@ -82,13 +87,22 @@ class Signature:
         return values
 
     def check(self, tensors: Sequence[torch.Tensor]) -> Sizes:
-        """Check tensors in declared order and return the sizes of the dynamic dimensions.
+        """Check tensors in declared order and return the sizes of the dynamic dimensions, not to be changed.
 
         Raises
         ------
         InputError
             A dtype, rank, static size or range does not fit, or two inputs disagree on a dimension.
         """
+        kinds = tuple([(tensor.dtype, tensor.shape) for tensor in tensors])
+        accepted = self._accepted.get(kinds)
+        if accepted is None:
+            accepted = self._check(tensors)
+            if len(self._accepted) < _REMEMBERED:
+                self._accepted[kinds] = accepted
+        return accepted
+
+    def _check(self, tensors: Sequence[torch.Tensor]) -> Sizes:
         sizes: Sizes = {}
         for spec, dtype, tensor in zip(self.inputs, self._dtypes, tensors, strict=True):
             if tensor.dtype != dtype:
