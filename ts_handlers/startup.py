@@ -254,6 +254,8 @@ class _Start:
         )
         if backend.name in RELEASES_EAGER:
             self._request.source.release()
+            if served.result == "built" and self._request.device.type == "cuda":
+                torch.cuda.empty_cache()  # what the build leaves in torch's allocator
         loaded = self._slots.wrap(served.loaded)
         model = CompiledModel(self._request, loaded, outcome, self._metrics, self._slots)
         model.store = self._store  # keeps the entry from being evicted while the model is served

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import LINEAR, LINEAR_SECTION, archive_source, eager_model, settings_of, write_archive, write_weights
+from subprocesses import run_python
 
 from ts_handlers import start_model
 
@@ -78,3 +79,33 @@ def test_what_cannot_be_recorded_runs_all_the_same(tmp_path: Path) -> None:
         for batch in (4, 8, 1):
             x = torch.randn(batch, 4, device="cuda")
             torch.testing.assert_close(model(x), eager_model(folder).cuda()(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_worker_that_has_built_keeps_no_more_memory_than_one_that_finds_the_artifact(
+    tmp_path: Path, cuda_graphs: bool
+) -> None:
+    """One copy of the weights, which are 256 MiB here; what libraries keep for each stream may come on top."""
+    wide = LINEAR.replace("Linear(4, 3)", "Linear(8192, 8192)")
+    folder = write_archive(tmp_path / "archive", wide)
+    section = {
+        "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 8192]}],
+        "dimensions": {"batch": {"min": 1, "max": 8}},
+        "contexts": {"count": 1, "cuda_graphs": cuda_graphs},
+        "store": str(tmp_path / "s"),
+        "backends": ["aot_inductor"],
+        "strict": True,
+    }
+    code = f"""
+import torch
+from pathlib import Path
+from models import archive_source, settings_of
+from ts_handlers import start_model
+model = start_model(archive_source(Path({str(folder)!r})), settings_of({section!r}), "cuda:0")
+print("FOUND", model.outcome.result, torch.cuda.memory_reserved() >> 20)
+"""
+    found = [next(line for line in run_python(code).splitlines() if line.startswith("FOUND")) for _ in range(2)]
+    (_, built, after_build), (_, hit, after_hit) = (line.split() for line in found)
+    assert (built, hit) == ("built", "hit")
+    assert int(after_hit) >= 256
+    assert int(after_build) <= int(after_hit) + 128
