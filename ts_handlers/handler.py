@@ -23,7 +23,7 @@ from ts_handlers.compiled_model import CompiledModel
 from ts_handlers.cycle_collector import exempt_from_collection
 from ts_handlers.errors import BusyError, InputError, ModelError, SettingsError
 from ts_handlers.exported_source import ExportedSource
-from ts_handlers.json_tensors import read_tensors, rows_of
+from ts_handlers.json_tensors import NOT_BY_ROW, join_rows, read_tensors, rows_of, split_rows
 from ts_handlers.micro_batching import MicroBatches, check_contexts, read_section
 from ts_handlers.model_source import ArchiveSource, ModelSource, ModuleSource
 from ts_handlers.request_batch import REFUSALS, CurrentBatch, RequestBatch
@@ -312,10 +312,13 @@ class CompiledHandlerMixin:
     def _answer_one_by_one(self, batch: RequestBatch) -> list[Any]:
         """Answer each request alone, so that only the bad ones are refused."""
         answers: list[Any] = []
+        busy: BusyError | None = None
         for part in batch.split():
             try:
-                answers.extend(self._answer_below(part))
+                # Behind one that found no context the others would wait as long again.
+                answers.extend(part.refuse(busy) if busy is not None else self._answer_below(part))
             except REFUSALS as error:
+                busy = error if isinstance(error, BusyError) else None
                 answers.extend(part.refuse(error))
         return answers
 
@@ -372,9 +375,11 @@ class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
     """A TorchServe handler for tensors as JSON.
 
     A request is ``{input name: nested list}`` with the batch dimension included, or the bare nested list when the model
-    has one input. Requests are concatenated along the first dimension and the answers split again; an answer has the
-    structure of the model's output with tensors as nested lists.
+    has one input. Requests are joined along dimension 0 and their answers split again; where an input or output has no
+    row for each row of a request, they are answered one by one. Answers have the output's structure, tensors as lists.
     """
+
+    _answers_alone = False
 
     def preprocess(self, data: Any) -> Any:
         """JSON bodies to input tensors, concatenated along dimension 0."""
@@ -382,18 +387,14 @@ class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
         if not specs:
             raise SettingsError(f"{SECTION}.inputs: needed by the default preprocess; declare them or override it")
         rows = [read_tensors(self.request_body(row), specs) for row in data]
-        self.batch_state.counts = [row[specs[0].name].shape[0] if row[specs[0].name].dim() else 1 for row in rows]
-        if len(rows) == 1:
-            return rows[0]
-        shapes = {tuple(tensor.shape[1:] for tensor in row.values()) for row in rows}
-        if len(shapes) > 1:
-            raise InputError("the requests of this batch have different shapes")  # each is then answered alone
-        return {spec.name: torch.cat([row[spec.name] for row in rows]) for spec in specs}
+        joined, self.batch_state.counts = join_rows(rows, specs, alone=self._answers_alone)
+        return joined
 
     def postprocess(self, data: Any) -> list[Any]:
         """One answer per request: the model's output for its rows, tensors as nested lists."""
-        answers, start = [], 0
-        for count in self.batch_state.counts:
-            answers.append(rows_of(data, start, start + count))
-            start += count
-        return answers
+        answers = split_rows(data, self.batch_state.counts)
+        if answers is None:
+            self._answers_alone = True
+            if len(self.batch_state.counts) > 1:
+                raise InputError(NOT_BY_ROW)
+        return answers or [rows_of(data)]

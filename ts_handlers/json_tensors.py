@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 
 from ts_handlers.errors import InputError
 from ts_handlers.settings import InputSpec
+
+NOT_BY_ROW = "the model's inputs or outputs do not have a row for each row of a request; it is answered alone"
 
 
 def read_tensors(body: Any, specs: Sequence[InputSpec]) -> dict[str, torch.Tensor]:
@@ -48,6 +51,8 @@ def read_tensors(body: Any, specs: Sequence[InputSpec]) -> dict[str, torch.Tenso
         value = body[spec.name]
         try:
             tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+            if dtype == torch.float64 and tensor.is_floating_point():
+                tensor = torch.as_tensor(value, dtype=dtype)  # without a detour through float32
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"input {spec.name!r} is not a nested list of numbers: {error}") from error
         if tensor.is_floating_point() and not dtype.is_floating_point and tensor.numel():
@@ -58,12 +63,60 @@ def read_tensors(body: Any, specs: Sequence[InputSpec]) -> dict[str, torch.Tenso
     return row
 
 
-def rows_of(value: Any, start: int, stop: int) -> Any:
-    """The rows ``start`` to ``stop - 1`` of an output, in its structure, tensors as nested lists."""
+def rows_of(value: Any, start: int | None = None, stop: int | None = None) -> Any:
+    """The rows ``start`` to ``stop - 1`` of an output, or all of it, in its structure, tensors as nested lists."""
     if isinstance(value, torch.Tensor):
-        return value[start:stop].tolist() if value.dim() else value.tolist()
+        return value.tolist() if start is None else value[start:stop].tolist()
     if hasattr(value, "keys"):
         return {key: rows_of(value[key], start, stop) for key in value}
     if isinstance(value, (tuple, list)):
         return [rows_of(item, start, stop) for item in value]
     return value
+
+
+def is_by_row(value: Any, rows: int) -> bool:
+    """Whether an output for so many rows can be split into those of single requests: tensors with a row for each."""
+    if isinstance(value, torch.Tensor):
+        return value.dim() > 0 and value.shape[0] == rows
+    if hasattr(value, "keys"):
+        return all(is_by_row(value[key], rows) for key in value)
+    if isinstance(value, (tuple, list)):
+        return all(is_by_row(item, rows) for item in value)
+    return value is None or isinstance(value, (str, bool))
+
+
+def join_rows(
+    rows: Sequence[dict[str, torch.Tensor]], specs: Sequence[InputSpec], *, alone: bool = False
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """The inputs of several requests, one after the other along dimension 0, and the rows of each.
+
+    Raises
+    ------
+    InputError
+        Each request has to be answered alone: dimension 0 is not the same dynamic dimension in every input, a request's
+        inputs do not agree on it, requests differ in their other dimensions, or `alone` says so.
+    """
+    if len(rows) == 1:
+        first = rows[0][specs[0].name]
+        return rows[0], [first.shape[0] if first.dim() else 1]
+    leading = {spec.shape[0] if spec.shape else None for spec in specs}
+    if alone or len(leading) > 1 or not isinstance(leading.pop(), str):
+        raise InputError(NOT_BY_ROW)
+    counts = []
+    for row in rows:
+        sizes = {name: tensor.shape[0] if tensor.dim() else None for name, tensor in row.items()}
+        (size, *others) = set(sizes.values())
+        if others or size is None:
+            raise InputError(f"the request's inputs have different numbers of rows: {sizes}")
+        counts.append(size)
+    if len({tuple(tensor.shape[1:] for tensor in row.values()) for row in rows}) > 1:
+        raise InputError("the requests of this batch have different shapes")
+    return {spec.name: torch.cat([row[spec.name] for row in rows]) for spec in specs}, counts
+
+
+def split_rows(value: Any, counts: Sequence[int]) -> list[Any] | None:
+    """The answers of requests with so many rows each; None when the output has no row for each of them."""
+    if not is_by_row(value, sum(counts)):
+        return None
+    ends = list(itertools.accumulate(counts))
+    return [rows_of(value, end - count, end) for count, end in zip(counts, ends, strict=True)]

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ts_handlers.errors import SettingsError
+from ts_handlers.errors import BusyError, SettingsError
 from ts_handlers.request_batch import REFUSALS, CurrentBatch, RequestBatch
 
 logger = logging.getLogger(__name__)
@@ -84,9 +84,14 @@ class MicroBatches:
             for part in parts:
                 self._waiting.put(part)
         done.get()
-        for part in parts:
-            if part.failure is not None:
-                raise part.failure
+        failures = [part.failure for part in parts if part.failure is not None]
+        if failures:
+            for part in parts:
+                part.failure = None  # its traceback holds the part, and so the answers of all
+            try:
+                raise failures[0]
+            finally:
+                failures.clear()
         return [answer for part in parts for answer in part.answers]
 
     def _work(self) -> None:
@@ -117,7 +122,8 @@ class MicroBatches:
                 finally:
                     places.put(place)
         except REFUSALS as error:
-            return list(requests.refuse(error)) if count == 1 else part.one_by_one(requests)
+            alone = count == 1 or isinstance(error, BusyError)  # each would wait as long again
+            return list(requests.refuse(error)) if alone else part.one_by_one(requests)
         if not isinstance(value, list) or len(value) != count:
             raise RuntimeError(f"postprocess: expected a list of {count} answers, found {_summary(value)}")
         return value

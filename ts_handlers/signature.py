@@ -175,11 +175,8 @@ class Signature:
             default = 4 if position == 0 else 17 + 2 * position
             size = (wanted or {}).get(name, default)
             size = min(max(size, dimension.min, 2), dimension.max)
-            for candidate in (
-                size,
-                *range(size + 1, dimension.max + 1),
-                *range(size - 1, dimension.min - 1, -1),
-            ):
+            upwards, downwards = range(size + 1, dimension.max + 1), range(size - 1, dimension.min - 1, -1)
+            for candidate in itertools.chain([size], upwards, downwards):
                 if candidate not in sizes.values() and (candidate >= 2 or dimension.max == 1):
                     size = candidate
                     break

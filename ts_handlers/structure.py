@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -124,6 +125,13 @@ def _fields(value: Any) -> tuple[str, dict[str, Any]] | None:
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return "namedtuple", dict(value._asdict())
     return None
+
+
+def constants_of(description: Description) -> list[str]:
+    """The constants of an output in order, as JSON."""
+    if description["kind"] == "constant":
+        return [json.dumps(description["value"])]
+    return [text for item in description.get("items", ()) for text in constants_of(item)]
 
 
 def unflatten(leaves: list[torch.Tensor], description: Description) -> Any:

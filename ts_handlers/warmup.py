@@ -14,7 +14,7 @@ from ts_handlers.backends.eager import eager_run
 from ts_handlers.errors import BuildError, CanaryError, InputError
 from ts_handlers.signature import Sizes
 from ts_handlers.store.base import Address, Store
-from ts_handlers.structure import flatten
+from ts_handlers.structure import constants_of, flatten
 
 # Largest accepted relative error, ||artifact - eager|| / ||eager||, by dtype of the output. Compiled float32 differs
 # from eager in its last digits on the CPU and by far more where TF32 is on; half precision by 1e-3 (ResNet-50 in fp16,
@@ -40,7 +40,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def compare_outputs(found: Any, expected: Any, tolerance: float | None = None) -> float:
-    """Compare two outputs of a model, tensor by tensor.
+    """Compare two outputs of a model, tensor by tensor, and their constants.
 
     Parameters
     ----------
@@ -57,7 +57,8 @@ def compare_outputs(found: Any, expected: Any, tolerance: float | None = None) -
     CanaryError
         With the first tensor that differs and by how much.
     """
-    left, right = flatten(found)[0], flatten(expected)[0]
+    (left, found_structure), (right, structure) = flatten(found), flatten(expected)
+    _compare_constants(constants_of(found_structure), constants_of(structure))
     if len(left) != len(right):
         raise CanaryError(f"expected {len(right)} output tensors, found {len(left)}")
     worst = 0.0
@@ -76,6 +77,12 @@ def compare_outputs(found: Any, expected: Any, tolerance: float | None = None) -
             raise CanaryError(f"output {index}: relative error {error:.3g} against eager, at most {limit:.3g} accepted")
         worst = max(worst, error)
     return worst
+
+
+def _compare_constants(found: list[str], expected: list[str]) -> None:
+    """Compare the numbers and texts in two outputs, which may have been computed from other weights."""
+    if found != expected:
+        raise CanaryError(f"the output's constants: expected {', '.join(expected)}, found {', '.join(found)}")
 
 
 def compare_sizes(request: Request, loaded: Loaded, cases: Sequence[Sizes]) -> None:
@@ -180,7 +187,9 @@ def _run_cases(cases: list[dict[str, Any]], request: Request, loaded: Loaded) ->
     worst = 0.0
     for case in cases:
         found = loaded.run([tensor.to(request.device) for tensor in case["inputs"]])
-        leaves = flatten(found)[0]
+        leaves, structure = flatten(found)
+        if "constants" in case:  # older records have none
+            _compare_constants(constants_of(structure), case["constants"])
         worst = max(worst, compare_outputs(tuple(leaves), tuple(case["outputs"]), request.settings.canary.tolerance))
     return worst
 
@@ -197,10 +206,10 @@ def _record(request: Request, loaded: Loaded) -> dict[str, Any]:
     cases = []
     for index, sizes in enumerate(wanted if loaded.sizes is None else loaded.sizes):
         inputs = signature.generate(sizes, seed=request.settings.canary.seed + index)
-        outputs = flatten(eager([tensor.to(request.device) for tensor in inputs]))[0]
-        cases.append(
-            {"sizes": dict(sizes), "inputs": inputs, "outputs": [tensor.detach().cpu().clone() for tensor in outputs]}
-        )
+        outputs, structure = flatten(eager([tensor.to(request.device) for tensor in inputs]))
+        kept = [tensor.detach().cpu().clone() for tensor in outputs]
+        constants = constants_of(structure)
+        cases.append({"sizes": dict(sizes), "inputs": inputs, "outputs": kept, "constants": constants})
     return {"cases": cases}
 
 

@@ -132,3 +132,40 @@ def test_weights_that_the_model_changes_only_sometimes_are_never_served_wrongly(
     assert model.outcome.backend == "eager"
     assert counted(model) == {"quarantined": 1, "fallback": 1}
     check(model, archive, 3)
+
+
+CONSTANTS = """
+import torch
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 3)
+        self.offset = torch.arange(3.0)
+
+    def load_state_dict(self, state, *args, **kwargs):
+        loaded = super().load_state_dict(state, *args, **kwargs)
+        self.temperature = float(self.layer.bias.detach().abs().sum())
+        return loaded
+
+    def forward(self, x):
+        return {"y": self.layer(x) + self.offset + torch.tensor([1.0, 2.0, 3.0]), "temperature": self.temperature}
+"""
+
+
+def test_tensors_in_the_code_and_numbers_in_the_output(tmp_path: Path) -> None:
+    """The former belong to the artifact; of the latter, those of other weights are not served."""
+    archive = write_archive(tmp_path / "archive", CONSTANTS)
+    x = torch.randn(3, 4)
+    found = []
+    for seed in (0, 0, 5):
+        write_weights(archive, seed)
+        model = start_model(archive_source(archive), settings_of(store=str(tmp_path / "store")))
+        with torch.inference_mode():
+            answer, expected = model(x), eager_model(archive)(x)
+        torch.testing.assert_close(answer["y"], expected["y"], rtol=1e-4, atol=1e-5)
+        assert answer["temperature"] == expected["temperature"]
+        found.append((model.outcome.backend, model.outcome.result))
+    assert found[:2] == [("aot_inductor", "built"), ("aot_inductor", "hit")]
+    assert "the output's constants" in model.outcome.fallbacks[0]["reason"]

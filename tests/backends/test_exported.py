@@ -162,3 +162,41 @@ print([node.name for node in ExportedSource("m", {path!r}).program.graph.nodes])
 """
     run_python(save)
     assert "dequantize_per_channel" in run_python(load)
+
+
+class Branching(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.shape[0] != 7 else x * 3
+
+
+class Halving(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(2, -1, 4).sum(0)
+
+
+@pytest.mark.parametrize(("module", "guard"), [(Branching(), "!= 7"), (Halving(), "% 8")])
+def test_a_program_that_is_right_for_some_sizes_of_a_range_only_is_refused(
+    module: torch.nn.Module, guard: str, tmp_path: Path
+) -> None:
+    dynamic: Any = torch.export.Dim.AUTO(min=1, max=16)  # type: ignore[attr-defined]
+    program = torch.export.export(module, (torch.ones(6, 4),), dynamic_shapes=({0: dynamic},))
+    torch.export.save(program, tmp_path / "model.pt2")
+    with pytest.raises(BuildError, match="holds only where") as refused:
+        start(tmp_path / "model.pt2", tmp_path / "store")
+    assert guard in str(refused.value)
+
+
+@pytest.mark.compile
+def test_an_unbounded_dimension(tmp_path: Path) -> None:
+    class Sum(torch.nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x + y
+
+    inputs = (torch.ones(6, 4), torch.ones(6, 4))
+    program = torch.export.export(Sum(), inputs, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},) * 2)
+    torch.export.save(program, tmp_path / "model.pt2")
+    model = start(tmp_path / "model.pt2", tmp_path / "store")
+    assert model.outcome.result == "built"
+    for rows in (2, 5, 1000):
+        x = torch.randn(rows, 4)
+        torch.testing.assert_close(model(x, x), x + x)

@@ -103,7 +103,17 @@ def export_program(
     with symbolic_config.patch(backed_size_oblivious=oblivious), torch.no_grad():
         program = torch.export.export(flat, inputs, dynamic_shapes=(shapes,), strict=False)
     refuse_mutations(program)
+    _name_constants(program)
     return program
+
+
+def _name_constants(program: Any) -> None:
+    """Make buffers of tensors that are attributes or stand in the code: the compiler forgets the names of others."""
+    from torch.export.graph_signature import InputKind
+
+    for spec in program.graph_signature.input_specs:
+        if spec.kind == InputKind.CONSTANT_TENSOR:
+            spec.kind, spec.persistent = InputKind.BUFFER, False
 
 
 def compile_program(program: Any, request: Request, directory: Path, *, baked: bool) -> dict[str, str]:

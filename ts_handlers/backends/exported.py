@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from ts_handlers.signature import Signature
 from ts_handlers.structure import flatten
 
 LARGEST = 2**31 - 1  # for a dimension that the program leaves unbounded
+_SIZE = r"L(\[[^\]]+\])+\.size\(\)\[\d+\]"
+_CHECKED = re.compile(rf"{_SIZE} == {_SIZE}|(\d+ <=? )?{_SIZE}( <=? \d+)?|{_SIZE} >=? \d+")
+"""Guards that `Signature` checks: equal sizes, and ranges."""
 
 
 def describe_program(
@@ -31,9 +35,16 @@ def describe_program(
     Raises
     ------
     BuildError
-        The program takes nested inputs, changes its state, or has a dimension that is an expression.
+        The program takes nested inputs, changes its state, has a dimension that is an expression, or is right for some
+        sizes of its ranges only.
     """
     refuse_mutations(program)
+    guards = [code for code in getattr(program, "_guards_code", None) or [] if not _CHECKED.fullmatch(code.strip())]
+    if guards:
+        raise BuildError(
+            f"the exported program holds only where {' and '.join(guards[:3])}, which an artifact does not check; "
+            "export it with torch.export.Dim, whose ranges say for which sizes it is right"
+        )
     graph_signature = program.graph_signature
     names, _ = exported_input_names(program)
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
