@@ -15,7 +15,7 @@ pytest.importorskip("ts", reason="TorchServe is not installed")
 
 from ts_handlers import CompiledHandler, InputError
 from ts_handlers.errors import BusyError
-from ts_handlers.json_tensors import join_rows, read_tensors, split_rows
+from ts_handlers.json_tensors import have_rows, join_rows, read_tensors, split_rows
 from ts_handlers.settings import InputSpec
 
 MICRO: dict[str, Any] = {"micro_batching": {"micro_batch_size": 4}}
@@ -80,8 +80,10 @@ def test_rows_are_joined_and_split_by_their_counts() -> None:
     assert counts == [1, 3, 2]
     assert split_rows((joined["y"], None), counts) == [[[1], None], [[3, 3, 3], None], [[2, 2], None]]
     assert split_rows(joined["y"][:5], counts) is None
-    with pytest.raises(InputError, match="alone"):
-        join_rows(rows, specs, alone=True)
+    assert have_rows(specs)
+    rows[1]["y"] = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(InputError, match="different numbers of rows"):
+        join_rows(rows, specs)
 
 
 def test_float64_does_not_pass_through_float32() -> None:

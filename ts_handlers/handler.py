@@ -23,7 +23,7 @@ from ts_handlers.compiled_model import CompiledModel
 from ts_handlers.cycle_collector import exempt_from_collection
 from ts_handlers.errors import BusyError, InputError, ModelError, SettingsError
 from ts_handlers.exported_source import ExportedSource
-from ts_handlers.json_tensors import NOT_BY_ROW, join_rows, read_tensors, rows_of, split_rows
+from ts_handlers.json_tensors import NOT_BY_ROW, have_rows, join_rows, read_tensors, rows_of, split_rows
 from ts_handlers.micro_batching import MicroBatches, check_contexts, read_section
 from ts_handlers.model_source import ArchiveSource, ModelSource, ModuleSource
 from ts_handlers.request_batch import REFUSALS, CurrentBatch, RequestBatch
@@ -249,9 +249,7 @@ class CompiledHandlerMixin:
             logger.warning(
                 "building took %.0f s of the %s s that TorchServe waits for a worker (startupTimeout); set "
                 "startupTimeout: %d in model-config.yaml",
-                took,
-                limit,
-                int(took * 3) + 60,
+                *(took, limit, int(took * 3) + 60),
             )
 
     def preprocess(self, data: Any) -> Any:
@@ -386,8 +384,10 @@ class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
         specs = self.settings.inputs
         if not specs:
             raise SettingsError(f"{SECTION}.inputs: needed by the default preprocess; declare them or override it")
+        if len(data) > 1 and (self._answers_alone or not have_rows(specs)):
+            raise InputError(NOT_BY_ROW)
         rows = [read_tensors(self.request_body(row), specs) for row in data]
-        joined, self.batch_state.counts = join_rows(rows, specs, alone=self._answers_alone)
+        joined, self.batch_state.counts = join_rows(rows, specs)
         return joined
 
     def postprocess(self, data: Any) -> list[Any]:

@@ -85,23 +85,26 @@ def is_by_row(value: Any, rows: int) -> bool:
     return value is None or isinstance(value, (str, bool))
 
 
+def have_rows(specs: Sequence[InputSpec]) -> bool:
+    """Whether dimension 0 is the same dynamic dimension in every input, so that requests can be joined along it."""
+    leading = {spec.shape[0] if spec.shape else None for spec in specs}
+    return len(leading) == 1 and isinstance(leading.pop(), str)
+
+
 def join_rows(
-    rows: Sequence[dict[str, torch.Tensor]], specs: Sequence[InputSpec], *, alone: bool = False
+    rows: Sequence[dict[str, torch.Tensor]], specs: Sequence[InputSpec]
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """The inputs of several requests, one after the other along dimension 0, and the rows of each.
+    """The inputs of one request, or of several one after the other (`have_rows`), and the rows of each.
 
     Raises
     ------
     InputError
-        Each request has to be answered alone: dimension 0 is not the same dynamic dimension in every input, a request's
-        inputs do not agree on it, requests differ in their other dimensions, or `alone` says so.
+        A request's inputs have different numbers of rows, or requests differ in their other dimensions; each has to be
+        answered alone.
     """
     if len(rows) == 1:
         first = rows[0][specs[0].name]
         return rows[0], [first.shape[0] if first.dim() else 1]
-    leading = {spec.shape[0] if spec.shape else None for spec in specs}
-    if alone or len(leading) > 1 or not isinstance(leading.pop(), str):
-        raise InputError(NOT_BY_ROW)
     counts = []
     for row in rows:
         sizes = {name: tensor.shape[0] if tensor.dim() else None for name, tensor in row.items()}

@@ -12,6 +12,7 @@ ends a thread, after which the worker waits for ever, and a part changes threads
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import itertools
 import logging
@@ -129,26 +130,18 @@ class MicroBatches:
         return value
 
 
+@dataclasses.dataclass(eq=False)
 class _Part:
-    """Some requests of a batch and what became of them."""
+    """Some requests of a batch and what became of them; who counts `left` down to 0 says that all are done."""
 
-    def __init__(
-        self,
-        batch: RequestBatch,
-        start: int,
-        stop: int,
-        one_by_one: Callable[[RequestBatch], list[Any]],
-        left: Iterator[int],
-        done: SimpleQueue[None],
-    ) -> None:
-        self.batch = batch
-        self.start = start
-        self.stop = stop
-        self.one_by_one = one_by_one
-        self.left = left
-        self.done = done
-        self.answers: list[Any] = []
-        self.failure: BaseException | None = None
+    batch: RequestBatch
+    start: int
+    stop: int
+    one_by_one: Callable[[RequestBatch], list[Any]]
+    left: Iterator[int]
+    done: SimpleQueue[None]
+    answers: list[Any] = dataclasses.field(default_factory=list)
+    failure: BaseException | None = None
 
 
 def _places(count: int) -> SimpleQueue[None]:

@@ -147,7 +147,7 @@ def _is_complete(record: dict[str, Any]) -> bool:
     cases = record.get("cases")
     if not isinstance(cases, list) or not cases:
         return False
-    return all(isinstance(case, dict) and {"sizes", "inputs", "outputs"} <= set(case) for case in cases)
+    return all(isinstance(case, dict) and {"sizes", "inputs", "outputs", "constants"} <= set(case) for case in cases)
 
 
 @contextlib.contextmanager
@@ -188,8 +188,7 @@ def _run_cases(cases: list[dict[str, Any]], request: Request, loaded: Loaded) ->
     for case in cases:
         found = loaded.run([tensor.to(request.device) for tensor in case["inputs"]])
         leaves, structure = flatten(found)
-        if "constants" in case:  # older records have none
-            _compare_constants(constants_of(structure), case["constants"])
+        _compare_constants(constants_of(structure), case["constants"])
         worst = max(worst, compare_outputs(tuple(leaves), tuple(case["outputs"]), request.settings.canary.tolerance))
     return worst
 

@@ -225,7 +225,7 @@ def objects(folder: Path) -> Example:
 def canaries(folder: Path) -> Example:
     """``torch.save`` bytes, behind a digest that is right."""
     buffer = io.BytesIO()
-    case = {"sizes": {"batch": 2}, "inputs": [torch.ones(2, 4)], "outputs": [torch.zeros(2, 3)]}
+    case = {"sizes": {"batch": 2}, "inputs": [torch.ones(2, 4)], "outputs": [torch.zeros(2, 3)], "constants": ["1.5"]}
     torch.save({"cases": [case, case]}, buffer)
     stored = _stored_zip(buffer.getvalue())
 

@@ -42,8 +42,8 @@ class RemoteSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     A start waits for the remote for `timeout_seconds` at most, all its answers together; after a failure the host goes
     on without it for a minute. `lease` says how hosts agree on one builder: ``auto`` (the object store's exclusive
-    create), ``off``, or a ``redis://`` URL. A holder renews its lease
-    four times in `heartbeat_seconds`; one that has not for 1.25 times as long has lost it.
+    create), ``off``, or a ``redis://`` URL. A holder renews its lease four times in `heartbeat_seconds`; one that has
+    not for 1.25 times as long has lost it.
     """
 
     url: str
