@@ -1,11 +1,14 @@
-"""One TorchServe worker with k execution contexts against k eager workers, on a GPU: throughput, p99 and memory.
+"""k execution contexts against k eager workers in TorchServe, on a GPU: throughput, p99 and memory.
 
     python benchmarks/gpu_serving.py --workers 4 1 --seconds 2 --rounds 3 --json FILE
+    python benchmarks/gpu_serving.py --workers 4 --sides eager across_workers aot_inductor --json FILE
 
 The model is gpu_start.py's BERT-base in fp16; a request holds 8 sequences of 128 token ids (int16, 2 KiB) and its
 answer their first tokens' vectors (float16, 12 KiB), so that the sides compete for the GPU and not for HTTP. Every
-inference, on every side, takes `--together` requests. The worker with contexts gets eight inferences for each context
-from TorchServe at once and spreads them over its contexts, by TorchServe's micro-batching.
+inference, on every side, takes `--together` requests. The contexts belong to one worker, which gets eight inferences
+for each context from TorchServe at once and spreads them over its contexts, by TorchServe's micro-batching (`tensorrt`,
+`aot_inductor`); or to one process that k workers share, which get one inference at a time as the eager workers do
+(`across_workers`, of an AOTInductor artifact).
 
 Throughput is that of a closed loop of `--clients` connections, in requests; p99 is taken in the same loop, and at equal
 rates for all sides, fractions of what the eager workers can do, from the time at which a request was due. Memory is the
@@ -55,7 +58,7 @@ class Handler(CompiledHandler):
 BATCH = 8
 ANSWER_BYTES = BATCH * 768 * 2
 PROCESSES = 8
-SIDES = ("eager", "tensorrt", "aot_inductor")
+SIDES = ("eager", "tensorrt", "aot_inductor", "across_workers")
 RATES = (0.8, 0.95, 1.0)
 INFERENCES_EACH = 8
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
@@ -67,7 +70,7 @@ def configuration(side: str, workers: int, together: int, store: str) -> Facts:
     rows = BATCH * together
     section: Facts = {
         "store": store,
-        "backends": [side],
+        "backends": ["aot_inductor" if side == "across_workers" else side],
         "strict": True,
         "dtype": "float16",
         "inputs": INPUTS["bert_base"],
@@ -84,8 +87,9 @@ def configuration(side: str, workers: int, together: int, store: str) -> Facts:
         "handler": {"ts_handlers": section},
     }
     if side != "eager":
-        section["contexts"] = {"count": workers, "cuda_graphs": True}
+        section["contexts"] = {"count": workers, "cuda_graphs": True, "across_workers": side == "across_workers"}
         section["tensorrt"] = {"ranges": [{"batch": {"min": 1, "opt": rows, "max": 16}}]}
+    if side in ("tensorrt", "aot_inductor"):
         parallelism = {"preprocess": 1, "inference": workers, "postprocess": 1}
         config["micro_batching"] = {"micro_batch_size": together, "parallelism": parallelism}
         config.update(minWorkers=1, maxWorkers=1, batchSize=INFERENCES_EACH * workers * together)
@@ -168,7 +172,7 @@ def serve(side: str, model_store: Path, workers: int, measure: Any) -> Facts:
 
     before = gpu_memory_mib()
     with TorchServe(model_store, {"model": side}, env=ENVIRONMENT) as server:
-        server.wait_ready("model", 1 if side != "eager" else workers, timeout=400)
+        server.wait_ready("model", 1 if side in ("tensorrt", "aot_inductor") else workers, timeout=400)
         ready = server.elapsed
         port = int(server.url().rpartition(":")[2])
         load(port, 64, 2.0)
@@ -253,7 +257,10 @@ def prepare(work: Path, store: str, workers: int, together: int, sides: list[str
 def build(model_store: Path, sides: list[str]) -> None:
     """Fill the store, all backends at once; what is measured starts from it."""
     with ThreadPoolExecutor() as threads:
-        list(threads.map(lambda side: without_server(side, model_store / side, 1, 0.1), sides))
+        artifacts = [side for side in ("tensorrt", "aot_inductor") if side in sides]
+        if "across_workers" in sides and "aot_inductor" not in sides:
+            artifacts.append("across_workers")
+        list(threads.map(lambda side: without_server(side, model_store / side, 1, 0.1), artifacts))
 
 
 def compare(workers: int, arguments: argparse.Namespace) -> dict[str, Facts]:
@@ -292,7 +299,7 @@ def main() -> None:
     """Compare for each number of workers and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--workers", type=int, nargs="+", default=[4, 1], help="eager workers, and contexts of the one other worker"
+        "--workers", type=int, nargs="+", default=[4, 1], help="eager workers, and contexts of the others together"
     )
     parser.add_argument("--together", type=int, default=1, choices=(1, 2), help="requests in one inference")
     parser.add_argument(
@@ -301,11 +308,12 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--store", help="keep the artifacts here; a run that finds them builds nothing")
     parser.add_argument("--json")
     arguments = parser.parse_args()
     results: Facts = {}
     with tempfile.TemporaryDirectory() as store:
-        arguments.store = store
+        arguments.store = arguments.store or store
         for workers in arguments.workers:
             found = results[str(workers)] = compare(workers, arguments)
             report(found, workers, arguments)
@@ -322,7 +330,7 @@ def report(found: dict[str, Facts], workers: int, arguments: argparse.Namespace)
 
     first = arguments.sides[0]
     kinds = ("closed", *map(str, RATES))
-    print(f"{workers} contexts in one worker, or {workers} workers; ratios to {first}")
+    print(f"{workers} contexts in one process, or {workers} workers; ratios to {first}")
     print(
         "| side | requests/s | ratio | "
         + " | ".join(f"p99 ms {kind} | ratio" for kind in kinds)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import msgspec
 import numpy
 import torch
 import ts.torch_handler.base_handler  # noqa: F401  # sets the precision of float32 products, as in TorchServe's workers
@@ -28,6 +29,8 @@ DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
 def main(folder: Path, threads: int, seconds: float) -> None:
     """Start the model from its folder and count."""
     settings = parse_settings(yaml.safe_load((folder / "model-config.yaml").read_text()))
+    contexts = msgspec.structs.replace(settings.contexts, across_workers=False)  # this is the one process
+    settings = msgspec.structs.replace(settings, contexts=contexts)
     source = ArchiveSource("model", folder, "model.py", "model.pt", ignored_files=("handler.py",))
     model = start_model(source, settings, DEVICE)
     body = numpy.random.default_rng(0).integers(0, 30000, (8, 128)).astype(numpy.int16).tobytes()

@@ -14,6 +14,7 @@ from ts_handlers.errors import BusyError, InputError
 from ts_handlers.metrics import Metrics, compiled_graphs
 from ts_handlers.serving.contexts import ContextPool, PoolStats
 from ts_handlers.serving.slots import ModuleSlots
+from ts_handlers.signature import Signature
 from ts_handlers.store.base import Store
 
 if TYPE_CHECKING:
@@ -138,6 +139,11 @@ class CompiledModel:
     def device(self) -> torch.device:
         """The device on which the model runs."""
         return self._device
+
+    @property
+    def signature(self) -> Signature:
+        """What the model accepts; without inputs when nothing was declared."""
+        return self._loaded.signature
 
     @property
     def pool(self) -> ContextPool[Any]:

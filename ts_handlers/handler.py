@@ -7,7 +7,6 @@ answers `_load_pickled_model` with a model that comes from the store, and it hid
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import os
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ts_handlers.base_handler import BaseHandler
 from ts_handlers.compiled_model import CompiledModel
 from ts_handlers.cycle_collector import exempt_from_collection
 from ts_handlers.errors import BusyError, InputError, ModelError, SettingsError
@@ -26,30 +26,10 @@ from ts_handlers.exported_source import ExportedSource
 from ts_handlers.json_tensors import NOT_BY_ROW, have_rows, join_rows, read_tensors, rows_of, split_rows
 from ts_handlers.micro_batching import MicroBatches, check_contexts, read_section
 from ts_handlers.model_source import ArchiveSource, ModelSource, ModuleSource
+from ts_handlers.recipes import handler_recipe
 from ts_handlers.request_batch import REFUSALS, CurrentBatch, RequestBatch
 from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS, SECTION, Settings, parse_settings
 from ts_handlers.startup import start_model
-
-
-def _base_handler() -> Any:
-    """Import TorchServe's base handler without its optional compilers.
-
-    It imports torch_tensorrt when that is installed, which takes seconds and, when the installation is broken, raises
-    exceptions that the base handler does not expect, so that every worker dies. The entry None in `sys.modules` makes
-    that import an ordinary ImportError; it is removed afterwards.
-    """
-    blocked = [name for name in ("torch_tensorrt",) if name not in sys.modules]
-    for name in blocked:
-        sys.modules[name] = None  # type: ignore[assignment]
-    try:
-        from ts.torch_handler.base_handler import BaseHandler
-    finally:
-        for name in blocked:
-            sys.modules.pop(name, None)
-    return BaseHandler
-
-
-BaseHandler: Any = _base_handler()
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +54,7 @@ class CompiledHandlerMixin:
     _current: CurrentBatch
     _micro_batches: MicroBatches | None = None
     _last_context: Any = None
+    _gpu: torch.device | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Works for handlers that do not call their base class's constructor."""
@@ -111,7 +92,7 @@ class CompiledHandlerMixin:
         self.settings: Settings = parse_settings(config)
         self._context = context
         self._config = config
-        self._recipe = self._make_recipe(context, config)
+        self._recipe = handler_recipe(type(self), context, config)
         manifest = context.manifest["model"]
         serialized = manifest.get("serializedFile", "")
         without_model_file = not manifest.get("modelFile")
@@ -122,12 +103,21 @@ class CompiledHandlerMixin:
             )
         if without_model_file and serialized.endswith(".pt2"):
             manifest["modelFile"] = _EXPORTED  # sends BaseHandler to _load_pickled_model
-        if torch.cuda.is_available() and context.system_properties.get("gpu_id") is not None:
-            torch.cuda.set_device(int(context.system_properties["gpu_id"]))
+        properties = context.system_properties
+        gpu = properties.get("gpu_id")
+        self._gpu = None if gpu is None or not torch.cuda.is_available() else torch.device("cuda", int(gpu))
+        across_workers = self.settings.contexts.across_workers
+        if across_workers:
+            properties["gpu_id"] = (
+                None  # the model's process has it; a CUDA context in each worker would be for nothing
+            )
+        elif self._gpu is not None:
+            torch.cuda.set_device(self._gpu)
         context.model_yaml_config = {key: value for key, value in config.items() if key != "pt2"}
         try:
             super().initialize(context)  # type: ignore[misc]
         finally:
+            properties["gpu_id"] = gpu
             context.model_yaml_config = config
             self.model_yaml_config = config
             if manifest.get("modelFile") == _EXPORTED:
@@ -136,10 +126,16 @@ class CompiledHandlerMixin:
         if isinstance(model, torch.nn.Module) and not isinstance(model, torch.jit.ScriptModule):
             # The handler below built the model in a way of its own.
             self.model = self._start(ModuleSource(context.model_name, model.eval(), recipe=self._recipe))
+        if across_workers and not isinstance(self.model, CompiledModel):
+            raise SettingsError(
+                f"{SECTION}.contexts.across_workers: a TorchScript model is served as it is, in each worker; archive "
+                "the model file and its weights, or remove the setting"
+            )
         micro_batching = read_section(config)
         if micro_batching is not None:
             size, parallelism = micro_batching
-            check_contexts(parallelism, self.settings.contexts.count)
+            if not across_workers:
+                check_contexts(parallelism, self.settings.contexts.count)
             device = self.device  # type: ignore[attr-defined]
             self._micro_batches = MicroBatches(self, self._current, torch.device(device), size, parallelism)
         if isinstance(self.model, CompiledModel):
@@ -156,26 +152,15 @@ class CompiledHandlerMixin:
         background.wait_for_gap()  # a full pass holds the interpreter; a call under way holds the eager module
         exempt_from_collection(background.left_module)
 
-    def _make_recipe(self, context: Any, config: Any) -> dict[str, Any] | None:
-        """How another process makes this handler, to take its model from it; see `ts_handlers.recipes`."""
-        kind = type(self)
-        if kind.__module__ == "__main__" or "<locals>" in kind.__qualname__:
-            return None
-        properties = context.system_properties
-        return {
-            "kind": "handler",
-            "module": kind.__module__,
-            "class": kind.__qualname__,
-            "model_name": context.model_name,
-            "model_dir": os.path.abspath(properties.get("model_dir")),
-            "manifest": copy.deepcopy(context.manifest),
-            "gpu_id": properties.get("gpu_id"),
-            "batch_size": properties.get("batch_size"),
-            "config": config,
-        }
+    @property
+    def model_device(self) -> torch.device:
+        """Where the model runs. `device` is where `preprocess` puts its tensors, the CPU with
+        ``contexts: {across_workers: true}``."""
+        device: torch.device = self._gpu or self.device  # type: ignore[attr-defined]
+        return device
 
     def _start(self, source: ModelSource) -> CompiledModel:
-        return start_model(source, self.settings, self.device)  # type: ignore[attr-defined]
+        return start_model(source, self.settings, self.model_device)
 
     def _load_pickled_model(self, model_dir: str, model_file: str, model_pt_path: str | None) -> Any:
         """Answer `BaseHandler.initialize` with a model from the store."""

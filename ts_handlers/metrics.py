@@ -76,6 +76,12 @@ class Metrics:
     _contexts: PoolStats = dataclasses.field(default_factory=PoolStats)
     _inner_ms: list[float] = dataclasses.field(default_factory=list)
 
+    @classmethod
+    def of_this_process(cls) -> Metrics:
+        """New metrics, with the process's age as the phase ``process``."""
+        age = process_age_ms()
+        return cls() if age is None else cls(phases_ms={"process": age})
+
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the duration of the block to a phase, without that of phases inside the block."""

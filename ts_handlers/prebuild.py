@@ -4,12 +4,7 @@ Standard input holds one JSON object:
 
 - ``parent``: the process with which this one ends
 - ``nice``, ``memory_mb``: limits, the latter None for no bound on what each process of the build may allocate
-- ``directory``: the working directory
-- ``source``: a recipe, see `ts_handlers.recipes`
-- ``settings``: the whole settings, or None to take the handler's own
-- ``overrides``: settings to change, by name
-- ``device``: where to build, or None to take the handler's device
-- ``threads``, ``float32_matmul``: state of torch that is part of keys, or None for torch's defaults
+- what `ts_handlers.recipes.restore` takes
 - ``retry_failed``: whether to build what has failed a short time ago
 - ``keys``: the parts of the keys that the parent computed, by backend; building under another key would be in vain
 
@@ -102,37 +97,20 @@ def _limit(nice: int, memory_mb: int | None) -> None:
 
 
 def _build(spec: dict[str, Any], send: Send) -> dict[str, Any]:
-    import msgspec
-    import torch
-
     from ts_handlers.backends.base import Request
-    from ts_handlers.recipes import make_source
-    from ts_handlers.settings import Settings
+    from ts_handlers.recipes import restore
     from ts_handlers.startup import start_model
     from ts_handlers.store.opening import weights_digester
     from ts_handlers.store.space import wait_for_room
 
-    os.chdir(spec["directory"])
-    made = make_source(spec["source"])
-    settings = made.settings if spec["settings"] is None else msgspec.convert(spec["settings"], Settings)
-    assert settings is not None
-    settings = msgspec.structs.replace(settings, **spec["overrides"])
-    device = made.device if spec["device"] is None else torch.device(spec["device"])
-    assert device is not None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if spec["threads"] is not None:
-        torch.set_num_threads(spec["threads"])
-    if spec["float32_matmul"] is not None:
-        torch.set_float32_matmul_precision(spec["float32_matmul"])
-    made.source.begin_digest(weights_digester(settings))
-    _check_keys(Request(made.source, settings, device), spec["keys"])
+    made = restore(spec)
+    made.source.begin_digest(weights_digester(made.settings))
+    _check_keys(Request(*made), spec["keys"])
     model = start_model(
-        made.source,
-        settings,
-        device,
+        *made,
         progress=lambda phase, estimate: send({"phase": phase, "estimate": estimate}),
         retry_failed=spec["retry_failed"],
+        event="build",
     )
     wait_for_room()
     facts = model.describe()

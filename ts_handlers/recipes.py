@@ -12,14 +12,16 @@ The latter two run the handler's `initialize` up to the moment at which it start
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 
 from ts_handlers.errors import ModelError
@@ -61,6 +63,74 @@ def make_source(recipe: Recipe) -> Made:
     return found[0]
 
 
+def handler_recipe(kind: type, context: Any, config: dict[str, Any]) -> dict[str, Any] | None:
+    """How another process makes a handler, to take its model from it; None when it cannot import the class.
+
+    Parameters
+    ----------
+    kind:
+        The handler's class.
+    context:
+        What TorchServe gave it.
+    config:
+        The parsed model-config.yaml.
+    """
+    if kind.__module__ == "__main__" or "<locals>" in kind.__qualname__:
+        return None
+    properties = context.system_properties
+    return {
+        "kind": "handler",
+        "module": kind.__module__,
+        "class": kind.__qualname__,
+        "model_name": context.model_name,
+        "model_dir": os.path.abspath(properties.get("model_dir")),
+        "manifest": copy.deepcopy(context.manifest),
+        "gpu_id": properties.get("gpu_id"),
+        "batch_size": properties.get("batch_size"),
+        "config": config,
+    }
+
+
+class Restored(NamedTuple):
+    """What a child process starts."""
+
+    source: ModelSource
+    settings: Settings
+    device: torch.device
+
+
+def restore(spec: Mapping[str, Any]) -> Restored:
+    """In a child process: make the source, and set up torch as it is in the process that asked for it.
+
+    Parameters
+    ----------
+    spec:
+        JSON-compatible:
+
+        - ``directory``: the working directory
+        - ``source``: a recipe
+        - ``settings``: the whole settings, or None to take the handler's own
+        - ``overrides``: settings to change, by name
+        - ``device``: where to start, or None to take the handler's device
+        - ``threads``, ``float32_matmul``: state of torch that is part of keys, or None for torch's defaults
+    """
+    os.chdir(spec["directory"])
+    made = make_source(spec["source"])
+    settings = made.settings if spec["settings"] is None else msgspec.convert(spec["settings"], Settings)
+    assert settings is not None
+    contexts = msgspec.structs.replace(settings.contexts, across_workers=False)  # the child is that process, or builds
+    settings = msgspec.structs.replace(settings, contexts=contexts, **spec["overrides"])
+    device = made.device if spec["device"] is None else torch.device(spec["device"])
+    assert device is not None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if spec["threads"] is not None:
+        torch.set_num_threads(spec["threads"])
+    if spec["float32_matmul"] is not None:
+        torch.set_float32_matmul_precision(spec["float32_matmul"])
+    return Restored(made.source, settings, device)
+
+
 class _Captured(BaseException):
     """Ends a handler's `initialize`; no Exception, so that nobody takes it for a failure."""
 
@@ -71,7 +141,7 @@ def _capture(found: list[Made]) -> Iterator[None]:
     from ts_handlers.handler import CompiledHandlerMixin
 
     def start(handler: Any, source: ModelSource) -> Any:
-        found.append(Made(source, handler.settings, handler.device))
+        found.append(Made(source, handler.settings, handler.model_device))
         raise _Captured
 
     original = CompiledHandlerMixin._start

@@ -29,7 +29,7 @@ from ts_handlers.backends.base import Backend, Request
 from ts_handlers.compiled_model import CompiledModel, Outcome
 from ts_handlers.errors import FINAL, MissError, RefitError, one_line
 from ts_handlers.key import compute_key
-from ts_handlers.metrics import Metrics, process_age_ms
+from ts_handlers.metrics import Metrics
 from ts_handlers.model_source import ModelSource
 from ts_handlers.serving.slots import ModuleSlots
 from ts_handlers.serving.torch_device import begin_cuda
@@ -50,8 +50,12 @@ def start_model(
     *,
     progress: Progress | None = None,
     retry_failed: bool = False,
+    event: str = "start",
 ) -> CompiledModel:
     """Make a model ready: load it from the store, or build and publish it first.
+
+    With ``contexts: {across_workers: true}`` that happens in another process, which is started if need be, and this one
+    gets a model on the CPU that calls it there; see `ts_handlers.model_process`.
 
     Parameters
     ----------
@@ -65,6 +69,8 @@ def start_model(
         Called when a phase begins, with its name and the seconds that the build took the last time, if that is known.
     retry_failed:
         Build what has failed a short time ago, too, as with `strict: true`.
+    event:
+        How the log calls it.
 
     Raises
     ------
@@ -83,17 +89,18 @@ def start_model(
     >>> model(torch.zeros(3, 2)).shape, model.outcome.backend
     (torch.Size([3, 1]), 'eager')
     """
-    metrics = Metrics()
-    age = process_age_ms()
-    if age is not None:
-        metrics.phases_ms["process"] = age
+    if settings.contexts.across_workers:
+        from ts_handlers.model_process.shared_model import join_model
+
+        return join_model(source, settings, torch.device(device))
+    metrics = Metrics.of_this_process()
     request = Request(source, settings, torch.device(device))
     begin_cuda(request.device)
     start = _Start(request, metrics, retry_failed)
     if progress is not None:
         metrics.observer = lambda phase: progress(phase, start.estimate)
     model = start.run()
-    log_outcome("start" if progress is None else "build", source.name, model)
+    log_outcome(event, source.name, model)
     if model.store is not None and (metrics.counters["build"] or metrics.counters["canary_recorded"]):
         from ts_handlers.store.space import make_room_in_background
 

@@ -142,7 +142,7 @@ class TensorRTSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ContextSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How many calls of the model run at once in one worker.
+    """How many calls of the model run at once in one worker, or in all of its workers together.
 
     Attributes
     ----------
@@ -155,11 +155,15 @@ class ContextSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     wait_seconds:
         How long a call waits for a free context before it is refused with HTTP 503.
     cuda_graphs:
-        Record each context's launches once for each shape and replay them: `tensorrt` at the first call of a shape,
-        `aot_inductor` on a GPU for the sizes of warm-up and check.
+        Record each context's launches for the sizes of warm-up and check and replay them (`tensorrt`, and
+        `aot_inductor` on a GPU); nothing is recorded once the model serves.
+    across_workers:
+        One process holds the model, and all workers of the server that serve it on this device call it there; see
+        `ts_handlers.model_process`.
     """
 
     count: int = 1
     scratch: Literal["private", "shared"] = "private"
     wait_seconds: float = 30.0
     cuda_graphs: bool = False
+    across_workers: bool = False

@@ -1,0 +1,253 @@
+"""The worker's side of a call, and what happens when the model's process ends.
+
+One thread waits on the connection that stands for this worker. When the process is gone it joins the next one, or
+starts it. Calls that were under way are sent again as suspects: such calls run one at a time, so one whose process ends
+again has ended it, and is answered with an error.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ts_handlers import errors
+from ts_handlers.errors import BusyError, WarmStartError
+from ts_handlers.model_process.launch import Launcher
+from ts_handlers.model_process.segments import Inbox, Outbox, copy_bytes
+from ts_handlers.model_process.wire import (
+    Answer,
+    Call,
+    Connection,
+    ConnectionLost,
+    Describe,
+    Description,
+    Refusal,
+    Started,
+)
+from ts_handlers.structure import unflatten
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.02
+RETRY_SECONDS = 5.0
+
+OnCounted = Callable[[Mapping[str, float]], None]
+
+
+class ModelProcessError(WarmStartError, RuntimeError):
+    """A call that the model's process failed with, or that ended it."""
+
+
+class ModelProcess:
+    """The process that holds a model, as one worker sees it.
+
+    Parameters
+    ----------
+    launcher:
+        Finds or starts it.
+    wait_seconds:
+        Longest wait of a call for a process that is being started anew.
+    on_counted:
+        Called with what the process has counted, each of it told to one worker only.
+    """
+
+    def __init__(self, launcher: Launcher, wait_seconds: float, on_counted: OnCounted) -> None:
+        self._launcher = launcher
+        self._wait_seconds = wait_seconds
+        self._on_counted = on_counted
+        self._lanes: collections.deque[_Lane] = collections.deque()
+        self._failure: Exception | None = None
+        self._connection: Connection | None = None
+        self._closed = False
+        self.joined = 0
+        """How many processes this worker has joined."""
+
+    def join(self) -> Description:
+        """Find or start the process, and follow it from now on.
+
+        Raises
+        ------
+        WarmStartError
+            What its start failed with.
+        """
+        self._connection, description = self._launcher.join()
+        self.joined += 1
+        threading.Thread(target=self._follow, daemon=True, name="ts_handlers-model-process").start()
+        return description
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """Call the model with tensors on the CPU, in declared order.
+
+        Returns
+        -------
+        The model's output with its tensors on the CPU, the caller's own.
+
+        Raises
+        ------
+        InputError, BusyError
+            What the model refuses; the latter also when no process could be started in time.
+        RuntimeError
+            What the model failed with, or that this call has ended its process twice.
+        """
+        return self._exchange(lambda lane, suspect: lane.call(tensors, suspect))
+
+    def describe(self) -> Description:
+        """What the process says of itself and its model; raises as `run` does."""
+        description: Description = self._exchange(lambda lane, suspect: lane.describe())
+        self._on_counted(description.counted)
+        return description
+
+    def close(self) -> None:
+        """Let the process go; calls that follow fail."""
+        self._closed = True
+        if self._connection is not None:
+            self._connection.close()
+        self._drop_lanes()
+
+    def _drop_lanes(self) -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                self._lanes.pop().close()
+
+    def _exchange(self, use: Callable[[_Lane, bool], Any]) -> Any:
+        deadline = time.monotonic() + self._wait_seconds
+        suspect = False
+        while True:
+            if self._closed:
+                raise BusyError("the model is being closed; send the request again")
+            lane = self._borrow(deadline)
+            try:
+                answer = use(lane, suspect)
+            except ConnectionLost as error:
+                lane.close()
+                if lane.alone:
+                    raise ModelProcessError(
+                        "the model's process has ended while it answered this request, and again while it answered "
+                        "nothing else; the reason stands in the log"
+                    ) from error
+                suspect = True
+                continue
+            except BaseException:
+                # An interrupted exchange leaves an answer behind that belongs to nobody.
+                lane.close() if lane.under_way else self._lanes.append(lane)
+                raise
+            self._lanes.append(lane)
+            return answer
+
+    def _borrow(self, deadline: float) -> _Lane:
+        while True:
+            with contextlib.suppress(IndexError):
+                return self._lanes.pop()
+            with contextlib.suppress(ConnectionLost):
+                return _Lane(self._launcher.connect(), self._on_counted)
+            failure = self._failure
+            if failure is not None:
+                raise ModelProcessError(f"the model's process cannot be started: {failure}") from failure
+            if time.monotonic() >= deadline:
+                raise BusyError(
+                    f"the model's process is being started anew, and was not ready within {self._wait_seconds:g} s; "
+                    "send the request again later, or raise contexts.wait_seconds in model-config.yaml"
+                )
+            time.sleep(POLL_SECONDS)
+
+    def _follow(self) -> None:
+        """Wait for the end of the process, and join the next one, again and again."""
+        while not self._closed:
+            assert self._connection is not None
+            self._connection.wait_for_end()
+            self._connection.close()
+            self._drop_lanes()
+            if not self._closed:
+                logger.warning("the model's process has ended; joining the next one")
+            while not self._closed:
+                try:
+                    self._connection, description = self._launcher.join()
+                except Exception as error:
+                    logger.warning("the model's process cannot be started: %s", error)
+                    self._failure = error
+                    time.sleep(RETRY_SECONDS)
+                else:
+                    self._failure = None
+                    self.joined += 1
+                    self._on_counted(description.counted)
+                    break
+
+
+class _Lane:
+    """A connection for one call at a time, with the memory for its tensors.
+
+    Attributes
+    ----------
+    alone:
+        Whether the call under way is a suspect that runs now.
+    under_way:
+        Whether an answer is outstanding.
+    """
+
+    def __init__(self, connection: Connection, on_counted: OnCounted) -> None:
+        self._connection = connection
+        self._on_counted = on_counted
+        self._outbox, self._inbox = Outbox(), Inbox()
+        self._structure: dict[str, Any] = {}
+        self.alone = False
+        self.under_way = False
+
+    def call(self, tensors: Sequence[torch.Tensor], suspect: bool) -> Any:
+        specs, descriptor = self._outbox.write(tensors)
+        try:
+            self.under_way = True
+            self._connection.send(Call(specs, suspect), () if descriptor is None else (descriptor,))
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+        answer = self._receive(Answer)
+        if answer.structure is not None:
+            self._structure = answer.structure
+        views = self._inbox.read(answer.tensors)
+        return unflatten([copy_bytes(torch.empty_like(view), view) for view in views], self._structure)
+
+    def describe(self) -> Description:
+        self.under_way = True
+        self._connection.send(Describe())
+        description: Description = self._receive(Description)
+        return description
+
+    def close(self) -> None:
+        self._connection.close()
+        self._outbox.close()
+        self._inbox.close()
+
+    def _receive(self, kind: Any) -> Any:
+        while True:
+            message, descriptors = self._connection.receive()
+            for descriptor in descriptors:
+                self._inbox.replace(descriptor)
+            if isinstance(message, Started):
+                self.alone = True
+                continue
+            self.alone = self.under_way = False
+            if isinstance(message, Refusal):
+                self._on_counted(message.counted)
+                raise _error(message)
+            if not isinstance(message, kind):
+                raise ConnectionLost(f"{kind.__name__} was expected, {type(message).__name__} found")
+            if isinstance(message, Answer) and message.counted:
+                self._on_counted(message.counted)
+            return message
+
+
+def _error(refusal: Refusal) -> Exception:
+    kind = getattr(errors, refusal.kind, None)
+    if isinstance(kind, type) and issubclass(kind, WarmStartError):
+        return kind(refusal.message)
+    if refusal.kind == "MemoryError":
+        return MemoryError(refusal.message)
+    return ModelProcessError(f"{refusal.kind}: {refusal.message}")

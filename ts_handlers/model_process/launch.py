@@ -1,0 +1,219 @@
+"""Finding the process that holds a model, or starting it: the worker's side; `__main__` is the process's.
+
+The process gets its specification as one line of JSON on its standard input, which stays open until the worker that
+started it has found it, and the descriptor of the folder's lock, which it holds until it ends. It writes to the
+worker's own standard output and standard error, and so into the server's log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ts_handlers import errors
+from ts_handlers.errors import ModelError, WarmStartError
+from ts_handlers.model_process.folder import folder_of, sweep
+from ts_handlers.model_process.wire import Connection, ConnectionLost, Description, Hello
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.02
+LOG_SECONDS = 10.0
+CLOCK_SECONDS = 0.02
+"""By how much a file's time may lag behind the clock."""
+STARTS = 8
+"""Processes that a worker starts one after the other when they die at their start: the crash guard quarantines what
+each of them has died of, and the ladder of backends ends at eager."""
+
+
+class LaunchError(WarmStartError, RuntimeError):
+    """The process that holds the model cannot be started, or dies each time it starts."""
+
+
+class Launcher:
+    """Knows one model's process, from one worker.
+
+    Parameters
+    ----------
+    name:
+        The model's name, for the log.
+    spec:
+        What the process starts from, JSON-compatible; workers with equal ones share it.
+    """
+
+    def __init__(self, name: str, spec: Mapping[str, Any]) -> None:
+        self._name = name
+        self._spec = dict(spec)
+        self._folder = folder_of(spec)
+
+    def join(self, deadline: float | None = None) -> tuple[Connection, Description]:
+        """A connection that stands for this worker, and what the process says of its model; starts it if need be.
+
+        Parameters
+        ----------
+        deadline:
+            Of `time.monotonic`; None waits for as long as some process starts.
+
+        Raises
+        ------
+        WarmStartError
+            What the start failed with.
+        LaunchError
+            The process cannot be started, or has died too often.
+        TimeoutError
+            The deadline has passed; a process that is starting goes on.
+        """
+        began, next_log, starts = time.time(), time.monotonic() + LOG_SECONDS, 0
+        started: subprocess.Popen[bytes] | None = None
+        try:
+            while True:
+                joined = self._greet()
+                if joined is not None:
+                    return joined
+                lock = self._folder.take_lock()
+                if lock is not None:
+                    try:
+                        self._raise_failure(began - CLOCK_SECONDS)
+                        if starts == STARTS:
+                            raise LaunchError(
+                                f"{self._name}: the model's process has died {starts} times while it started, last "
+                                f"{_how_it_ended(started)}; its own messages stand above in this log"
+                            )
+                        starts += 1
+                        _forget(started)
+                        started = self._start(lock)
+                    finally:
+                        os.close(lock)
+                now = time.monotonic()
+                if deadline is not None and now >= deadline:
+                    raise TimeoutError
+                if now >= next_log:
+                    next_log = now + LOG_SECONDS
+                    self._log_progress(time.time() - began)
+                time.sleep(POLL_SECONDS)
+        finally:
+            _forget(started)
+
+    def connect(self) -> Connection:
+        """A connection for calls.
+
+        Raises
+        ------
+        ConnectionLost
+            Nothing serves now.
+        """
+        channel = self._folder.connect()
+        if channel is None:
+            raise ConnectionLost("no process serves the model")
+        connection = Connection(channel)
+        connection.send(Hello(os.getpid()))
+        return connection
+
+    def _greet(self) -> tuple[Connection, Description] | None:
+        channel = self._folder.connect()
+        if channel is None:
+            return None
+        connection = Connection(channel)
+        try:
+            connection.send(Hello(os.getpid(), worker=True), (1, 2))
+            message, _ = connection.receive()
+            if isinstance(message, Description):
+                return connection, message
+        except ConnectionLost:  # it ends just now
+            pass
+        connection.close()
+        return None
+
+    def _raise_failure(self, since: float) -> None:
+        """Raise what another worker's process failed with while this one waited for it."""
+        status = self._folder.read_status()
+        if status is None or status.error is None or self._folder.status_time() < since:
+            return
+        kind = getattr(errors, status.error.type, None)
+        if isinstance(kind, type) and issubclass(kind, WarmStartError):
+            raise kind(status.error.message)
+        raise ModelError(f"{self._name}: the model's process failed: {status.error.type}: {status.error.message}")
+
+    def _start(self, lock: int) -> subprocess.Popen[bytes]:
+        sweep()
+        self._folder.forget_status()
+        self._folder.stop_listening()
+        spec = json.dumps({**self._spec, "folder": str(self._folder.path), "lock": lock})
+        # Entries of the search path that name no folder stand for the current one.
+        path = os.pathsep.join(dict.fromkeys(os.path.abspath(entry) for entry in sys.path))
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "ts_handlers.model_process"],
+                stdin=subprocess.PIPE,
+                pass_fds=(lock,),
+                cwd="/",  # `-m` searches there first; the process goes to the worker's folder by itself
+                env={**os.environ, "PYTHONPATH": path},
+            )
+        except OSError as error:
+            raise LaunchError(f"{self._name}: the model's process cannot be started: {error}") from error
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):  # one that died at once is seen when its lock is free
+            process.stdin.write(spec.encode() + b"\n")
+            process.stdin.flush()
+        threading.Thread(target=_reap, args=(process, self._name), daemon=True, name="ts_handlers-reap").start()
+        return process
+
+    def _log_progress(self, seconds: float) -> None:
+        status = self._folder.read_status()
+        if status is None:
+            logger.info("%s: waiting for the model's process since %.0f s", self._name, seconds)
+            return
+        logger.info(
+            "%s: waiting for the model's process %d since %.0f s; it is at: %s%s",
+            *(self._name, status.pid, seconds, status.phase),
+            "" if status.estimate is None else f" (the latest build took {status.estimate:.0f} s)",
+        )
+
+
+def _reap(process: subprocess.Popen[bytes], name: str) -> None:
+    process.wait()
+    if process.returncode:
+        logger.warning("%s: the model's process %d %s", name, process.pid, _how_it_ended(process))
+
+
+def _how_it_ended(process: subprocess.Popen[bytes] | None) -> str:
+    if process is None:
+        return "in another worker's hands"
+    code = process.wait()
+    if code >= 0:
+        return f"ended with status {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+def _forget(process: subprocess.Popen[bytes] | None) -> None:
+    """Close the pipe by which a process knows that the worker that started it still waits for it."""
+    if process is not None and process.stdin is not None:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+
+
+def parent_identity() -> list[int]:
+    """The parent process and its `process_start`: workers of one server share them."""
+    parent = os.getppid()
+    return [parent, process_start(parent)]
+
+
+def process_start(pid: int) -> int:
+    """When a process started, in clock ticks since the machine did; 0 when there is none."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0

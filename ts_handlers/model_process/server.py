@@ -1,0 +1,359 @@
+"""The model process's side: a thread for each connection, which reads a call, runs the model and answers.
+
+A call runs in the thread of its connection, so as many are under way as the workers send, and the model's own pool of
+execution contexts says how many run at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ts_handlers.compiled_model import CompiledModel
+from ts_handlers.errors import ModelError
+from ts_handlers.model_process.folder import Folder
+from ts_handlers.model_process.segments import Inbox, Outbox, pin
+from ts_handlers.model_process.wire import (
+    Answer,
+    Call,
+    Connection,
+    ConnectionLost,
+    Describe,
+    Description,
+    Hello,
+    Refusal,
+    Started,
+)
+from ts_handlers.structure import flatten
+
+logger = logging.getLogger(__name__)
+
+LINGER_SECONDS = 10.0
+"""How long the process waits for another worker when the last one has gone; one that TorchServe restarts takes less."""
+POLL_SECONDS = 0.25
+ABANDONED_SECONDS = 30.0
+"""How long a call may go on whose worker has ended, as TorchServe ends one that does not answer in time."""
+DEVICE_LOST_STATUS, HANGS_STATUS = 70, 71
+
+
+class Gate:
+    """Lets ordinary calls run beside each other, and a suspect one only alone."""
+
+    def __init__(self, on_count: Callable[[int], None]) -> None:
+        self._changed = threading.Condition()
+        self._running = 0
+        self._suspects = 0
+        self._alone = False
+        self._on_count = on_count
+
+    @contextlib.contextmanager
+    def beside_others(self) -> Iterator[None]:
+        """An ordinary call; waits for suspect ones."""
+        with self._changed:
+            while self._suspects:
+                self._changed.wait()
+            self._count(1)
+        try:
+            yield
+        finally:
+            self._leave()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """A suspect call; waits until nothing else runs."""
+        with self._changed:
+            self._suspects += 1
+            while self._running:
+                self._changed.wait()
+            self._count(1)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._suspects -= 1
+            self._leave()
+
+    def _leave(self) -> None:
+        with self._changed:
+            self._count(-1)
+            if self._suspects or not self._running:
+                self._changed.notify_all()
+
+    def _count(self, change: int) -> None:
+        self._running += change
+        self._on_count(self._running)
+
+
+class Counted:
+    """What the model has counted since somebody was told: each of it is told once, to one worker.
+
+    `refused` and `busy` are left out: the worker whose call was refused counts it.
+    """
+
+    def __init__(self, model: CompiledModel) -> None:
+        self._model = model
+        self._told: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def take(self) -> dict[str, float]:
+        """What is new, by name; waits for contexts as ``waited``, ``wait_seconds`` and ``context_refused``."""
+        stats = self._model.context_stats()
+        now: dict[str, float] = dict(self._model.metrics.counters)
+        del now["refused"], now["busy"]
+        now.update(waited=stats.waited, wait_seconds=stats.wait_seconds, context_refused=stats.refused)
+        if now == self._told:
+            return {}
+        with self._lock:
+            # A swap of the model begins a new pool's counts at zero.
+            new = {name: value - self._told.get(name, 0) for name, value in now.items()}
+            self._told = now
+        return {name: value for name, value in new.items() if value > 0}
+
+
+class Server:
+    """Serves a model to workers until none is left.
+
+    Parameters
+    ----------
+    model:
+        What is served.
+    folder:
+        Where the workers look for it; its lock is held.
+    wanted:
+        Whether somebody waits for this process who has not connected yet.
+    server_lives:
+        Whether the process still lives whose workers are served.
+    """
+
+    def __init__(
+        self, model: CompiledModel, folder: Folder, wanted: Callable[[], bool], server_lives: Callable[[], bool]
+    ) -> None:
+        self._model = model
+        self._folder = folder
+        self._wanted = wanted
+        self._server_lives = server_lives
+        self._counted = Counted(model)
+        self._gate = Gate(self._set_answering)
+        self._lock = threading.Lock()
+        self._connections: dict[Connection, _Calls | None] = {}
+        self._workers: dict[Connection, tuple[int, list[int]]] = {}
+        self._logs_to: Connection | None = None
+        self._start_is_told = False
+
+    def run(self) -> None:
+        """Take connections until no worker is left."""
+        listener = self._folder.listen()
+        listener.settimeout(POLL_SECONDS)
+        idle_since = time.monotonic()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                channel, _ = listener.accept()
+                self._take(channel)
+            if self._connections or self._wanted():
+                idle_since = time.monotonic()
+                self._leave_if_it_hangs()
+            elif not self._server_lives() or time.monotonic() - idle_since > LINGER_SECONDS:
+                break
+        self._folder.stop_listening()
+        listener.close()
+
+    def _set_answering(self, running: int) -> None:
+        self._model.answering = running
+
+    def _take(self, channel: socket.socket) -> None:
+        connection = Connection(channel)
+        if connection.peer_uid() != os.geteuid():  # the folder's mode rules that out
+            connection.close()
+            return
+        with self._lock:
+            self._connections[connection] = None
+        threading.Thread(target=self._converse, args=(connection,), daemon=True, name="ts_handlers-call").start()
+
+    def _converse(self, connection: Connection) -> None:
+        try:
+            hello, descriptors = connection.receive()
+            if not isinstance(hello, Hello):
+                raise ConnectionLost("expected a greeting")
+            if hello.worker:
+                self._add_worker(connection, hello.pid, descriptors)
+                with self._lock:
+                    first, self._start_is_told = not self._start_is_told, True
+                connection.send(self._description(first))
+                connection.wait_for_end()
+            else:
+                calls = _Calls(connection, self._model, self._gate, self._counted, self._description)
+                with self._lock:
+                    self._connections[connection] = calls
+                calls.run()
+        except ConnectionLost:
+            pass
+        finally:
+            with self._lock:
+                self._connections.pop(connection, None)
+            self._remove_worker(connection)
+            connection.close()
+
+    def _leave_if_it_hangs(self) -> None:
+        """End a process in which a call goes on for which nobody waits: it keeps its context for ever."""
+        with self._lock:
+            running = [calls for calls in self._connections.values() if calls is not None]
+        for calls in running:
+            if calls.abandoned_for() > ABANDONED_SECONDS:
+                logger.error("a call goes on %g s after its worker has ended; so does this process", ABANDONED_SECONDS)
+                os._exit(HANGS_STATUS)
+
+    def _description(self, first: bool = False) -> Description:
+        signature = self._model.signature
+        with self._lock:
+            workers = tuple(pid for pid, _ in self._workers.values())
+        accepts = signature.inputs, signature.dimensions
+        return Description(self._model.describe(), *accepts, os.getpid(), workers, self._counted.take(), first)
+
+    def _add_worker(self, connection: Connection, pid: int, descriptors: list[int]) -> None:
+        with self._lock:
+            self._workers[connection] = pid, descriptors
+            self._choose_log()
+
+    def _remove_worker(self, connection: Connection) -> None:
+        with self._lock:
+            _, descriptors = self._workers.pop(connection, (0, ()))
+            if self._logs_to is connection:
+                self._logs_to = None
+                self._choose_log()
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    def _choose_log(self) -> None:
+        """Write to the log of some worker that lives: the pipe of one that has ended is read by nobody."""
+        if self._logs_to is not None:
+            return
+        for connection, (_, descriptors) in self._workers.items():
+            if len(descriptors) == 2:
+                for ours, theirs in enumerate(descriptors, start=1):
+                    os.dup2(theirs, ours)
+                self._logs_to = connection
+                return
+
+
+class _Calls:
+    """The calls of one connection."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        model: CompiledModel,
+        gate: Gate,
+        counted: Counted,
+        description: Callable[[], Description],
+    ) -> None:
+        self._connection = connection
+        self._model = model
+        self._gate = gate
+        self._counted = counted
+        self._description = description
+        self._on_gpu = model.device.type == "cuda"
+        prepare = {"on_memory": pin} if self._on_gpu else {}
+        self._inbox, self._outbox = Inbox(**prepare), Outbox(**prepare)
+        self._structure: dict[str, Any] | None = None
+        self._answering = False
+        self._abandoned: float | None = None
+
+    def abandoned_for(self) -> float:
+        """For how many seconds a call has been going on whose worker has ended."""
+        if not self._answering or not self._connection.is_abandoned():
+            self._abandoned = None
+            return 0.0
+        if self._abandoned is None:
+            self._abandoned = time.monotonic()
+        return time.monotonic() - self._abandoned
+
+    def run(self) -> None:
+        """Answer until the other side ends."""
+        if self._on_gpu:
+            torch.cuda.set_device(self._model.device)
+            # Copies from and to shared memory wait for nothing that other threads do.
+            torch.cuda.set_stream(torch.cuda.Stream(self._model.device))  # type: ignore[no-untyped-call]
+        try:
+            while True:
+                message, descriptors = self._connection.receive()
+                for descriptor in descriptors:
+                    self._inbox.replace(descriptor)
+                if isinstance(message, Describe):
+                    self._connection.send(self._description())
+                elif isinstance(message, Call):
+                    self._answering = True
+                    self._answer(message)
+                    self._answering = False
+                else:
+                    raise ConnectionLost(f"a call was expected, {type(message).__name__} found")
+        finally:
+            self._inbox.close()
+            self._outbox.close()
+
+    def _answer(self, call: Call) -> None:
+        if not call.suspect:
+            with self._gate.beside_others():
+                self._run(call)
+            return
+        with self._gate.alone():  # until it is answered: what ends the process afterwards was another call
+            self._connection.send(Started())
+            self._run(call)
+
+    def _run(self, call: Call) -> None:
+        try:
+            output = self._model(*self._inbox.read(call.tensors))
+            leaves, structure = flatten(output)
+            with torch.inference_mode():
+                specs, descriptor = self._outbox.write(leaves)
+            try:
+                if self._on_gpu:
+                    torch.cuda.current_stream(self._model.device).synchronize()
+                told, self._structure = self._structure, structure
+                answer = Answer(specs, None if structure == told else structure, self._counted.take())
+                self._connection.send(answer, () if descriptor is None else (descriptor,))
+            finally:
+                if descriptor is not None:
+                    os.close(descriptor)
+        except ConnectionLost:
+            raise
+        except Exception as error:
+            self._refuse(call, error)
+
+    def _refuse(self, call: Call, error: Exception) -> None:
+        logger.debug("details", exc_info=error)
+        lost = self._device_is_lost(error)
+        if lost and not call.suspect:
+            os._exit(DEVICE_LOST_STATUS)  # without an answer: of the calls under way nobody knows which one it was
+        self._structure = None  # the answer that was to bring it may not have gone
+        self._outbox.close()  # the same for its memory
+        self._connection.send(Refusal(type(error).__name__, str(error)[:20_000], self._counted.take()))
+        if lost:
+            os._exit(DEVICE_LOST_STATUS)
+
+    def _device_is_lost(self, error: Exception) -> bool:
+        """Whether the CUDA context is broken: every call would fail in this process, and the workers start another."""
+        if not self._on_gpu or not isinstance(error, RuntimeError):
+            return False
+        try:
+            torch.cuda.synchronize(self._model.device)
+        except RuntimeError as broken:
+            logger.error("the GPU's context is lost, so the model's process ends: %s", broken)
+            return True
+        return False
+
+
+def refuse_without_inputs(model: CompiledModel) -> None:
+    """Raise when the model has no signature: only declared tensors travel between processes."""
+    if not model.signature.inputs:
+        raise ModelError(
+            "contexts.across_workers needs the model's inputs, found none; declare them under "
+            "handler.ts_handlers.inputs in model-config.yaml"
+        )

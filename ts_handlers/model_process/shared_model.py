@@ -1,0 +1,197 @@
+"""What a worker's handler has as its model when another process holds it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+import ts_handlers
+from ts_handlers.backends.base import Loaded, Request
+from ts_handlers.compiled_model import CompiledModel, Outcome
+from ts_handlers.errors import SettingsError, WarmStartError
+from ts_handlers.metrics import COUNTERS, Metrics
+from ts_handlers.model_process.client import ModelProcess
+from ts_handlers.model_process.launch import Launcher, parent_identity
+from ts_handlers.model_process.wire import Description
+from ts_handlers.model_source import ModelSource, Recipe
+from ts_handlers.serving.contexts import PoolStats
+from ts_handlers.serving.slots import ModuleSlots
+from ts_handlers.settings import SECTION, Settings
+from ts_handlers.signature import Signature, Sizes
+
+logger = logging.getLogger(__name__)
+
+
+class SharedModel(CompiledModel):
+    """A model that another process holds: takes and gives tensors on the CPU, and is called like any other.
+
+    Attributes of the eager module are reachable too, at the cost of building it in this process, on the CPU.
+
+    Parameters
+    ----------
+    request:
+        The model as this worker would start it on the CPU.
+    process:
+        Joined already.
+    description:
+        What it said then.
+    join_ms:
+        How long that took.
+    """
+
+    def __init__(self, request: Request, process: ModelProcess, description: Description, join_ms: float) -> None:
+        facts = description.facts
+        declared = request.signature or Signature(description.inputs, description.dimensions)
+        if request.settings.outside == "eager":  # which only the other process can tell
+            declared = _Unchecked(declared.inputs, declared.dimensions)
+        names = [field.name for field in dataclasses.fields(Outcome)]
+        outcome = Outcome(**{name: _frozen(facts[name]) for name in names})
+        metrics = Metrics.of_this_process()
+        slots = ModuleSlots(request.settings.contexts, request.device)
+        super().__init__(request, Loaded(run=process.run, signature=declared), outcome, metrics, slots)
+        self._outside_eager = False
+        self._process = process
+        self._description = description
+        self._join_ms = join_ms
+        self._stats = PoolStats()
+        self._stats_lock = threading.Lock()
+        metrics.build_ms.update(facts["build_ms"])
+        if description.first:
+            metrics.phases_ms.update({k: v for k, v in facts["phases_ms"].items() if k != "process"})
+        else:
+            metrics.phases_ms["wait"] = join_ms
+        self.absorb(description.counted)
+
+    def absorb(self, counted: Mapping[str, float]) -> None:
+        """Count here what the process has counted and told to nobody else."""
+        if not counted:
+            return
+        for name, amount in counted.items():
+            if name in COUNTERS:
+                self.metrics.count(name, int(amount))
+        with self._stats_lock:
+            before = self._stats
+            self._stats = PoolStats(
+                waited=before.waited + int(counted.get("waited", 0)),
+                wait_seconds=before.wait_seconds + counted.get("wait_seconds", 0.0),
+                refused=before.refused + int(counted.get("context_refused", 0)),
+            )
+
+    def close(self) -> None:
+        """Leave the process, which ends when nobody is left; further calls fail."""
+        self._process.close()
+
+    def context_stats(self) -> PoolStats:
+        """Waits for contexts that this worker reports; `describe` has those of all workers."""
+        return self._stats
+
+    def describe(self) -> dict[str, Any]:
+        """What the process says, and under ``across_workers`` its id, the ids of its workers, and how often it ended.
+
+        The counters are the process's, but for calls that this worker refused.
+        """
+        try:
+            self._description = self._process.describe()
+            reason = None
+        except WarmStartError as error:
+            reason = str(error)
+        facts = dict(self._description.facts)
+        counters = dict(facts["counters"])
+        for name in ("refused", "busy"):
+            counters[name] = self.metrics.counters[name]
+        facts["counters"] = counters
+        facts["across_workers"] = {
+            "pid": self._description.pid,
+            "workers": sorted(self._description.workers),
+            "joined": self._process.joined,
+            "join_ms": round(self._join_ms, 1),
+            "reason": reason,
+        }
+        return facts
+
+
+class _Unchecked(Signature):
+    """Binds arguments and leaves it to the other process what fits."""
+
+    def check(self, tensors: Any) -> Sizes:
+        return {}
+
+
+def join_model(source: ModelSource, settings: Settings, device: torch.device) -> SharedModel:
+    """The model that one process holds for all workers of this server; starts that process if there is none.
+
+    Raises
+    ------
+    SettingsError
+        No other process can make this model.
+    WarmStartError
+        What the start of the process failed with.
+    """
+    recipe = source.recipe()
+    if recipe is None:
+        raise SettingsError(
+            f"{SECTION}.contexts.across_workers: no other process can make {source.name!r}: it exists in this process "
+            "only, or its handler class is local; start it from an archive, or set across_workers: false"
+        )
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", 0)  # asking for the current one would make a CUDA context here
+    spec = {
+        "name": source.name,
+        "server": parent_identity(),
+        "directory": os.getcwd(),
+        "source": dict(recipe),
+        "files": _stamps(recipe),
+        "settings": msgspec.to_builtins(settings),
+        "overrides": {},
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "float32_matmul": torch.get_float32_matmul_precision(),
+        "package": [ts_handlers.__version__, ts_handlers.__file__, sys.executable],
+    }
+    began = time.perf_counter()
+    early: list[Mapping[str, float]] = []
+    models: list[SharedModel] = []
+    process = ModelProcess(
+        Launcher(source.name, spec),
+        settings.contexts.wait_seconds,
+        lambda counted: models[0].absorb(counted) if models else early.append(counted),
+    )
+    description = process.join()
+    join_ms = (time.perf_counter() - began) * 1000
+    model = SharedModel(Request(source, settings, torch.device("cpu")), process, description, join_ms)
+    models.append(model)
+    facts = {name: description.facts[name] for name in ("backend", "key", "result")}
+    logger.info(
+        "ts_handlers join %s",
+        json.dumps({"model": source.name, "pid": description.pid, **facts, "join_ms": round(join_ms, 1)}),
+    )
+    for counted in early:
+        model.absorb(counted)
+    return model
+
+
+def _stamps(recipe: Recipe) -> list[list[int | str]]:
+    """Size and time of the model's files: a model whose files change is another one."""
+    root = Path(recipe.get("directory") or recipe.get("model_dir") or recipe["path"])
+    paths = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root]
+    stamps: list[list[int | str]] = []
+    for path in paths:
+        if path.suffix != ".pyc":
+            status = path.stat()
+            stamps.append([str(path), status.st_size, status.st_mtime_ns, status.st_ino])
+    return stamps
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

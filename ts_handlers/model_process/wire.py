@@ -1,0 +1,188 @@
+"""What workers and the model process say to each other: messages over a Unix socket that keeps their boundaries.
+
+A message is MessagePack, an array whose first element is the kind. File descriptors go beside it: those of shared
+memory (`ts_handlers.model_process.segments`), and with a worker's `Hello` where its log goes.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import os
+import select
+import socket
+from typing import Any
+
+import msgspec
+
+from ts_handlers.settings.model import Dimension, InputSpec
+
+MOST_BYTES = 1 << 20
+MOST_DESCRIPTORS = 2
+
+
+class TensorSpec(msgspec.Struct, frozen=True, array_like=True):
+    """A tensor in shared memory: torch's name of its dtype, its shape, and where it begins, in bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The first message of a connection.
+
+    `worker` says that the connection stands for a worker: it stays open while the worker lives, and the descriptors of
+    the worker's standard output and standard error come with it. Other connections carry calls.
+    """
+
+    pid: int
+    worker: bool = False
+
+
+class Call(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """One call of the model; `suspect` when an earlier process has ended while it was under way."""
+
+    tensors: tuple[TensorSpec, ...]
+    suspect: bool = False
+
+
+class Describe(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Asks for `Description`."""
+
+
+class Started(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A suspect call runs now, and nothing else does."""
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A call's outputs. `structure` is left out when it is that of the connection's last answer."""
+
+    tensors: tuple[TensorSpec, ...]
+    structure: dict[str, Any] | None
+    counted: dict[str, float]
+
+
+class Refusal(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A call's exception: the name of its class, and its message."""
+
+    kind: str
+    message: str
+    counted: dict[str, float]
+
+
+class Description(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """What the model's `describe` says, what it accepts, and the process that holds it.
+
+    `first` is true once: for the worker that reports how the process has started.
+    """
+
+    facts: dict[str, Any]
+    inputs: tuple[InputSpec, ...]
+    dimensions: dict[str, Dimension]
+    pid: int
+    workers: tuple[int, ...]
+    counted: dict[str, float]
+    first: bool = False
+
+
+Message = Hello | Call | Describe | Started | Answer | Refusal | Description
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+class ConnectionLost(Exception):
+    """The other side is gone, or what it says makes no sense."""
+
+
+class Connection:
+    """One side of a connection; for one thread at a time."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._buffer: Any = None  # made when the first message comes; a waiting worker needs none
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            with contextlib.suppress(OSError):
+                channel.setsockopt(socket.SOL_SOCKET, option, 2 * MOST_BYTES)
+
+    def peer_uid(self) -> int:
+        """The user of the process at the other side."""
+        raw = self._channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return int(array.array("i", raw)[1])
+
+    def send(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
+        """Send one message.
+
+        Raises
+        ------
+        ConnectionLost
+            Nobody reads it any more.
+        ValueError
+            It is too large for one message.
+        """
+        data = _encoder.encode(message)
+        try:
+            if descriptors:
+                rights = array.array("i", descriptors)
+                self._channel.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+            else:
+                self._channel.send(data)
+        except OSError as error:
+            if error.errno == errno.EMSGSIZE:
+                raise ValueError(f"a message of {len(data)} bytes does not fit the socket") from error
+            raise ConnectionLost(str(error)) from error
+
+    def receive(self) -> tuple[Message, list[int]]:
+        """Wait for a message; its descriptors are the caller's to close.
+
+        Raises
+        ------
+        ConnectionLost
+            The other side has ended.
+        """
+        if self._buffer is None:
+            self._buffer = bytearray(MOST_BYTES)
+        space = socket.CMSG_SPACE(4 * MOST_DESCRIPTORS)
+        try:
+            count, ancillary, _, _ = self._channel.recvmsg_into([self._buffer], space, socket.MSG_CMSG_CLOEXEC)
+        except OSError as error:
+            raise ConnectionLost(str(error)) from error
+        descriptors = array.array("i")
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+        try:
+            if not count:
+                raise ConnectionLost("the other side has ended")
+            message = _decoder.decode(memoryview(self._buffer)[:count])
+        except BaseException as error:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            if isinstance(error, msgspec.DecodeError):
+                raise ConnectionLost(f"a message that makes no sense: {error}") from error
+            raise
+        return message, list(descriptors)
+
+    def wait_for_end(self) -> None:
+        """Wait until the other side has ended; what it says until then is not listened to."""
+        with contextlib.suppress(ConnectionLost):
+            while True:
+                for descriptor in self.receive()[1]:
+                    os.close(descriptor)
+
+    def is_abandoned(self) -> bool:
+        """Whether the other side has gone."""
+        poll = select.poll()
+        try:
+            poll.register(self._channel, select.POLLRDHUP)
+            return bool(poll.poll(0))
+        except (OSError, ValueError):
+            return True
+
+    def close(self) -> None:
+        """Close it, and wake a thread of this process that waits for a message."""
+        with contextlib.suppress(OSError):
+            self._channel.shutdown(socket.SHUT_RDWR)
+        self._channel.close()
