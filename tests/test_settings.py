@@ -24,6 +24,10 @@ def parse(section: Any, **config: Any) -> Settings:
     return parse_settings({"handler": {"ts_handlers": section}, **config})
 
 
+def ids(values: Any = None, limits: Any = None) -> dict[str, Any]:
+    return {"name": "ids", "dtype": "int64", "shape": [4], "values": values, "limits": limits}
+
+
 def message(section: Any, **config: Any) -> str:
     with pytest.raises(SettingsError) as caught:
         parse(section, **config)
@@ -76,6 +80,8 @@ def test_unknown_keys_are_named_at_every_level(section: dict[str, Any], parts: l
         ({"on_miss": "ignore"}, ["handler.ts_handlers.on_miss", "'ignore'", "compile, background, fail, eager"]),
         ({"inputs": [{**INPUT, "dtype": "float31"}]}, ["handler.ts_handlers.inputs[0].dtype", "'float31'", "bfloat16"]),
         ({"inputs": [{**INPUT, "shape": [1.5]}]}, ["handler.ts_handlers.inputs[0].shape[0]", "1.5"]),
+        ({"inputs": [{**INPUT, "limits": [1]}]}, ["handler.ts_handlers.inputs[0].limits", "array", "2"]),
+        ({"inputs": [{**INPUT, "limits": [0, "x"]}]}, ["handler.ts_handlers.inputs[0].limits[1]", "'x'"]),
         ({"inputs": [{"name": "x", "dtype": "int64"}]}, ["handler.ts_handlers.inputs[0]", "shape"]),
         ({"dimensions": {"batch": 3}}, ["handler.ts_handlers.dimensions.batch", "object", "3"]),
         ({"dimensions": {"batch": {"min": "1", "max": 8}}}, ["handler.ts_handlers.dimensions.batch.min", "'1'"]),
@@ -123,6 +129,16 @@ def test_wrong_types_and_values_are_named(section: Any, parts: list[str]) -> Non
             {"inputs": [{"name": "i", "dtype": "int64", "shape": [1], "values": [0.2, 0.7]}]},
             ["inputs[0].values", "int64"],
         ),
+        ({"inputs": [ids([0, 9], limits=[0, 8])]}, ["inputs[0].values", "[0.0, 9.0]", "limits [0, 8]", "warm-up"]),
+        ({"inputs": [ids([-1, 9], limits=[0, None])]}, ["inputs[0].values", "[-1.0, 9.0]", "limits [0, None]"]),
+        ({"inputs": [ids(limits=[3, 3])]}, ["inputs[0].limits", "[3, 3]", "holds no int64", "low below high"]),
+        ({"inputs": [ids(limits=[0.2, 0.7])]}, ["inputs[0].limits", "holds no int64"]),
+        ({"inputs": [{**ids(limits=[128, None]), "dtype": "int8"}]}, ["inputs[0].limits", "holds no int8"]),
+        ({"inputs": [{**ids(limits=[7e4, 8e4]), "dtype": "float16"}]}, ["inputs[0].limits", "holds no float16"]),
+        ({"inputs": [ids(limits=[None, None])]}, ["inputs[0].limits", "null for an open end", "remove it"]),
+        ({"inputs": [ids(limits=[0, math.inf])]}, ["inputs[0].limits", "null for an open end", "inf"]),
+        ({"inputs": [ids(limits=[math.nan, 3])]}, ["inputs[0].limits", "nan"]),
+        ({"inputs": [ids(limits=[10**400, None])]}, ["inputs[0].limits", "holds no int64"]),
         ({**SECTION, "warmup": [{"batch": 9}]}, ["warmup[0].batch", "9", "1..8"]),
         ({**SECTION, "warmup": [{"batch": 1}, {"length": 9}]}, ["warmup[1].length", "unknown dimension", "batch"]),
     ],
@@ -131,6 +147,13 @@ def test_impossible_combinations_are_refused(section: dict[str, Any], parts: lis
     text = message(section)
     for part in parts:
         assert part in text
+
+
+@pytest.mark.parametrize("limits", [[0, 30522], [0, None], [None, 2**62 + 1], [-0.5, 2.5], None])
+def test_limits_are_numbers_or_open(limits: Any) -> None:
+    (spec,) = parse({"inputs": [ids(limits=limits)]}).inputs
+    assert spec.limits == (None if limits is None else tuple(limits))
+    assert spec.values is None
 
 
 def test_the_file_itself_must_be_a_mapping() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ts_handlers.errors import InputError
+from ts_handlers.errors import InputError, LoadError
 from ts_handlers.settings import Dimension, InputSpec
+from ts_handlers.settings.values import values_to_draw
 from ts_handlers.signature import Signature
 
 CPU = torch.device("cpu")
@@ -53,7 +55,8 @@ def calls(draw: st.DrawFn) -> tuple[Signature, list[torch.Tensor]]:
         change = draw(st.sampled_from(["none", "none", "none", "size", "rank", "dtype"]))
         dtype = spec.dtype
         if change == "size" and shape:
-            shape[draw(st.integers(0, len(shape) - 1))] += draw(st.sampled_from([1, -1]))
+            axis = draw(st.integers(0, len(shape) - 1))
+            shape[axis] = max(0, shape[axis] + draw(st.sampled_from([1, -1])))
         elif change == "rank":
             shape.append(1)
         elif change == "dtype":
@@ -201,3 +204,115 @@ def test_what_it_remembers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             sizes = {"batch": 2, "length": length}
             assert signature.check(signature.generate(sizes)) == sizes
     assert len(signature._accepted) == 3
+
+
+numbers = st.integers(-20, 20) | st.floats(-20, 20)
+bounds = st.tuples(st.none() | numbers, st.none() | numbers).filter(lambda pair: pair != (None, None))
+
+
+def limited(dtype: Any, limits: Any, values: Any = None) -> Signature:
+    return Signature([InputSpec("x", dtype, ("n",), values=values, limits=limits)], {"n": Dimension(1, 99)})
+
+
+def inside(value: float, limits: tuple[Any, Any]) -> bool:
+    """The limits, said in another way than by the code under test."""
+    return value >= (-math.inf if limits[0] is None else limits[0]) and value < (
+        math.inf if limits[1] is None else limits[1]
+    )
+
+
+@given(st.sampled_from([*DTYPES, "int8", "bfloat16", "float64"]), bounds, st.lists(numbers, min_size=1, max_size=5))
+def test_limits_accept_exactly_what_lies_between_them(dtype: str, limits: Any, values: list[float]) -> None:
+    tensor = torch.tensor(values).to(getattr(torch, dtype))
+    signature = limited(dtype, limits)
+    if all(inside(value, limits) for value in tensor.tolist()):
+        assert signature.bind([tensor], {}, CPU)[0] is tensor
+        return
+    with pytest.raises(InputError, match="'x': expected values inside its limits"):
+        signature.bind([tensor], {}, CPU)
+    with pytest.raises(InputError, match="'x': expected values inside its limits"):
+        signature.bind([], {"x": tensor}, CPU)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limits", "values", "text"),
+    [
+        ("int64", (0, 30522), [5, 30522, 7], r"\[0, 30522\), found 30522;"),
+        ("int64", (0, 30522), [5, -1, 7], r"\[0, 30522\), found -1;"),
+        ("int64", (None, 2**53), [2**53 + 1], r"\[null, 9007199254740992\), found 9007199254740993;"),
+        ("float32", (0, None), [1.0, -0.5], r"\[0, null\), found -0.5;"),
+        ("float32", (0, 1), [0.5, math.nan], "found nan;"),
+        ("float16", (None, 1), [math.nan], "found nan;"),
+        ("float32", (0, 1), [math.inf], "found inf;"),
+    ],
+)
+def test_what_lies_outside_its_limits_is_named(dtype: str, limits: Any, values: list[float], text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        limited(dtype, limits).bind([torch.tensor(values, dtype=getattr(torch, dtype))], {}, CPU)
+
+
+def test_limits_hold_whatever_the_dtype_of_the_tensor_is() -> None:
+    """Another dtype is refused by `check`, after which `outside: eager` would still run it."""
+    signature = limited("int64", (0, 9))
+    for dtype in (torch.int32, torch.uint8, torch.float32):
+        with pytest.raises(InputError, match="limits"):
+            signature.bind([torch.tensor([9], dtype=dtype)], {}, CPU)
+        with pytest.raises(InputError, match="dtype"):
+            signature.check(signature.bind([torch.tensor([8], dtype=dtype)], {}, CPU))
+    for dtype in (torch.complex64, torch.float8_e4m3fn):
+        with pytest.raises(InputError, match="'x': expected real numbers"):
+            signature.bind([torch.zeros(1).to(dtype)], {}, CPU)
+
+
+def test_an_empty_tensor_has_no_value_outside() -> None:
+    signature = limited("int64", (0, 9))
+    (empty,) = signature.bind([torch.zeros(0, dtype=torch.int64)], {}, CPU)
+    with pytest.raises(InputError, match="size 0"):
+        signature.check([empty])
+
+
+def test_limits_are_looked_at_before_the_tensor_moves() -> None:
+    """A tensor on the device `meta` has no values any more."""
+    signature = limited("int64", (0, 9))
+    with pytest.raises(InputError, match="found 9;"):
+        signature.bind([torch.tensor([9])], {}, torch.device("meta"))
+    (moved,) = signature.bind([torch.tensor([8])], {}, torch.device("meta"))
+    assert moved.device.type == "meta"
+
+
+@given(st.sampled_from([*DTYPES, "int8", "bfloat16", "float64"]), bounds, st.integers(0, 3))
+def test_inputs_are_drawn_from_the_limits(dtype: str, limits: Any, seed: int) -> None:
+    drawn_from = values_to_draw(InputSpec("x", dtype, ("n",), limits=limits))  # type: ignore[arg-type]
+    assert drawn_from is not None
+    if drawn_from[1] - drawn_from[0] < 0.5:  # settings refuse an empty range; 16 bits may have nothing in a small one
+        return
+    signature = limited(dtype, limits)
+    (tensor,) = signature.generate({"n": 50}, seed)
+    assert all(inside(value, limits) for value in tensor.tolist())
+    assert signature.bind([tensor], {}, CPU)[0] is tensor
+
+
+def test_values_are_drawn_rather_than_limits() -> None:
+    (tensor,) = limited("int64", (0, 1000), values=(3, 5)).generate({"n": 99})
+    assert set(tensor.tolist()) == {3, 4}
+
+
+def test_limits_and_values_are_no_part_of_the_key() -> None:
+    lines = {
+        signature.canonical()
+        for signature in (limited("int64", None), limited("int64", (0, 9)), limited("int64", None, values=(0, 3)))
+    }
+    assert len(lines) == 1
+
+
+def test_limits_and_values_are_those_that_are_declared_now() -> None:
+    built = Signature([ids, mask, scale], {"batch": Dimension(1, 2), "length": Dimension(2, 6)})
+    declared = Signature([InputSpec("ids", "int64", ("batch", "length"), limits=(0, 5)), mask, scale], {})
+    served = built.with_values_of(declared)
+    assert served.canonical() == built.canonical()
+    assert [spec.limits for spec in served.inputs] == [(0, 5), None, None]
+    assert int(served.generate({"batch": 2, "length": 6}, seed=3)[0].max()) < 5 <= int(ids.values[1])  # type: ignore[index]
+    again = served.narrowed({"length": (2, 3)}).with_values_of(built)
+    assert (again.inputs, again.dimensions["length"]) == (built.inputs, Dimension(2, 3))
+    with pytest.raises(LoadError, match="no input 'other', for which limits are declared"):
+        built.with_values_of(Signature([InputSpec("other", "int64", (2,), limits=(0, 5))], {}))

@@ -67,11 +67,19 @@ def test_named_tuple_is_still_unpacked_by_position() -> None:
     assert second["deep"] is two
 
 
-def test_torch_return_types_come_back_as_tuples() -> None:
-    output = torch.tensor([[1.0, 3.0]]).max(dim=1)
-    values, indices = round_trip(output)
-    assert values is output[0]
-    assert indices is output[1]
+@pytest.mark.parametrize(
+    ("output", "fields"),
+    [
+        (torch.tensor([[1.0, 3.0]]).max(dim=1), ["values", "indices"]),
+        (torch.linalg.svd(torch.eye(2)), ["U", "S", "Vh"]),
+        (torch.frexp(torch.ones(2)), ["mantissa", "exponent"]),
+    ],
+)
+def test_torch_return_types_keep_their_field_names(output: Any, fields: list[str]) -> None:
+    back = round_trip({"deep": [output]})["deep"][0]
+    assert len(back) == len(output) == len(fields)
+    for index, (item, name) in enumerate(zip(back, fields, strict=True)):
+        assert item is back[index] is getattr(back, name) is getattr(output, name)
 
 
 def test_dataclass_comes_back_with_its_fields() -> None:

@@ -210,6 +210,7 @@ class Attempt:
             raise
 
     def _compile(self, lease: Lease, staging: Path) -> _Made:
+        self._request.check_source()
         lease.report(phase="build")
         with self._metrics.phase("build"), self._guard.marked("build"):
             built = self._backend.build(self._request, staging, self._metrics.build_phase)
@@ -298,6 +299,8 @@ class Attempt:
                     self._turn()
                 with self._metrics.phase("load"), guard.limited():
                     loaded = self._backend.load(self._request, directory, manifest.artifact)
+            if self._request.signature is not None:  # an entry knows no limits, and the values of its builder
+                loaded.signature = loaded.signature.with_values_of(self._request.signature)
             loaded = self._slots.wrap(loaded)
             limited = guard.limit(loaded) if self._turn is None else _take_turns(loaded, self._turn)
             with self._metrics.phase("canary"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import inspect
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 
 from ts_handlers.archive_files import Tensors
-from ts_handlers.errors import ModelError
+from ts_handlers.errors import BuildError, ModelError
 from ts_handlers.model_source import BaseSource
+from ts_handlers.settings import Settings
 
 
 class ExportedSource(BaseSource):
@@ -61,6 +63,17 @@ class ExportedSource(BaseSource):
                 f"{self.path.name} cannot be loaded as an exported program: {type(error).__name__}: {error}; "
                 "export it again with this torch version"
             ) from error
+
+    def check_settings(self, settings: Settings) -> None:
+        """Compare dtype, inputs and dimensions with the program's; inputs that cannot be described are left to it."""
+        from ts_handlers.backends.exported import program_inputs
+        from ts_handlers.backends.exported_declaration import compare_dtype, compare_inputs
+        from ts_handlers.signature import Signature
+
+        compare_dtype(self.program, settings.dtype)
+        if settings.inputs:
+            with contextlib.suppress(BuildError):
+                compare_inputs(*program_inputs(self.program), Signature(settings.inputs, settings.dimensions))
 
     def _build(self) -> torch.nn.Module:
         return _ExportedModule(self.program)

@@ -23,6 +23,7 @@ from ts_handlers.digests import DigestFile, FileDigest
 from ts_handlers.errors import ModelError
 from ts_handlers.initialization import skip_random_initialization
 from ts_handlers.module_identity import module_facts
+from ts_handlers.settings import Settings
 
 Recipe = Mapping[str, Any]
 """How another process makes the same source: JSON-compatible, read by `ts_handlers.recipes.make_source`."""
@@ -73,6 +74,12 @@ class ModelSource(Protocol):
     def weights_digest(self) -> str:
         """Digest of the weights' values."""
 
+    def check_settings(self, settings: Settings) -> None:
+        """Raise `SettingsError` where the settings contradict what the model says of itself.
+
+        Loads the model where need be, so a warm start does not call it: the settings are in the key.
+        """
+
     def prepare(self) -> None:
         """Import what `eager` needs; does nothing where that is not known.
 
@@ -102,6 +109,9 @@ class BaseSource:
     def recipe(self) -> Recipe | None:
         """How another process makes this source; None when it cannot."""
         return self._recipe
+
+    def check_settings(self, settings: Settings) -> None:
+        """Does nothing: a module does not say what it takes."""
 
     def prepare(self) -> None:
         """Does nothing: how the module is built is not known here."""

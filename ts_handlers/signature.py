@@ -1,24 +1,28 @@
 """The model's input signature: what a request may look like.
 
 An AOTInductor artifact does not check its inputs: called with another shape than it was built for it answers with
-wrong numbers. So every call is checked here against the declared names, dtypes, shapes and ranges, and what does not
-fit is refused before it reaches an artifact.
+wrong numbers, and where an index is out of range it ends the process. So every call is checked here against the
+declared names, dtypes, shapes, ranges and limits, and what does not fit is refused before it reaches an artifact.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
 
-from ts_handlers.errors import InputError
-from ts_handlers.settings import Dimension, InputSpec
+from ts_handlers.errors import InputError, LoadError
+from ts_handlers.settings import DTYPES, Dimension, InputSpec
+from ts_handlers.settings.values import values_to_draw
 
 Sizes = dict[str, int]
 _REMEMBERED = 1000
 """Combinations of dtypes and shapes that `Signature.check` has accepted and need not look at again."""
+_ORDERED = {getattr(torch, name) for name in DTYPES}
 
 
 class Signature:
@@ -33,9 +37,10 @@ class Signature:
     """
 
     def __init__(self, inputs: Sequence[InputSpec], dimensions: Mapping[str, Dimension]) -> None:
-        self.inputs = tuple(inputs)
+        self.inputs = tuple(_with_values(spec) for spec in inputs)
         self.dimensions = dict(dimensions)
         self.names = tuple(spec.name for spec in self.inputs)
+        self._limits = tuple(spec.limits for spec in self.inputs)
         self._dtypes = tuple(getattr(torch, spec.dtype) for spec in self.inputs)
         self._ranges = {name: (d.min, d.max) for name, d in self.dimensions.items()}
         self._accepted: dict[tuple[tuple[torch.dtype, torch.Size], ...], Sizes] = {}
@@ -52,7 +57,7 @@ class Signature:
         Raises
         ------
         InputError
-            An argument is missing, unknown, given twice or not a tensor.
+            An argument is missing, unknown, given twice or not a tensor, or it holds a value outside its limits.
         """
         if len(args) > len(self.names):
             raise InputError(
@@ -72,6 +77,9 @@ class Signature:
                 raise InputError(f"input {name!r}: expected a tensor, found {type(value).__name__}")
             if value.layout != torch.strided:
                 raise InputError(f"input {name!r}: expected a dense tensor, found layout {str(value.layout)[6:]}")
+            limits = self._limits[index]
+            if limits is not None:  # looked at where the tensor lies: on a GPU it would take a synchronisation
+                _check_limits(name, value, *limits)
             if value.device != device:
                 value = value.to(device, non_blocking=True)
             # An artifact reads the memory as it lies, so pending negations (imag of a conjugate) are carried out here.
@@ -152,16 +160,14 @@ class Signature:
         tensors = []
         for spec, dtype in zip(self.inputs, self._dtypes, strict=True):
             shape = [size if isinstance(size, int) else sizes[size] for size in spec.shape]
-            if dtype.is_floating_point:
-                if spec.values is None:
-                    value = torch.randn(shape, generator=generator)
-                else:
-                    low, high = spec.values
-                    value = torch.rand(shape, generator=generator) * (high - low) + low
-                tensors.append(value.to(dtype))
+            drawn_from = values_to_draw(spec)
+            if drawn_from is None:
+                tensors.append(torch.randn(shape, generator=generator).to(dtype))
+            elif dtype.is_floating_point:
+                tensors.append(_draw(shape, *drawn_from, dtype, generator))
             else:
-                low, high = spec.values or (0, 2)
-                tensors.append(torch.randint(int(low), int(high), shape, generator=generator).to(dtype))
+                low, high = map(int, drawn_from)
+                tensors.append(torch.randint(low, high, shape, generator=generator).to(dtype))
         return tensors
 
     def example_sizes(self, wanted: Mapping[str, int] | None = None) -> Sizes:
@@ -205,11 +211,73 @@ class Signature:
         }
         return Signature(self.inputs, dimensions)
 
+    def with_values_of(self, declared: Signature) -> Signature:
+        """The same signature with the values and limits that `declared` has for its inputs.
+
+        No artifact depends on them, so an entry may have been built with other ones than are declared now.
+
+        Raises
+        ------
+        LoadError
+            Limits are declared for an input that this signature does not have.
+        """
+        specs = {spec.name: spec for spec in declared.inputs}
+        unknown = [name for name, spec in specs.items() if spec.limits is not None and name not in self.names]
+        if unknown:
+            raise LoadError(f"the artifact has no input {unknown[0]!r}, for which limits are declared")
+        inputs = [
+            msgspec.structs.replace(spec, values=specs[spec.name].values, limits=specs[spec.name].limits)
+            if spec.name in specs
+            else spec
+            for spec in self.inputs
+        ]
+        return Signature(inputs, self.dimensions)
+
     def canonical(self) -> str:
-        """One line that is equal for equal signatures; a part of the cache key."""
+        """One line that is equal for signatures of equal names, dtypes, shapes and ranges; a part of the cache key."""
         inputs = ";".join(f"{s.name}:{s.dtype}[{','.join(map(str, s.shape))}]" for s in self.inputs)
         ranges = ",".join(f"{name}={d.min}..{d.max}" for name, d in sorted(self.dimensions.items()))
         return f"{inputs}|{ranges}"
+
+
+def _with_values(spec: InputSpec) -> InputSpec:
+    """An input that has limits with the range in them from which it is drawn; an artifact's manifest keeps that one."""
+    if spec.limits is None or spec.values is not None:
+        return spec
+    return msgspec.structs.replace(spec, values=values_to_draw(spec))
+
+
+def _check_limits(name: str, tensor: torch.Tensor, low: float | None, high: float | None) -> None:
+    """Refuse values below `low` or from `high` on, and those that are not a number."""
+    if tensor.dtype not in _ORDERED:
+        raise InputError(f"input {name!r}: expected real numbers, found {str(tensor.dtype)[6:]}")
+    if not tensor.numel():
+        return
+    ends = tensor.aminmax()
+    least, most = torch.stack(ends).tolist() if tensor.is_cuda else (ends[0].item(), ends[1].item())
+    # NaN, which `aminmax` hands on, fails every comparison.
+    if (low is None or low <= least) and (high is None or most < high):
+        return
+    found = most if low is None or low <= least else least
+    shown = ", ".join("null" if bound is None else f"{bound}" for bound in (low, high))
+    raise InputError(
+        f"input {name!r}: expected values inside its limits [{shown}), found {found}; the limits are declared in "
+        f"handler.ts_handlers.inputs of model-config.yaml"
+    )
+
+
+def _draw(
+    shape: Sequence[int], low: float, high: float, dtype: torch.dtype, generator: torch.Generator
+) -> torch.Tensor:
+    """Uniform values of ``[low, high)`` as far as the dtype has them: rounding would reach the end of the range."""
+    share = torch.rand(shape, generator=generator).double()
+    value = (share * high + (1 - share) * low).to(dtype)
+    first, last = torch.tensor(low, dtype=dtype), torch.tensor(high, dtype=dtype)
+    if first.item() < low:
+        first = torch.nextafter(first, torch.full_like(first, math.inf))
+    if last.item() >= high:
+        last = torch.nextafter(last, torch.full_like(last, -math.inf))
+    return value.clamp(first, last)
 
 
 def _show(shape: Sequence[int | str]) -> str:

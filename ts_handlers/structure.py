@@ -124,6 +124,9 @@ def _fields(value: Any) -> tuple[str, dict[str, Any]] | None:
         return "mapping", {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return "namedtuple", dict(value._asdict())
+    if isinstance(value, tuple) and type(value).__module__ == "torch.return_types":  # without _asdict
+        kind: Any = type(value)
+        return "namedtuple", dict(zip(kind.__match_args__, value, strict=True))
     return None
 
 

@@ -13,7 +13,8 @@ from subprocesses import run_python
 
 from ts_handlers import CompiledModel, ExportedSource, Settings, start_model
 from ts_handlers.backends.exported import describe_program, refuse_mutations
-from ts_handlers.errors import BuildError, InputError, MissError, ModelError
+from ts_handlers.errors import BuildError, InputError, MissError, ModelError, SettingsError
+from ts_handlers.settings import Dimension, InputSpec
 from ts_handlers.structure import unflatten
 
 BATCH = torch.export.Dim("batch", min=1, max=6)
@@ -200,3 +201,128 @@ def test_an_unbounded_dimension(tmp_path: Path) -> None:
     for rows in (2, 5, 1000):
         x = torch.randn(rows, 4)
         torch.testing.assert_close(model(x, x), x + x)
+
+
+class Pairs(torch.nn.Module):
+    """Two dimensions, of which one is that of two inputs; a dimension of a fixed size; float32 weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = torch.nn.Embedding(9, 4)
+
+    def forward(self, ids: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return self.words(ids).sum(1) * scale
+
+
+def write_pairs(path: Path) -> Path:
+    batch, length = torch.export.Dim("b", min=1, max=6), torch.export.Dim("l", min=2, max=8)
+    shapes = {"ids": {0: batch, 1: length}, "scale": {0: batch}}
+    torch.export.save(export(Pairs(), torch.ones(3, 5, dtype=torch.int64), torch.ones(3, 4), shapes=shapes), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pairs(tmp_path_factory.mktemp("pairs") / "model.pt2")
+
+
+IDS = InputSpec("ids", "int64", ("batch", "length"), limits=(0, 9))
+SCALE = InputSpec("scale", "float32", ("batch", 4))
+RANGES = {"batch": Dimension(1, 6), "length": Dimension(2, 8)}
+EAGER = {"backends": ("eager",)}
+
+
+def with_shape(spec: InputSpec, *shape: int | str) -> InputSpec:
+    return InputSpec(spec.name, spec.dtype, shape)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "dimensions"),
+    [
+        ((IDS, SCALE), RANGES),
+        ((IDS, SCALE), {"batch": Dimension(2, 3), "length": Dimension(8, 8)}),
+        ((with_shape(IDS, 5, "length"), with_shape(SCALE, 5, 4)), {"length": Dimension(3, 8)}),
+        ((with_shape(IDS, 5, "length"), SCALE), {"batch": Dimension(5, 5), "length": Dimension(3, 8)}),
+        ((with_shape(IDS, "one", "one"), with_shape(SCALE, "one", 4)), {"one": Dimension(2, 6)}),
+        ((IDS, with_shape(SCALE, "batch", "width")), {**RANGES, "width": Dimension(4, 4)}),
+    ],
+)
+def test_a_declaration_that_the_program_takes_is_what_holds(
+    pairs: Path, inputs: tuple[InputSpec, ...], dimensions: dict[str, Dimension]
+) -> None:
+    model = start(pairs, pairs.parent / "store", inputs=inputs, dimensions=dimensions, dtype="float32", **EAGER)
+    sizes = {name: dimension.max for name, dimension in dimensions.items()}
+    tensors = model.signature.generate(sizes)
+    assert model(*tensors).shape == tensors[1].shape
+    specs, ranges, _ = describe_program(ExportedSource("m", pairs).program, model.signature)
+    assert (specs, ranges) == (model.signature.inputs, dimensions)
+    for name, dimension in dimensions.items():
+        with pytest.raises(InputError, match=f"dimension '{name}'"):
+            model(*model.signature.generate({**sizes, name: dimension.max + 1}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"dtype": "float16"}, [".dtype: float16", "program is in float32", "remove it"]),
+        ({"inputs": (SCALE, IDS)}, [".inputs: scale, ids", "takes ids, scale", "in this order"]),
+        ({"inputs": (IDS,)}, [".inputs: ids,", "takes ids, scale"]),
+        (
+            {"inputs": (IDS, InputSpec("scale", "float16", ("batch", 4)))},
+            [".inputs[1].dtype: float16", "takes 'scale' in float32", "write float32"],
+        ),
+        ({"inputs": (IDS, with_shape(SCALE, "batch"))}, [".inputs[1].shape: 1 dimensions", "'scale' with 2"]),
+        ({"inputs": (IDS, with_shape(SCALE, "batch", 5))}, [".inputs[1].shape[1]: 5", "takes 4", "write 4"]),
+        (
+            {"inputs": (IDS, with_shape(SCALE, "batch", "width")), "dimensions": {**RANGES, "width": Dimension(1, 4)}},
+            [".dimensions.width: 1..4", "takes 4 as dimension 1 of 'scale'", "write 4", "torch.export.Dim"],
+        ),
+        (
+            {"dimensions": {**RANGES, "batch": Dimension(1, 7)}},
+            [".dimensions.batch: 1..7", "takes 1..6 as dimension 0 of 'ids'", "narrow it", "torch.export.Dim"],
+        ),
+        ({"dimensions": {**RANGES, "length": Dimension(1, 8)}}, [".dimensions.length: 1..8", "takes 2..8"]),
+        ({"inputs": (with_shape(IDS, 7, "length"), SCALE)}, [".inputs[0].shape[0]: 7", "takes 1..6"]),
+        (
+            {"inputs": (IDS, with_shape(SCALE, "rows", 4)), "dimensions": {**RANGES, "rows": Dimension(1, 6)}},
+            [".inputs[1].shape[0]: rows", "dimension 0 of 'ids' are one size", "declared as batch", "both the same"],
+        ),
+        ({"inputs": (IDS, with_shape(SCALE, 3, 4))}, [".inputs[1].shape[0]: 3", "are one size", "declared as batch"]),
+    ],
+)
+@pytest.mark.parametrize("backend", ["eager", "inductor", "aot_inductor"])
+def test_a_declaration_that_the_program_does_not_take_is_refused(
+    pairs: Path, tmp_path: Path, backend: str, changes: dict[str, Any], parts: list[str]
+) -> None:
+    """Before anything is compiled, and not with the next backend."""
+    declared = {"inputs": (IDS, SCALE), "dimensions": RANGES, **changes}
+    with pytest.raises(SettingsError) as refused:
+        start(
+            pairs, tmp_path / "store", backends=(backend, "eager")[: 1 + (backend != "eager")], strict=False, **declared
+        )
+    for part in parts:
+        assert part in str(refused.value)
+    assert not list((tmp_path / "store").rglob("manifest.json"))
+
+
+def test_a_dtype_is_compared_with_the_inputs_where_there_are_no_weights(tmp_path: Path) -> None:
+    torch.export.save(export(InPlaceActivation(), torch.ones(2)), tmp_path / "model.pt2")
+    assert start(tmp_path / "model.pt2", tmp_path / "s", dtype="float32", **EAGER)(torch.ones(2)).tolist() == [2, 2]
+    with pytest.raises(SettingsError, match="program is in float32"):
+        start(tmp_path / "model.pt2", tmp_path / "s", dtype="float64", **EAGER)
+
+
+@pytest.mark.compile
+def test_an_artifact_is_as_narrow_as_what_is_declared(pairs: Path, tmp_path: Path) -> None:
+    declared = {"inputs": (IDS, SCALE), "dimensions": {"batch": Dimension(2, 3), "length": Dimension(2, 5)}}
+    eager = ExportedSource("m", pairs).eager()
+    for result in ("built", "hit"):
+        model = start(pairs, tmp_path / "store", dtype="float32", **declared)
+        assert model.outcome.result == result
+        assert model.describe()["artifact"]["ranges"] == {"batch": [2, 3], "length": [2, 5]}
+        ids, scale = torch.randint(0, 9, (3, 5)), torch.randn(3, 4)
+        with torch.inference_mode():
+            torch.testing.assert_close(model(ids, scale=scale), eager(ids, scale))
+        for wrong in (ids[:1], ids.repeat(2, 1), torch.ones(3, 6, dtype=torch.int64), ids + 9):
+            with pytest.raises(InputError):
+                model(wrong, scale[: len(wrong)] if len(wrong) < 4 else scale.repeat(2, 1))

@@ -10,8 +10,10 @@ import pytest
 import torch
 from models import LINEAR, LINEAR_SECTION, archive_source, eager_model, settings_of, write_archive, write_weights
 from subprocesses import run_python
+from test_limits import SECTION as TOKENS_SECTION
+from test_limits import TOKENS
 
-from ts_handlers import start_model
+from ts_handlers import InputError, start_model
 
 SYNCHRONISING = LINEAR.replace("return self.layer(x)", "return self.layer(x) + torch.nonzero(x > 0).sum()")
 
@@ -79,6 +81,25 @@ def test_what_cannot_be_recorded_runs_all_the_same(tmp_path: Path) -> None:
         for batch in (4, 8, 1):
             x = torch.randn(batch, 4, device="cuda")
             torch.testing.assert_close(model(x), eager_model(folder).cuda()(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_an_index_that_is_out_of_range_is_refused_before_the_device_meets_it(tmp_path: Path, cuda_graphs: bool) -> None:
+    """It would be an assertion on the device, after which every call of the process fails."""
+    folder = write_archive(tmp_path / "archive", TOKENS)
+    section = {**TOKENS_SECTION, "contexts": {"cuda_graphs": cuda_graphs}, "store": str(tmp_path / "s")}
+    model = start_model(archive_source(folder), settings_of(section), "cuda:0")
+    good = torch.full((2, 128), 29)
+    with torch.inference_mode():
+        expected = eager_model(folder)(good)
+    for device in ("cpu", "cuda"):
+        for wrong in (30, -1, 10**9):
+            bad = good.clone()
+            bad[1, 100] = wrong
+            with pytest.raises(InputError, match=f"limits .* found {wrong};"):
+                model(bad.to(device))
+        torch.cuda.synchronize()
+        torch.testing.assert_close(model(good.to(device)).cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("cuda_graphs", [False, True])

@@ -118,6 +118,66 @@ def test_threads_share_one_engine_and_get_their_own_answers(
     assert model.describe()["contexts"]["high_water"] == 3
 
 
+@pytest.mark.parametrize("scratch", ["private", "shared"])
+def test_graphs_are_recorded_before_the_model_serves_and_never_after(
+    archive_folder: Path, store: Path, scratch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted where they are recorded; sizes with a graph and without one take turns, on both contexts."""
+    from ts_handlers.backends.cuda_graphs import GraphRecorder
+
+    record, recorded = GraphRecorder.record, []
+
+    def counted(self: GraphRecorder, work: Any, stream: Any, memory: Any, tensors: Any) -> Any:
+        recorded.append(tuple(tensors[0].shape))
+        return record(self, work, stream, memory, tensors)
+
+    monkeypatch.setattr(GraphRecorder, "record", counted)
+    contexts = {"count": 2, "scratch": scratch, "cuda_graphs": True}
+    model = start(archive_folder, store, contexts=contexts)
+    assert model.outcome.result == "hit"
+    before = len(recorded)
+    assert recorded.count((8, 3, 8, 8)) == 2  # the size of warm-up, on each context
+    assert model.describe()["artifact"]["cuda_graphs"] == before
+
+    def errors(seed: int) -> list[float]:
+        sizes = (8, 3, 8, 1, 16, 8, 5, 8, 8, 2) * 4
+        return [error_of(model, archive_folder, inputs(batch, seed)) for batch in sizes]
+
+    assert max(errors(0)) < 5e-3
+    found: list[float] = []
+    threads = [threading.Thread(target=lambda seed=seed: found.extend(errors(seed))) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 160
+    assert max(found) < 5e-3
+    assert len(recorded) == before
+    assert model.describe()["artifact"]["cuda_graphs"] == before
+
+
+def test_a_model_that_returns_a_tensor_twice_and_an_input(tmp_path: Path) -> None:
+    code = LINEAR.replace("return self.layer(x)", "y = self.layer(x); return {'y': y, 'x': x, 'again': (y, y + 1)}")
+    folder = write_archive(tmp_path / "archive", code)
+    section = {
+        "backends": ["tensorrt"],
+        "strict": True,
+        "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 4]}],
+        "dimensions": {"batch": {"min": 1, "max": 8}},
+        "store": str(tmp_path / "s"),
+    }
+    for result in ("built", "hit"):
+        model = start_model(archive_source(folder), settings_of(section), "cuda:0")
+        assert model.outcome.result == result
+        x = torch.randn(5, 4, device="cuda")
+        with torch.inference_mode():
+            expected = eager_model(folder).cuda()(x)
+        found = model(x)
+        pairs = [(found[key], expected[key]) for key in ("y", "x")]
+        pairs += list(zip(found["again"], expected["again"], strict=True))
+        assert all(float((a - b).norm() / b.norm()) < 2e-3 for a, b in pairs)
+
+
 def test_new_weights_get_a_plan_of_their_own(archive_folder: Path, store: Path, tmp_path: Path) -> None:
     tuned = write_archive(tmp_path / "tuned", CODE)
     write_weights(tuned, seed=7)

@@ -172,6 +172,64 @@ except Exception as error:
     assert "data" in found  # refused: its output's shape depends on the data
 
 
+def test_what_a_model_returns_twice_or_as_it_came_is_one_output_of_the_plan(tensorrt_folder: Path) -> None:
+    found = in_child(
+        tensorrt_folder,
+        """
+from ts_handlers.backends.tensorrt_library import import_tensorrt
+
+def both(self, x):
+    y = torch.relu(x)
+    return y, x + 1, y
+def copies(self, x):
+    y = torch.relu(x)
+    return y, y.contiguous(), y.float(), y.view(-1, 2, 2)
+def passed(self, x):
+    return x, torch.relu(x), x.to(torch.float32)
+def apart(self, x):
+    i = x.argmax(1)  # int32 in TensorRT, which is then one tensor in two dtypes
+    return i, i.to(torch.int32), i
+def constant(self, x):
+    return torch.ones(3), x, torch.relu(x)
+def single(self, x):
+    return torch.relu(x)
+
+functions = {f.__name__: f for f in (both, copies, passed, apart, constant, single)}
+for name, function in functions.items():
+    whole = ranges(1, 4, 16)
+    network = build.Conversion(export(function), [whole], [[whole]], settings).network
+    definition = network.definition
+    outputs = [definition.get_output(i) for i in range(definition.num_outputs)]
+    made = network.build(None)
+    found[name] = {
+        "returns": made.returns,
+        "named": [made.inputs, sorted(made.outputs)],
+        "in the network": [[definition.get_input(0).name], sorted(output.name for output in outputs)],
+        "dtypes": [str(output.dtype).split(".")[-1] for output in outputs],
+        "bytes": len(made.data),
+    }
+try:
+    plan(lambda self, x: (x, x))
+except BuildError as error:
+    found["nothing"] = str(error)
+""",
+    )
+    assert "returns its inputs and computes nothing" in found.pop("nothing")
+    returns = {name: [f"{kind}{number}" for kind, number in facts["returns"]] for name, facts in found.items()}
+    assert returns == {
+        "both": ["output0", "output1", "output0"],
+        "copies": ["output0", "output0", "output0", "output1"],
+        "passed": ["input0", "output0", "input0"],
+        "apart": ["output0", "output1", "output0"],
+        "constant": ["output0", "input0", "output1"],
+        "single": ["output0"],
+    }
+    for facts in found.values():
+        assert facts["named"] == facts["in the network"]
+        assert facts["bytes"] > 1000
+    assert found["apart"]["dtypes"] == ["INT64", "INT32"]
+
+
 def test_the_api_has_every_name_that_the_runner_uses(tensorrt_folder: Path) -> None:
     found = in_child(
         tensorrt_folder,

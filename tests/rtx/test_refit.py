@@ -199,3 +199,86 @@ found["told apart"] = sorted(name for recipe in recipes for name in recipe["from
     assert found["cast"] is None
     assert found["told apart"] == ["extra", "layer.bias", "layer.weight"]
     assert found["fixed"] == ["index"]  # an integer that the plan holds; other weights must have the same
+
+
+def test_a_function_of_a_weight_is_no_copy_of_it(tensorrt_folder: Path) -> None:
+    """Each is the identity for the weights at hand and for the probe, and not for others."""
+    found = child(
+        tensorrt_folder,
+        """
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.extra = nn.Parameter(torch.ones(4))
+        self.log_var = nn.Parameter(torch.ones(4))
+        self.scale = nn.Parameter(torch.ones(1))
+        self.register_buffer("mask", torch.ones(4, dtype=torch.bool))
+
+def model(weight, name):
+    forward = lambda self, x: self.layer(x) + weight(getattr(self, name))
+    kind = type("Model", (Base,), {"forward": forward})
+    made = seeded(kind)
+    with torch.no_grad():
+        made.scale.fill_(1.0)
+    return made
+
+functions = {
+    "clamp": (lambda w: w.clamp(-10, 10), "extra"),
+    "one-sided clamp": (lambda w: w.clamp(max=7), "extra"),
+    "minimum": (lambda w: torch.minimum(w, torch.tensor(9.0)), "extra"),
+    "relu": (lambda w: w.relu(), "scale"),
+    "abs": (lambda w: w.abs(), "log_var"),
+    "round": (lambda w: (w * 1024).round() / 1024, "scale"),
+    "threshold": (lambda w: nn.functional.threshold(w, -8.0, 0.0), "extra"),
+    "shrink": (lambda w: nn.functional.hardshrink(w, 1e-6), "extra"),
+    "nan_to_num": (lambda w: w.nan_to_num(), "extra"),
+    "hardtanh, transposed": (lambda w: nn.functional.hardtanh(w.view(2, 2).t(), -5, 5).reshape(4), "extra"),
+    "rounded and cast back": (lambda w: w.to(torch.bfloat16).to(torch.float32), "scale"),
+}
+moves = {
+    "as it is": (lambda w: w, "extra"),
+    "view": (lambda w: w.view(2, 2).reshape(1, 4).squeeze(0).clone(), "extra"),
+    "expand": (lambda w: w.expand(3, 4)[0], "extra"),
+    "there and back": (lambda w: w.view(2, 2).t().t().flip(0).flip(0).reshape(4), "extra"),
+    "split and joined": (lambda w: torch.cat(w.split(2)), "extra"),
+    "widened and cast back": (lambda w: w.double().float(), "extra"),
+}
+x = torch.ones(3, 4)
+for name, (function, weight) in {**functions, **moves}.items():
+    made = model(function, weight)
+    value = getattr(made, weight)
+    assert torch.equal(function(value).flatten().sort().values, value.flatten().sort().values), name
+    state = {n: v for n, v in made.state_dict().items()}
+    found[name] = reason(made, x, state)
+found["functions"], found["moves"] = list(functions), list(moves)
+half = seeded(type("Half", (Base,), {"forward": lambda self, x: self.layer(x.half()).float() + self.extra.float()}))
+found["cast once"] = reason(half.half(), x)
+""",
+    )
+    reasons = {name: found[name] for name in found["functions"]}
+    assert len(reasons) == 11
+    for name, text in reasons.items():
+        decided = name in ("threshold", "nan_to_num")  # which are made of a comparison
+        assert ("decides something" if decided else "cannot be computed from the model's weights") in str(text), name
+    assert "aten.clamp" in reasons["clamp"]
+    assert {name: found[name] for name in [*found["moves"], "cast once"]} == dict.fromkeys(
+        [*found["moves"], "cast once"]
+    )
+
+
+def test_scales_of_a_quantised_model_move(tensorrt_folder: Path) -> None:
+    """Its dequantisation is computed from weights alone and nevertheless a layer: nothing of it is folded."""
+    found = child(
+        tensorrt_folder,
+        """
+from quantized_models import quantized_code
+names = {}
+exec(quantized_code("int8", activations=False), names)
+_, state, recipes = proof(names["Model"]().eval(), torch.randn(3, 64))
+found["moving"], found["fixed"] = sorted(state.moving), sorted(state.fixed)
+found["from"] = sorted(name for recipe in recipes for name in recipe["from"])
+""",
+    )
+    assert found["from"] == found["moving"] == ["first.bias", "first.scale", "second.bias", "second.scale"]
+    assert found["fixed"] == ["first.weight", "first.zero_points", "second.weight", "second.zero_points"]

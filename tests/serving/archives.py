@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 
 TINY = Path(__file__).parent / "tiny"
+TOKENS = TINY.with_name("tokens")
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 ROWS = [[0.5, -1.0, 2.0, 0.0], [1.0, 1.0, -3.0, 0.25]]
 """A request of two rows."""
@@ -29,16 +30,16 @@ def load_script(name: str) -> ModuleType:
     return sys.modules[name]
 
 
-def make_model(seed: int) -> torch.nn.Module:
-    """The tiny model with the weights of a seed."""
+def make_model(seed: int, directory: Path = TINY) -> torch.nn.Module:
+    """The tiny model, or another one, with the weights of a seed."""
     torch.manual_seed(seed)
-    return load_script("build_archives").load_model(TINY)
+    return load_script("build_archives").load_model(directory)
 
 
-def expected(seed: int, rows: list[list[float]]) -> list[list[float]]:
+def expected(seed: int, rows: list[list[float]], directory: Path = TINY) -> list[list[float]]:
     """The eager model's answer."""
     with torch.inference_mode():
-        return make_model(seed)(torch.tensor(rows)).tolist()
+        return make_model(seed, directory)(torch.tensor(rows)).tolist()
 
 
 class ArchiveFactory:
@@ -73,6 +74,13 @@ class ArchiveFactory:
             name, directory, self.model_store, version=version, file_name=file_name
         )
         return path
+
+    def tokens(self, name: str, *, seed: int = 1) -> None:
+        """Pack the model that looks token ids up."""
+        directory = self._work / name
+        shutil.copytree(TOKENS, directory, ignore=shutil.ignore_patterns("__pycache__"))
+        torch.save(make_model(seed, TOKENS).state_dict(), directory / "model.pt")
+        load_script("build_archives").write_archive(name, directory, self.model_store)
 
     def without_weights(self, name: str) -> Path:
         """A tiny model whose archive names a weights file and does not hold it."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from serving.archives import ROWS, expected
+from serving.archives import ROWS, TOKENS, ArchiveFactory, expected
 from serving.records import FirstStart, ServerFactory, copy_store
 from ts_handlers.testing import TorchServe
 
@@ -68,3 +69,30 @@ def test_bad_requests_do_not_hurt_others_of_their_batch(server: TorchServe, tiny
         else:
             assert answer.status == 400, answer.text
     assert server.worker_pids(tiny) == pids
+
+
+def test_a_token_id_that_is_out_of_range_does_not_end_the_worker(
+    archives: ArchiveFactory, make_server: ServerFactory, tmp_path: Path
+) -> None:
+    """Compiled code does end the process there; beside others of a batch, and at the next start from the store, too."""
+    archives.tokens("tokens")
+    good = [[7] * 127 + [29]]
+    right = [pytest.approx(row, rel=1e-4) for row in expected(1, good, TOKENS)]
+    for result in ("built", "hit"):
+        with make_server(["tokens"], tmp_path / "store") as server:
+            server.wait_ready("tokens")
+            description = server.describe("tokens")
+            assert (description["backend"], description["result"]) == ("aot_inductor", result)
+            pids = server.worker_pids("tokens")
+            bodies = [good, [[7] * 127 + [30]], [[-1] * 128], good] * 4
+            with ThreadPoolExecutor(8) as pool:
+                answers = list(pool.map(lambda body: server.predict("tokens", body), bodies))
+            for body, answer in zip(bodies, answers, strict=True):
+                if body is good:
+                    assert (answer.status, answer.json()) == (200, right)
+                else:
+                    assert answer.status == 400, answer.text
+                    found = f"input 'ids': expected values inside its limits [0, 30), found {body[0][-1]};"
+                    assert found in answer.json()["message"]
+            assert server.worker_pids("tokens") == pids
+            assert server.describe("tokens")["pid"] in pids

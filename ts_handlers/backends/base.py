@@ -50,6 +50,7 @@ class Request:
         self.device: torch.device = device
         self.shared_folder: Path | None = None
         self.placed_weights: dict[tuple[object, ...], torch.Tensor] = {}
+        self._checked = False
 
     @functools.cached_property
     def signature(self) -> Signature | None:
@@ -81,8 +82,15 @@ class Request:
         wanted = self.settings.warmup[0] if self.settings.warmup else None
         return self.require_signature().example_sizes(wanted)
 
+    def check_source(self) -> None:
+        """Raise `SettingsError` where the settings contradict what the model says of itself."""
+        if not self._checked:
+            self.source.check_settings(self.settings)
+            self._checked = True
+
     def eager(self) -> torch.nn.Module:
         """The eager module on the device, in the dtype that the settings ask for, in eval mode."""
+        self.check_source()
         module = self.source.eager()
         dtype = None if self.settings.dtype is None else getattr(torch, self.settings.dtype)
         return module.to(device=self.device, dtype=dtype) if dtype is not None else module.to(self.device)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
+from ts_handlers.backends.exported_declaration import compare_inputs
 from ts_handlers.errors import BuildError
 from ts_handlers.exported_source import exported_input_names
 from ts_handlers.settings import Dimension, InputSpec
@@ -30,13 +31,16 @@ def describe_program(
     program:
         The loaded program.
     declared:
-        The signature from the settings; its value ranges are kept, everything else is the program's own.
+        The signature from the settings, which may be narrower than the program's own and is then what holds; None takes
+        the program's own.
 
     Raises
     ------
     BuildError
         The program takes nested inputs, changes its state, has a dimension that is an expression, or is right for some
         sizes of its ranges only.
+    SettingsError
+        The program does not take what is declared.
     """
     refuse_mutations(program)
     guards = [code for code in getattr(program, "_guards_code", None) or [] if not _CHECKED.fullmatch(code.strip())]
@@ -45,15 +49,28 @@ def describe_program(
             f"the exported program holds only where {' and '.join(guards[:3])}, which an artifact does not check; "
             "export it with torch.export.Dim, whose ranges say for which sizes it is right"
         )
-    graph_signature = program.graph_signature
+    inputs, dimensions = program_inputs(program)
+    if declared is not None:
+        compare_inputs(inputs, dimensions, declared)
+        inputs, dimensions = declared.inputs, declared.dimensions
+    return inputs, dimensions, _structure(program)
+
+
+def program_inputs(program: Any) -> tuple[tuple[InputSpec, ...], dict[str, Dimension]]:
+    """The program's own inputs and dynamic dimensions.
+
+    Raises
+    ------
+    BuildError
+        It takes nested inputs, or has a dimension that is an expression.
+    """
     names, _ = exported_input_names(program)
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    user_inputs = [nodes[name] for name in graph_signature.user_inputs]
+    user_inputs = [nodes[name] for name in program.graph_signature.user_inputs]
     if len(names) != len(user_inputs):
         raise BuildError(
             "the exported program takes nested inputs; export a wrapper whose forward() takes tensors only"
         )
-    values = {spec.name: spec.values for spec in declared.inputs} if declared else {}
     symbols: dict[Any, str] = {}
     dimensions: dict[str, Dimension] = {}
     inputs = []
@@ -65,8 +82,8 @@ def describe_program(
             size if isinstance(size, int) else _symbol(program, size, symbols, dimensions) for size in tensor.shape
         )
         dtype: Any = str(tensor.dtype)[6:]
-        inputs.append(InputSpec(name=name, dtype=dtype, shape=shape, values=values.get(name)))
-    return tuple(inputs), dimensions, _structure(program)
+        inputs.append(InputSpec(name=name, dtype=dtype, shape=shape))
+    return tuple(inputs), dimensions
 
 
 def refuse_mutations(program: Any) -> None:

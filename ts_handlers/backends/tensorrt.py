@@ -13,6 +13,8 @@ Files of an entry::
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -26,6 +28,7 @@ from ts_handlers import fingerprint
 from ts_handlers.archive_files import Tensors
 from ts_handlers.backends import tensorrt_library, tensorrt_refit
 from ts_handlers.backends.base import Built, Description, Loaded, Phase, Request, Run
+from ts_handlers.backends.tensorrt_outputs import take
 from ts_handlers.errors import BuildError, CanaryError, InputError, RefitError
 from ts_handlers.settings import Dimension
 from ts_handlers.settings.sections import Range, TensorRTSettings
@@ -153,6 +156,7 @@ def write_plan(plan: Any, directory: Path, description: Description) -> None:
     """Leave a `tensorrt_build.Plan` in an entry."""
     (directory / PLAN).write_bytes(plan.data)
     description["inputs"], description["outputs"] = list(plan.inputs), list(plan.outputs)
+    description["returns"] = [list(place) for place in plan.returns]
     description["in_tensorrt"] = [plan.converted, plan.total]
 
 
@@ -273,12 +277,12 @@ def _load(
     )
     device: Any = TorchDevice(request.device)
     runner = EngineRunner([engine], contexts, device)
-    output = description["output"]
+    output, returns = description["output"], description["returns"]
     several = len(profiles) > 1
 
     def run(tensors: list[torch.Tensor]) -> Any:
         index = choose_profile(profiles, signature.sizes(tensors)) if several else 0
-        return unflatten(runner.run(index, tensors), output)
+        return unflatten(take(returns, runner.run(index, tensors), tensors), output)
 
     facts = {
         "weights_from": "plan" if weights is None else "archive",
@@ -300,6 +304,8 @@ def _load(
         facts=facts,
         pool=runner.pool,
     )
+    if engine.recorder is not None:
+        loaded.seal = functools.partial(engine.recorder.seal, facts)
     return loaded, engine
 
 
@@ -365,9 +371,13 @@ def verify(
     loaded, engine = _load(request, directory, description, state)
     description["output_bytes"] = engine.output_bytes
     eager = eager or eager_run(request, signature.names)
-    for ranges in description["profiles"]:
-        for corner in itertools.product(*(sorted(set(bounds)) for bounds in ranges.values())):
-            sizes = dict(zip(ranges, corner, strict=True))
+    corners = [
+        dict(zip(ranges, corner, strict=True))
+        for ranges in description["profiles"]
+        for corner in itertools.product(*(sorted(set(bounds)) for bounds in ranges.values()))
+    ]
+    with contextlib.nullcontext() if engine.recorder is None else engine.recorder.paused():
+        for sizes in corners:
             tensors = [tensor.to(request.device) for tensor in signature.generate(sizes, seed=2)]
             try:
                 compare_outputs(loaded.run(tensors), eager(tensors), request.settings.canary.tolerance)

@@ -23,6 +23,7 @@ from ts_handlers.backends import tensorrt_quantized
 from ts_handlers.backends.tensorrt_accumulation import accumulate_in_float32
 from ts_handlers.backends.tensorrt_import import import_torch_tensorrt
 from ts_handlers.backends.tensorrt_library import builder_flavour, import_tensorrt
+from ts_handlers.backends.tensorrt_outputs import OutputMarker, Place
 from ts_handlers.errors import BuildError, SettingsError
 from ts_handlers.settings import PT2_SECTION, SECTION
 from ts_handlers.settings.sections import TensorRTSettings
@@ -64,12 +65,14 @@ class InputRange:
 class Plan:
     """A serialised engine, its tensors in the order of the program, and how much of the graph it holds.
 
-    `converted` and `total` count operators after lowering.
+    `returns` says where every output of the program is, see `tensorrt_outputs`. `converted` and `total` count operators
+    after lowering.
     """
 
     data: bytes
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    returns: tuple[Place, ...]
     converted: int
     total: int
 
@@ -164,7 +167,9 @@ class Network:
         missing = self.interpreter.validate_conversion()
         if missing or self._converted < self._total:
             raise PartialConversionError(self._converted, self._total, missing)
+        marker = OutputMarker(self.interpreter)
         self.interpreter._construct_trt_network_def()
+        self._returns = marker.places
         if self.interpreter.ctx.requires_output_allocator:
             raise BuildError("the shapes of this model's outputs depend on its data, which a plan cannot preallocate")
         if any(dynamic):  # Torch-TensorRT makes one profile only
@@ -205,7 +210,7 @@ class Network:
         if data is None:
             raise BuildError("TensorRT built no plan: " + ("; ".join(errors) or "it gave no reason"))
         inputs, outputs = tuple(self.interpreter._input_names), tuple(self.interpreter._output_names)
-        return Plan(bytes(memoryview(data)), inputs, outputs, self._converted, self._total)
+        return Plan(bytes(memoryview(data)), inputs, outputs, self._returns, self._converted, self._total)
 
 
 class Conversion:

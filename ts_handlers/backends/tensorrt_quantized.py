@@ -21,6 +21,7 @@ from ts_handlers.settings import SECTION
 
 NAMESPACE = "quantized_decomposed"
 _NAMES = ("quantize_per_tensor", "dequantize_per_tensor", "quantize_per_channel", "dequantize_per_channel")
+_KEPT_BY_TORCH_TENSORRT = ("tensorrt.quantize_op.default", "tensorrt.dynamic_block_quantize_op.default")  # modelopt's
 _KINDS = {torch.int8: "INT8", torch.float8_e4m3fn: "FP8"}
 _PRECISIONS = {"INT8": "int8", "FP8": "fp8"}
 
@@ -87,6 +88,11 @@ def kept_from_folding() -> Iterator[None]:
         yield
     finally:
         folder.is_impure = original
+
+
+def is_kept_from_folding(target: Any) -> bool:
+    """Whether an operator of a graph becomes a layer even where all that it takes are weights."""
+    return target in _operators() or str(target) in _KEPT_BY_TORCH_TENSORRT
 
 
 def quantized_layers(definition: Any) -> dict[str, int]:

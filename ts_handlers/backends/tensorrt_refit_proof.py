@@ -1,9 +1,10 @@
 """Proving which weights a plan may take: how each weight of the network follows from the model's, or why it does not.
 
-The graph is converted twice, with the model's weights and with random ones, the *probe*. Whatever of the network is
-the same in both does not depend on the weights; every weight that differs must be reproduced, byte for byte and in both
-networks, by exactly one recipe; and every weight of the model must be in a recipe. Anything else makes the plan one for
-its own weights: a wrong guess would answer wrongly later. See docs/decisions/0009-refit.md.
+What is computed from weights alone must move or cast them, by the operators of the graph. Then the graph is converted
+twice, with the model's weights and with random ones, the *probe*. Whatever of the network is the same in both does not
+depend on the weights; every weight that differs must be reproduced, byte for byte and in both networks, by exactly one
+recipe; and every weight of the model must be in a recipe. Anything else makes the plan one for its own weights: a wrong
+guess would answer wrongly later. See docs/decisions/0009-refit.md.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ts_handlers.archive_files import Tensors
 from ts_handlers.backends.aot_inductor_export import PREFIX, live_placeholders
 from ts_handlers.backends.tensorrt_network import NetworkReader, Weight
 from ts_handlers.backends.tensorrt_refit import Recipe, compute, value_digest
+from ts_handlers.backends.tensorrt_refit_operators import refuse_functions
 from ts_handlers.errors import RefitError
 
 _BATCH_NORMS = ("_native_batch_norm_legit_no_training", "batch_norm", "native_batch_norm", "cudnn_batch_norm")
@@ -107,36 +109,13 @@ def model_state(program: Any, archive: Tensors) -> State:
         if overlapping:
             raise RefitError(f"{names[0]!r} and {overlapping[0]!r} overlap in memory")
     state.tied = [names for names in groups.values() if len(names) > 1]
-    _refuse_decisions(program, {PREFIX + name for name in state.moving})
+    refuse_functions(program, {PREFIX + name for name in state.moving})
     return state
 
 
 def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Where a tensor lies; the first element is its memory."""
     return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
-
-
-def _refuse_decisions(program: Any, moving: set[str]) -> None:
-    """Refuse integers and truth values computed from weights alone: they may be the same for the probe by chance."""
-    signature = program.graph_signature
-    sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    user = set(signature.user_inputs)
-    constant: set[Any] = set()
-    derived: set[Any] = set()
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            if node.name not in user:
-                (derived if sources.get(node.name) in moving else constant).add(node)
-        elif node.op == "call_function" and all(n in derived or n in constant for n in node.all_input_nodes):
-            if not any(n in derived for n in node.all_input_nodes):
-                constant.add(node)
-                continue
-            derived.add(node)
-            value = node.meta.get("val")
-            if not isinstance(value, (tuple, list)) and not (
-                isinstance(value, torch.Tensor) and value.is_floating_point()
-            ):
-                raise RefitError(f"the model decides something by its weights alone ({node.target})")
 
 
 def prove(

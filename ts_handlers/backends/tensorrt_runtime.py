@@ -7,7 +7,6 @@ compiles its kernels when they first run and keeps them in a *runtime cache*, wh
 from __future__ import annotations
 
 import logging
-import math
 import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ts_handlers.backends.cuda_graphs import GraphRecorder
+from ts_handlers.backends.tensorrt_context import TensorRTContext, size_in_bytes
 from ts_handlers.backends.tensorrt_library import import_tensorrt, trt_logger
 from ts_handlers.errors import LoadError
 from ts_handlers.serving.scratch import ALIGNMENT
@@ -53,7 +54,7 @@ class TensorRTEngine:
     runtime_cache:
         File with TensorRT for RTX's compiled kernels; None, or one that does not exist, starts without.
     cuda_graphs:
-        Contexts record their launches once for each shape and replay them.
+        Contexts record their launches for the shapes that run before the model serves, and replay them.
     output_bytes:
         For each profile the bytes of each output at its largest input shapes, as this class found them when the plan
         was built; None finds them.
@@ -62,6 +63,11 @@ class TensorRTEngine:
     ------
     LoadError
         TensorRT does not accept the plan (it is damaged, or another version's, flavour's or GPU's) or the weights.
+
+    Attributes
+    ----------
+    recorder:
+        That of all contexts; None without CUDA graphs.
     """
 
     def __init__(
@@ -82,7 +88,7 @@ class TensorRTEngine:
         self.name = name
         self.inputs, self.outputs = tuple(inputs), tuple(outputs)
         self.device = device
-        self.cuda_graphs = cuda_graphs
+        self.recorder = GraphRecorder(device) if cuda_graphs else None
         self._runtime = self.trt.Runtime(trt_logger(flavour))
         self.engine: Any = None
         if plan.stat().st_size:  # an empty file cannot be mapped
@@ -144,7 +150,7 @@ class TensorRTEngine:
         stream.synchronize()  # the profile is switched on the stream
         for name in self.inputs:
             context.set_input_shape(name, self.largest_shape(name, profile))
-        return {name: _nbytes(context.get_tensor_shape(name), self.dtypes[name]) for name in self.outputs}
+        return {name: size_in_bytes(context.get_tensor_shape(name), self.dtypes[name]) for name in self.outputs}
 
     def largest_shape(self, name: str, profile: int) -> tuple[int, ...]:
         """The largest shape of an input in a profile."""
@@ -157,9 +163,9 @@ class TensorRTEngine:
 
     def input_buffers(self, profile: int) -> dict[str, int]:
         """Bytes of the preallocated buffer of each input, which CUDA graphs need."""
-        if not self.cuda_graphs:
+        if self.recorder is None:
             return {}
-        return {name: _nbytes(self.largest_shape(name, profile), self.dtypes[name]) for name in self.inputs}
+        return {name: size_in_bytes(self.largest_shape(name, profile), self.dtypes[name]) for name in self.inputs}
 
     def scratch_bytes(self, profile: int) -> int:
         """Scratch memory of a context."""
@@ -175,97 +181,7 @@ class TensorRTEngine:
         return TensorRTContext(self, profile, stream)
 
 
-class TensorRTContext:
-    """One execution context with its preallocated buffers; see `ts_handlers.serving.engine.Context`."""
-
-    def __init__(self, engine: TensorRTEngine, profile: int, stream: torch.cuda.Stream) -> None:
-        self._engine = engine
-        self._stream = stream
-        self._context = engine.create_context(profile, stream.cuda_stream)
-        self._shapes: tuple[torch.Size, ...] | None = None
-        self._graphs: dict[tuple[torch.Size, ...], torch.cuda.CUDAGraph] = {}
-        with torch.cuda.stream(stream):
-            buffers = {**engine.output_buffers(profile), **engine.input_buffers(profile)}
-            self._buffers = {
-                name: torch.empty(max(nbytes, 1), dtype=torch.uint8, device=engine.device)
-                for name, nbytes in buffers.items()
-            }
-        self._answers: list[torch.Tensor] = []
-
-    def use_scratch(self, address: int, nbytes: int) -> None:
-        """Bind scratch memory."""
-        self._context.set_device_memory(address, nbytes)
-
-    def enqueue(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Put one inference on the stream; the outputs are copies of the preallocated ones."""
-        with torch.cuda.stream(self._stream):
-            shapes = tuple(tensor.shape for tensor in inputs)
-            if shapes != self._shapes:
-                self._bind_shapes(shapes)
-            if self._engine.cuda_graphs:
-                for name, tensor in zip(self._engine.inputs, inputs, strict=True):
-                    _view(self._buffers[name], tensor.shape, tensor.dtype).copy_(tensor)
-                self._replay(shapes)
-                return [answer.clone() for answer in self._answers]
-            held = [tensor.contiguous() for tensor in inputs]
-            for name, tensor in zip(self._engine.inputs, held, strict=True):
-                self._context.set_tensor_address(name, tensor.data_ptr())
-            self._execute()
-            return [answer.clone() for answer in self._answers]
-
-    def _bind_shapes(self, shapes: tuple[torch.Size, ...]) -> None:
-        """Tell TensorRT the inputs' shapes, and lay the outputs into their buffers."""
-        engine, context = self._engine, self._context
-        self._shapes = None
-        for name, shape in zip(engine.inputs, shapes, strict=True):
-            if not context.set_input_shape(name, tuple(shape)):
-                raise RuntimeError(f"the plan {engine.name!r} does not take {name} of shape {tuple(shape)}")
-        answers = []
-        for name in engine.outputs:
-            found = tuple(context.get_tensor_shape(name))
-            dtype = engine.dtypes[name]
-            if _nbytes(found, dtype) > self._buffers[name].nbytes:  # an output that grows as its input shrinks
-                self._buffers[name] = torch.empty(
-                    _nbytes(found, dtype), dtype=torch.uint8, device=self._buffers[name].device
-                )
-                self._graphs.clear()
-            answers.append(_view(self._buffers[name], found, dtype))
-            context.set_tensor_address(name, self._buffers[name].data_ptr())
-        if engine.cuda_graphs:
-            for name in engine.inputs:
-                context.set_tensor_address(name, self._buffers[name].data_ptr())
-        self._answers = answers
-        self._shapes = shapes
-
-    def _execute(self) -> None:
-        if not self._context.execute_async_v3(self._stream.cuda_stream):
-            raise RuntimeError(f"TensorRT did not run the plan {self._engine.name!r}; its log says why")
-
-    def _replay(self, shapes: tuple[torch.Size, ...]) -> None:
-        graph = self._graphs.get(shapes)
-        if graph is None:
-            self._execute()  # compiles and allocates what a capture must not
-            self._stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self._execute()
-            finally:
-                graph.capture_end()
-            self._graphs[shapes] = graph
-        graph.replay()
-
-
 def _dtype(kind: Any) -> torch.dtype:
     if kind.name not in _DTYPES:
         raise LoadError(f"the plan has a tensor of TensorRT's type {kind.name}, which torch does not have")
     return _DTYPES[kind.name]
-
-
-def _nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
-
-
-def _view(buffer: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """The beginning of a byte buffer as a tensor of this shape."""
-    return buffer[: _nbytes(shape, dtype)].view(dtype).view(tuple(shape))

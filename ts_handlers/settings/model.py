@@ -39,18 +39,25 @@ BackendName = Literal["tensorrt", "torch_tensorrt", "aot_inductor", "inductor", 
 DtypeName = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 
 
+Number = int | float  # `float` alone would round large integers
+
+
 class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One input tensor of the model.
 
     `shape` holds integers (static sizes) and names of `Settings.dimensions` (dynamic sizes). `values` is the
-    half-open range ``[low, high)`` from which warm-up and canary inputs are drawn: integers default to ``[0, 2)``,
-    floating-point inputs to a standard normal distribution.
+    half-open range ``[low, high)`` from which warm-up and canary inputs are drawn: without it they are drawn from
+    `limits`, and without those integers from ``[0, 2)`` and floating-point inputs from a standard normal distribution.
+
+    `limits` is the half-open range ``[low, high)`` outside which a request's values are refused, None for an open end.
+    An index that a model looks up needs it: eager code raises where it is out of range, compiled code ends the process.
     """
 
     name: str
     dtype: DtypeName
     shape: tuple[int | str, ...]
     values: tuple[float, float] | None = None
+    limits: tuple[Number | None, Number | None] | None = None
 
 
 class Dimension(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

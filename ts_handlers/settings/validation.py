@@ -6,10 +6,13 @@ import math
 import os
 from urllib.parse import urlsplit
 
+import msgspec
+
 from ts_handlers.errors import SettingsError
-from ts_handlers.settings.model import ALL_BACKENDS, PT2_SECTION, SECTION, Settings
+from ts_handlers.settings.model import ALL_BACKENDS, PT2_SECTION, SECTION, InputSpec, Settings
 from ts_handlers.settings.quantities import parse_bytes
 from ts_handlers.settings.sections import Quota, RemoteSettings, TrustSettings
+from ts_handlers.settings.values import values_to_draw
 
 _LONGEST_SECONDS = 7 * 24 * 3600
 _LARGEST_MB = 2**30
@@ -66,6 +69,11 @@ def validate(settings: Settings) -> None:
         raise SettingsError(
             f"{SECTION}.contexts.wait_seconds: expected seconds from 0, found {wait}; a call that waits longer gets "
             "HTTP 503"
+        )
+    if settings.contexts.across_workers and not hasattr(os, "memfd_create"):
+        raise SettingsError(
+            f"{SECTION}.contexts.across_workers: needs Linux, whose shared memory carries tensors between processes; "
+            "remove it here"
         )
     _validate_quota(f"{SECTION}.space.store", settings.space.store)
     _validate_quota(f"{SECTION}.space.per_model", settings.space.per_model)
@@ -175,10 +183,11 @@ def _validate_inputs(settings: Settings) -> None:
                 )
             if isinstance(size, int) and size < 1:
                 raise SettingsError(f"{where}.shape[{axis}]: expected a size of at least 1, found {size}")
-        if spec.values is not None and not _has_values(spec.dtype, *spec.values):
+        if spec.values is not None and not _has_values(spec):
             raise SettingsError(
                 f"{where}.values: {list(spec.values)} holds no {spec.dtype}; expected [low, high) with low below high"
             )
+        _validate_limits(where, spec)
 
 
 def _validate_quota(where: str, quota: Quota) -> None:
@@ -192,10 +201,34 @@ def _validate_quota(where: str, quota: Quota) -> None:
             raise SettingsError(f"{where}.{name}: expected at least 0, found {limit}; remove it for no bound")
 
 
-def _has_values(dtype: str, low: float, high: float) -> bool:
-    if not (math.isfinite(low) and math.isfinite(high)):
+def _has_values(spec: InputSpec) -> bool:
+    if not all(map(math.isfinite, spec.values or ())):
         return False
-    return low < high if "float" in dtype else int(low) < int(high)
+    drawn = values_to_draw(spec)
+    return drawn is None or drawn[0] < drawn[1]
+
+
+def _validate_limits(where: str, spec: InputSpec) -> None:
+    if spec.limits is None:
+        return
+    bounds = [bound for bound in spec.limits if bound is not None]
+    if not bounds or any(isinstance(bound, float) and not math.isfinite(bound) for bound in bounds):
+        raise SettingsError(
+            f"{where}.limits: expected two numbers, or a number and null for an open end, found {list(spec.limits)}; "
+            "remove it to accept every value"
+        )
+    if not _has_values(msgspec.structs.replace(spec, values=None)):
+        raise SettingsError(
+            f"{where}.limits: {list(spec.limits)} holds no {spec.dtype}; expected [low, high) with low below high"
+        )
+    low, high = spec.limits
+    if spec.values is not None and (
+        (low is not None and spec.values[0] < low) or (high is not None and spec.values[1] > high)
+    ):
+        raise SettingsError(
+            f"{where}.values: {list(spec.values)} is not inside {where}.limits {list(spec.limits)}, so that warm-up "
+            "would run what a request may not hold; narrow it, or remove it to draw from the limits"
+        )
 
 
 def _validate_tensorrt(settings: Settings) -> None:

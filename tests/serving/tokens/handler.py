@@ -1,0 +1,5 @@
+from ts_handlers import CompiledHandler
+
+
+class Handler(CompiledHandler):
+    pass
