@@ -15,7 +15,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ Figures = dict[str, float]
 REPETITIONS = 300
 BLOCK = 200
 SECONDS = 2.0
+LINEARS = ("minilm_size", "bert_base")
+LINEARS_SIZES = ((1, 16), (8, 128))
+LINEARS_CONTEXTS = 4
 
 
 def median_us(call: Callable[[], Any], repetitions: int = REPETITIONS) -> float:
@@ -97,6 +100,42 @@ def slot(folder: Path) -> Figures:
     times = in_turn({"bare": block(bare.run), "lent": block(lent.run)}, REPETITIONS)
     differences = [lent - bare for lent, bare in zip(times["lent"], times["bare"], strict=True)]
     return {"us": statistics.median(differences) / BLOCK * 1e6}
+
+
+def across_workers(folder: Path) -> Figures:
+    """`small_us`, `large_us`: what a call takes longer in the model process, with 4 KiB and with 1.5 MiB each way."""
+    import torch
+
+    from ts_handlers import ArchiveSource, parse_settings, start_model
+
+    (folder / "model").mkdir(exist_ok=True)
+    code = "import torch\nclass Model(torch.nn.Module):\n    def forward(self, x):\n        return x + 1\n"
+    (folder / "model" / "model.py").write_text(code, "utf-8")
+    source = ArchiveSource("model", folder / "model", "model.py", None)
+    models = {}
+    for across in (False, True):
+        section = {
+            "backends": ["eager"],
+            "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 1024]}],
+            "dimensions": {"batch": {"min": 1, "max": 512}},
+            "contexts": {"across_workers": across},
+        }
+        models[across] = start_model(source, parse_settings({"handler": {"ts_handlers": section}}))
+    figures = {}
+    for name, batch in (("small_us", 1), ("large_us", 384)):
+        x = torch.randn(batch, 1024)
+
+        def block(model: Any, x: Any = x) -> Callable[[], None]:
+            def calls() -> None:
+                for _ in range(20):
+                    model(x)
+
+            return calls
+
+        times = in_turn({"here": block(models[False]), "there": block(models[True])}, 100)
+        differences = [there - here for there, here in zip(times["there"], times["here"], strict=True)]
+        figures[name] = statistics.median(differences) / 20 * 1e6
+    return figures
 
 
 def usage(folder: Path) -> Figures:
@@ -377,6 +416,109 @@ def threads(folder: Path) -> Figures:
         in_turn(calls, 5)
         times = in_turn(calls, 60)
     return {"dynamic_ratio": ratio(times, "dynamic", "fixed")}
+
+
+def prepare_linears(folder: Path) -> None:
+    """The models, and an artifact of each with merged linear layers and one without."""
+    import archives
+
+    for model in LINEARS:
+        archives.prepare(model, folder / model)
+        linears_models(folder / model)
+
+
+def linears(folder: Path) -> Figures:
+    """Artifacts with merged linear layers over artifacts without, called in turn; float16 on a GPU if there is one.
+
+    For each model and size ``_ratio`` of the duration of a call and ``_ms`` of one with merged layers, ``_difference``
+    of the answers, relative, and on a GPU ``_throughput_ratio`` of calls from as many threads as there are contexts.
+    """
+    figures: Figures = {}
+    for model in LINEARS:
+        found = linears_models(folder / model)
+        for batch, sequence in LINEARS_SIZES:
+            name = f"{model}_{batch}x{sequence}"
+            figures.update({f"{name}_{figure}": value for figure, value in compare_linears(found, batch, sequence)})
+    return figures
+
+
+def linears_models(directory: Path) -> dict[str, Any]:
+    """The model with merged linear layers and without; what the store lacks is built."""
+    import torch
+    import yaml
+
+    from ts_handlers import ArchiveSource, parse_settings, start_model
+    from ts_handlers.backends import aot_inductor
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = yaml.safe_load((directory / "model-config.yaml").read_text("utf-8"))
+    section = config["handler"]["ts_handlers"]
+    section.update(backends=["aot_inductor"], strict=True)
+    section["warmup"] = [{"batch": batch, "sequence": sequence} for batch, sequence in reversed(LINEARS_SIZES)]
+    if device == "cuda":
+        section.update(dtype="float16", contexts={"count": LINEARS_CONTEXTS, "cuda_graphs": True})
+    settings = parse_settings({"handler": {"ts_handlers": section}})
+    found = {}
+    for name, devices in (("merged", (device,)), ("apart", ())):
+        aot_inductor.MERGES_LINEARS = devices
+        source = ArchiveSource(directory.name, directory, "model.py", "model.pt", ignored_files=["handler.py"])
+        found[name] = start_model(source, settings, device)
+        merged = found[name].describe()["artifact"]["merged_linears"]
+        if bool(merged) != (name == "merged"):
+            raise SystemExit(f"{directory.name}: {merged} merged linear layers where they are to be {name}")
+    return found
+
+
+def compare_linears(found: dict[str, Any], batch: int, sequence: int) -> Iterator[tuple[str, float]]:
+    """The figures of `linears` for one size."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ids = torch.randint(0, 30000, (batch, sequence), generator=torch.Generator().manual_seed(0)).to(device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def call_of(model: Any) -> Callable[[], Any]:
+        def call() -> Any:
+            answer = model(**inputs)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return answer
+
+        return call
+
+    calls = {name: call_of(model) for name, model in found.items()}
+    with torch.inference_mode():
+        merged, apart = calls["merged"]().double(), calls["apart"]().double()
+        yield "difference", float((merged - apart).norm() / apart.norm())
+        seconds = statistics.median(in_turn(calls, 5)["apart"])
+        times = in_turn(calls, min(10 * REPETITIONS, max(10, int(2 * SECONDS / seconds))))
+        yield "ratio", ratio(times, "merged", "apart")
+        yield "ms", statistics.median(times["merged"]) * 1000
+        if device == "cuda":
+            rates = [{name: calls_per_second(call) for name, call in calls.items()} for _ in range(3)]
+            yield "throughput_ratio", statistics.median(rate["merged"] / rate["apart"] for rate in rates)
+
+
+def calls_per_second(call: Callable[[], Any]) -> float:
+    """Calls per second from as many threads as `linears` has contexts."""
+    import torch
+
+    number = itertools.count()
+    end = time.perf_counter() + SECONDS / 2
+
+    def work() -> None:
+        with torch.inference_mode():
+            while time.perf_counter() < end:
+                call()
+                next(number)
+
+    threads = [threading.Thread(target=work) for _ in range(LINEARS_CONTEXTS)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return next(number) / (time.perf_counter() - started)
 
 
 if __name__ == "__main__":

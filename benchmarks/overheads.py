@@ -23,10 +23,10 @@ import command_line
 import environment
 
 HERE = Path(__file__).resolve().parent
-MEASURES = ("guard", "slot", "usage", "memory", "initialization", "call", "lock", "collector", "beside", "threads")
 TITLES = {
     "guard": "crash guard of one warm start",
     "slot": "a lent slot, per call (CPU, one slot, no waiting)",
+    "across_workers": "a call of a model that another process holds, against a call in the worker (CPU)",
     "usage": "recording a use, per hit",
     "memory": "memory that counts against background.memory_mb",
     "initialization": "building eager BERT-base without drawing random initial weights",
@@ -35,7 +35,9 @@ TITLES = {
     "collector": "the cycle collector around a warm start of `inductor`, on a BERT of MiniLM's size",
     "beside": "eager calls of a BERT of MiniLM's size while a thread loads its `inductor` entry",
     "threads": "`cpp.dynamic_threads` on ResNet-50",
+    "linears": "merged linear layers of `aot_inductor`",
 }
+MEASURES = tuple(TITLES)
 
 
 def run_child(step: str, name: str, folder: Path) -> dict[str, float]:
@@ -84,6 +86,13 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _gpu() -> str | None:
+    """The GPU's name; asked in another process, so that this one takes no memory of it."""
+    code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -97,7 +106,7 @@ def main() -> int:
     names = arguments.names or list(MEASURES)
     if unknown := sorted(set(names) - set(MEASURES)):
         parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(MEASURES)}")
-    facts = environment.facts()
+    facts = {**environment.facts(), "gpu": _gpu()}
     if warning := environment.warn_if_busy(facts):
         _say(f"warning: {warning}")
     with command_line.work_folder("overheads", arguments.workdir) as directory:

@@ -186,7 +186,9 @@ def test_one_start_is_counted_for_all_workers(start: Start, tmp_path: Path, arch
         worker = start(backends=["aot_inductor"], strict=True)
         process.add(worker.ready())
         told.append(worker.started["counters"])
-        facts = worker.describe()["facts"]
+        description = worker.describe()
+        assert description["beyond_budget"] == []
+        facts = description["facts"]
         assert (facts["backend"], facts["result"]) == ("aot_inductor", "hit")
         assert facts["counters"]["hit"] == 1
         assert facts["counters"]["build"] == 0

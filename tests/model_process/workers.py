@@ -44,6 +44,7 @@ many seconds."""
 WORKER = """
 import json, sys, threading, logging
 import torch
+import import_budget
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
 from models import archive_source, settings_of
 from ts_handlers import start_model
@@ -71,7 +72,8 @@ say(joined=model.describe()["across_workers"]["pid"], counters=model.metrics.cou
 for line in sys.stdin:
     request = json.loads(line)
     if request == "describe":
-        say(facts=model.describe(), counters=model.metrics.counters, cuda=torch.cuda.is_initialized())
+        cuda, beyond_budget = torch.cuda.is_initialized(), sorted(import_budget.beyond_budget(sys.modules))
+        say(facts=model.describe(), counters=model.metrics.counters, cuda=cuda, beyond_budget=beyond_budget)
     else:
         threading.Thread(target=answer, args=(model, request["number"], request["rows"])).start()
 """

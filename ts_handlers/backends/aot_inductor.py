@@ -10,7 +10,8 @@ Building walks a ladder, because not every model exports with every range:
 2. ``dynamic+ones``: dimensions dynamic from 2, and one more variant for each combination of dimensions of size 1;
 3. ``static``: one variant for each declared warm-up size.
 
-Every step is checked against the eager model at the ends of its ranges before it is accepted.
+Every step is checked against the eager model at the ends of its ranges before it is accepted. On a GPU it is tried
+with linear layers merged first (`aot_inductor_linears`), and with the layers as they are if that does not work.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EXTRAS = "constants.pt"
+MERGES_LINEARS = ("cuda",)
+"""Types of devices on which merged linear layers are faster; see docs/decisions/0021-merged-linears.md."""
 
 
 class AotInductorBackend:
@@ -67,9 +70,15 @@ class AotInductorBackend:
             facts["mode"] = compile_settings.mode
         if request.device.type == "cpu":
             facts["threads"] = str(torch.get_num_threads())  # Inductor writes it into the OpenMP pragmas
+        if self._merges_linears(request):
+            facts["linears"] = "merged"
         if request.signature is not None and request.signature.dimensions:
             facts["optimised_for"] = ",".join(f"{k}={v}" for k, v in sorted(request.example_sizes.items()))
         return facts
+
+    def _merges_linears(self, request: Request) -> bool:
+        """Whether linear layers are merged where they can be; those of exported programs stay as they are."""
+        return request.device.type in MERGES_LINEARS and not self.bakes_weights(request)
 
     def toolchain(self, request: Request) -> str:
         """torch, C library and CUDA; not the compiler, which a machine that only loads does not need."""
@@ -79,26 +88,31 @@ class AotInductorBackend:
         """Export, compile, check against eager, and leave the shared libraries in `directory`."""
         if isinstance(request.source, ExportedSource):
             return _build_exported(request, request.source, directory, phase)
-        from ts_handlers.backends.aot_inductor_export import export_ladder
+        from ts_handlers.backends.aot_inductor_export import export_ladder, forget_traces
 
         signature = request.require_signature()
         module = request.eager()
         reasons = []
         for step, variants in export_ladder(signature, request):
-            for path in directory.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            try:
-                description = _build_step(request, module, signature, variants, directory, phase)
-            except (ModelError, MemoryError):
-                raise
-            except Exception as error:
-                reason = f"{step}: {type(error).__name__}: {_first_line(error)}"
-                logger.info("%s does not export this way: %s", request.source.name, reason)
-                reasons.append(reason)
-                continue
-            description["step"] = step
-            description["steps_failed"] = reasons
-            return Built(description)
+            for merged in (set[str](), None) if self._merges_linears(request) else (None,):
+                for path in directory.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                try:
+                    description = _build_step(request, module, signature, variants, directory, phase, merged)
+                except (ModelError, MemoryError):
+                    raise
+                except Exception as error:
+                    how = f"{step} with merged linear layers" if merged else step
+                    reason = f"{how}: {type(error).__name__}: {_first_line(error)}"
+                    logger.info("%s does not export this way: %s", request.source.name, reason)
+                    reasons.append(reason)
+                    if merged:
+                        continue
+                    break
+                forget_traces()
+                description["step"] = step
+                description["steps_failed"] = reasons
+                return Built(description)
         raise BuildError("no way of exporting this model works: " + "; ".join(reasons))
 
     def load(self, request: Request, directory: Path, description: Description) -> Loaded:
@@ -127,6 +141,7 @@ class AotInductorBackend:
             "variants": [variant["name"] for variant in variants],
             "ranges": {name: [d.min, d.max] for name, d in signature.dimensions.items()},
             "weights_from": description["weights_from"],
+            "merged_linears": sum(len(s["shape"]) == 2 for s in description["constants"].values() if "parts" in s),
         }
         loaded = Loaded(
             run=run,
@@ -149,15 +164,19 @@ def _build_step(
     variants: list[Variant],
     directory: Path,
     phase: Phase,
+    merged: set[str] | None,
 ) -> Description:
+    """One step. `merged` gets the names of the variants whose linear layers are merged; None leaves them apart."""
     from ts_handlers.backends.aot_inductor_export import (
         PREFIX,
         FlatModel,
         compile_program,
         export_program,
+        live_weights,
         output_structure,
         refuse_folded_weights,
     )
+    from ts_handlers.backends.aot_inductor_linears import merge_linears
 
     example = request.example_sizes
     description: Description = {"variants": [], "constants": {}, "weights_from": "archive"}
@@ -170,28 +189,46 @@ def _build_step(
         inputs = tuple(tensor.to(request.device) for tensor in signature.generate(sizes, seed=1))
         with phase("export"):
             program = export_program(flat, inputs, signature, ranges, oblivious)
-        with phase("compile"):
-            files = compile_program(program, request, directory / name, baked=False)
-        constants = {**program.state_dict, **program.constants}
+            constants = {**program.state_dict, **program.constants}
+            archived = {fqn for fqn in live_weights(program) if fqn.removeprefix(PREFIX) in weights}
+            if not all(_same(constants[fqn], weights[fqn.removeprefix(PREFIX)]) for fqn in archived):
+                description["weights_from"] = "module"
+            parts: dict[str, list[str]] = {}
+            if merged is not None and description["weights_from"] == "archive":
+                merged.add(name)
+                parts = merge_linears(program, archived)
+                constants.update(program.state_dict)
+                if not parts:
+                    merged.remove(name)
+        try:
+            with phase("compile"):
+                files = compile_program(program, request, directory / name, baked=False)
+            ensure_loadable()
+            library = open_library(directory / name / files["library"], request.device)
+            fqns = set(library.constant_names().values())
+            refuse_folded_weights(program, fqns)
+        finally:
+            for fqn in parts:  # what is left of the trace would keep their memory during the check
+                constants[fqn].untyped_storage().resize_(0)
         description["variants"].append({"name": name, "fixed": fixed, "ranges": ranges, **files})
-        ensure_loadable()
-        library = open_library(directory / name / files["library"], request.device)
-        fqns = set(library.constant_names().values())
-        refuse_folded_weights(program, fqns)
         for fqn in sorted(fqns):
             tensor = constants[fqn].detach()
             stored = fqn.removeprefix(PREFIX)
-            description["constants"][fqn] = {
+            spec = {
                 "name": stored,
                 "dtype": str(tensor.dtype)[6:],
                 "shape": list(tensor.shape),
                 "stride": list(tensor.stride()),
-                "extra": stored not in weights,
+                "extra": stored not in weights and fqn not in parts,
             }
-            if stored not in weights:
+            if fqn in parts:
+                spec["parts"] = [
+                    {"name": part.removeprefix(PREFIX), "shape": list(constants[part].shape)} for part in parts[fqn]
+                ]
+            if description["constants"].setdefault(fqn, spec) != spec:
+                raise BuildError(f"the variants put {fqn!r} together from different weights")
+            if spec["extra"]:
                 extras[stored] = tensor.cpu()
-            elif not torch.equal(weights[stored].to(tensor.dtype), tensor.cpu()):
-                description["weights_from"] = "module"
     if description["weights_from"] == "module":
         logger.warning(
             "%s changes its weights while it is built, so a warm start has to build the eager model",
@@ -204,6 +241,11 @@ def _build_step(
         accepted = _verify(request, signature, directory, description, variants)
     description["dimensions"] = accepted
     return description
+
+
+def _same(tensor: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Whether a model's weight is the archive's, in the model's dtype."""
+    return torch.equal(stored.to(tensor.dtype), tensor.detach().cpu())
 
 
 def _inputs_description(signature: Signature) -> list[dict[str, Any]]:
@@ -282,31 +324,47 @@ def _constants(request: Request, directory: Path, description: Description) -> T
     constants = {}
     for fqn, spec in description["constants"].items():
         pool = extras if spec["extra"] else weights
-        if spec["name"] not in pool:
-            raise LoadError(f"the archive's weights lack {spec['name']!r}, which the artifact needs")
+        tensors = [_checked(pool, part) for part in spec.get("parts", [spec])]
         if pool is extras or description["weights_from"] == "module":
-            constants[fqn] = _placed(pool[spec["name"]], spec, request.device)
+            constants[fqn] = _placed(tensors, spec, request.device)
             continue
-        kind = (spec["name"], spec["dtype"], *spec["shape"], *spec["stride"])
+        names = tuple(part["name"] for part in spec.get("parts", [spec]))
+        kind = (names, spec["dtype"], *spec["shape"], *spec["stride"])
         if kind not in request.placed_weights:
-            request.placed_weights[kind] = _placed(pool[spec["name"]], spec, request.device)
+            request.placed_weights[kind] = _placed(tensors, spec, request.device)
         constants[fqn] = request.placed_weights[kind]
     if request.device.type == "cuda":
         torch.cuda.synchronize(request.device)
     return constants
 
 
-def _placed(tensor: torch.Tensor, spec: Description, device: torch.device) -> torch.Tensor:
-    """A constant with the dtype, shape and strides of the artifact; the tensor itself if it has them."""
+def _checked(pool: Tensors, spec: Description) -> torch.Tensor:
+    """A weight by its name, with the shape that the artifact was built for."""
+    if spec["name"] not in pool:
+        raise LoadError(f"the archive's weights lack {spec['name']!r}, which the artifact needs")
+    tensor = pool[spec["name"]].detach()
     if list(tensor.shape) != spec["shape"]:
         raise LoadError(
             f"weight {spec['name']!r} has shape {list(tensor.shape)}, the artifact was built for {spec['shape']}"
         )
-    tensor = tensor.detach().to(device, getattr(torch, spec["dtype"]))
-    if list(tensor.stride()) == spec["stride"]:
-        return tensor
-    fitting = torch.empty_strided(spec["shape"], spec["stride"], dtype=tensor.dtype, device=tensor.device)
-    return fitting.copy_(tensor)
+    return tensor
+
+
+def _placed(tensors: list[torch.Tensor], spec: Description, device: torch.device) -> torch.Tensor:
+    """A constant with the dtype, shape and strides of the artifact; the only tensor itself if it has them.
+
+    Several tensors are laid one after the other along dimension 0, each copied once, to its place on the device.
+    """
+    dtype = getattr(torch, spec["dtype"])
+    if len(tensors) == 1:
+        tensors = [tensors[0].to(device, dtype)]
+        if list(tensors[0].stride()) == spec["stride"]:
+            return tensors[0]
+    fitting = torch.empty_strided(spec["shape"], spec["stride"], dtype=dtype, device=device)
+    places = torch.split(fitting, [len(tensor) for tensor in tensors]) if len(tensors) > 1 else (fitting,)
+    for place, tensor in zip(places, tensors, strict=True):
+        place.copy_(tensor)
+    return fitting
 
 
 def _load_library(

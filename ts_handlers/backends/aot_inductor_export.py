@@ -5,6 +5,7 @@ Imported on a build only.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import zipfile
@@ -159,16 +160,32 @@ def compile_program(program: Any, request: Request, directory: Path, *, baked: b
     return {"library": library}
 
 
+def forget_traces() -> None:
+    """Let go of the traced programs, whose modules hold the eager model's weights.
+
+    torch keeps the nodes of the last trace for a check of `torch.export` (2.11 and 2.13), and the rest are cycles.
+    """
+    from torch.fx.experimental import proxy_tensor
+
+    getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()
+    gc.collect()
+
+
 def refuse_folded_weights(program: Any, fqns: set[str]) -> None:
     """Refuse code into which a weight was folded: it would survive an update of the weights."""
-    signature = program.graph_signature
-    sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    used = {sources[name] for name in live_placeholders(program.graph) if name in sources}
+    used = live_weights(program)
     state = program.state_dict
     storages = {state[fqn].untyped_storage().data_ptr() for fqn in fqns if fqn in state}
     folded = {fqn for fqn in used - fqns if fqn in state and state[fqn].untyped_storage().data_ptr() not in storages}
     if folded:
         raise BuildError(f"the compiler folded weights into the code: {', '.join(sorted(folded)[:5])}")
+
+
+def live_weights(program: Any) -> set[str]:
+    """Names of the parameters and buffers on which the output depends."""
+    signature = program.graph_signature
+    sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return {sources[name] for name in live_placeholders(program.graph) if name in sources}
 
 
 def live_placeholders(graph: Any) -> set[str]:
