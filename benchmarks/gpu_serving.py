@@ -7,7 +7,7 @@ The model is gpu_start.py's BERT-base in fp16; a request holds 8 sequences of 12
 answer their first tokens' vectors (float16, 12 KiB), so that the sides compete for the GPU and not for HTTP. Every
 inference, on every side, takes `--together` requests. The contexts belong to one worker, which gets eight inferences
 for each context from TorchServe at once and spreads them over its contexts, by TorchServe's micro-batching (`tensorrt`,
-`aot_inductor`); or to one process that k workers share, which get one inference at a time as the eager workers do
+`aot_inductor`); or to one process that 2 k workers share, which get one inference at a time as the eager workers do
 (`across_workers`, of an AOTInductor artifact).
 
 Throughput is that of a closed loop of `--clients` connections, in requests; p99 is taken in the same loop, and at equal
@@ -61,8 +61,15 @@ PROCESSES = 8
 SIDES = ("eager", "tensorrt", "aot_inductor", "across_workers")
 RATES = (0.8, 0.95, 1.0)
 INFERENCES_EACH = 8
+SHARING = 2
+"""Workers for each context with `across_workers`: one prepares while another's call runs."""
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 Facts = dict[str, Any]
+
+
+def workers_of(side: str, workers: int) -> int:
+    """How many workers TorchServe runs, against so many eager ones."""
+    return {"eager": workers, "across_workers": SHARING * workers}.get(side, 1)
 
 
 def configuration(side: str, workers: int, together: int, store: str) -> Facts:
@@ -78,8 +85,8 @@ def configuration(side: str, workers: int, together: int, store: str) -> Facts:
         "warmup": [{"batch": rows}],
     }
     config: Facts = {
-        "minWorkers": workers,
-        "maxWorkers": workers,
+        "minWorkers": workers_of(side, workers),
+        "maxWorkers": workers_of(side, workers),
         "batchSize": together,
         "maxBatchDelay": 1,
         "responseTimeout": 120,
@@ -92,7 +99,7 @@ def configuration(side: str, workers: int, together: int, store: str) -> Facts:
     if side in ("tensorrt", "aot_inductor"):
         parallelism = {"preprocess": 1, "inference": workers, "postprocess": 1}
         config["micro_batching"] = {"micro_batch_size": together, "parallelism": parallelism}
-        config.update(minWorkers=1, maxWorkers=1, batchSize=INFERENCES_EACH * workers * together)
+        config.update(batchSize=INFERENCES_EACH * workers * together)
     return config
 
 
@@ -172,7 +179,7 @@ def serve(side: str, model_store: Path, workers: int, measure: Any) -> Facts:
 
     before = gpu_memory_mib()
     with TorchServe(model_store, {"model": side}, env=ENVIRONMENT) as server:
-        server.wait_ready("model", 1 if side in ("tensorrt", "aot_inductor") else workers, timeout=400)
+        server.wait_ready("model", workers_of(side, workers), timeout=400)
         ready = server.elapsed
         port = int(server.url().rpartition(":")[2])
         load(port, 64, 2.0)

@@ -21,7 +21,9 @@ HEAVY = (
 FOR_BUILDS = (
     "ts_handlers.background",
     "ts_handlers.build_process",
+    "ts_handlers.backends.aot_inductor_build",
     "ts_handlers.backends.aot_inductor_export",
+    "ts_handlers.backends.aot_inductor_linears",
     "ts_handlers.backends.inductor",
     "ts_handlers.backends.tensorrt",
     "ts_handlers.store.eviction",
