@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import msgspec
 import numpy
 import torch
-import ts.torch_handler.base_handler  # noqa: F401  # sets the precision of float32 products, as in TorchServe's workers
 import yaml
 
+import ts_handlers.base_handler  # noqa: F401  # sets the precision of float32 products, as in TorchServe's workers
 from ts_handlers import ArchiveSource, parse_settings, start_model
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
