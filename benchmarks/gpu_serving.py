@@ -223,10 +223,16 @@ def context_mib() -> int:
 def memory_parts(facts: Facts, context: int, weights: int) -> Facts:
     """Parts of a side's memory in MiB, of one process where there are several."""
     parts = {"CUDA context": context, "weights": weights}
-    predicted = facts["describe"]["artifact"].get("memory", {}).get("predicted")
+    artifact = facts["describe"]["artifact"]
+    predicted = artifact.get("memory", {}).get("predicted")
     if predicted is not None:
         parts["scratch"] = predicted["scratch_bytes"] >> 20
         parts["outputs and bindings"] = predicted["buffer_bytes"] >> 20
+    allocator = artifact.get("gpu_memory")
+    if allocator is not None:
+        parts["CUDA graphs with their scratch and outputs"] = allocator["graph_bytes"] >> 20
+        own = sum(parts.values()) - context - (weights if predicted is not None else 0)  # a plan holds its weights
+        parts["torch's allocator otherwise"] = (allocator["torch_bytes"] >> 20) - own
     parts["everything else"] = facts["gpu_memory_mib"] // facts["processes"] - sum(parts.values())
     return parts
 
@@ -325,7 +331,8 @@ def main() -> None:
             found = results[str(workers)] = compare(workers, arguments)
             report(found, workers, arguments)
             if arguments.json:
-                facts = {"environment": environment(), "arguments": vars(arguments), "results": results}
+                asked = {name: value for name, value in vars(arguments).items() if name not in ("json", "store")}
+                facts = {"environment": environment(), "arguments": asked, "results": results}
                 Path(arguments.json).write_text(json.dumps(facts, indent=1))
 
 

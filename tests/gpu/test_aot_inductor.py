@@ -46,6 +46,8 @@ def test_cuda_graphs(tmp_path: Path) -> None:
         eager = eager_model(folder).cuda()
         recorded = model.describe()["artifact"]["cuda_graphs"]
         assert recorded >= 6  # two declared sizes on three contexts, and what the check has run
+        memory = model.describe()["artifact"]["gpu_memory"]
+        assert 0 < memory["graph_bytes"] < memory["torch_bytes"]
 
         def wrong(number: int, model: Any = model, eager: Any = eager) -> list[int]:
             torch.manual_seed(number)

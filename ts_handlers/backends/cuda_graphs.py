@@ -43,6 +43,7 @@ class GraphRecorder:
         self.recorded = 0
         self._device = device
         self._broken: list[torch.cuda.CUDAGraph] = []
+        self._memory: set[Any] = set()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -54,9 +55,16 @@ class GraphRecorder:
             self.recording = before
 
     def seal(self, facts: dict[str, Any]) -> None:
-        """Record nothing from now on, and say how many graphs there are."""
+        """Record nothing from now on, and say how many graphs there are and what they take.
+
+        `gpu_memory` gets the bytes that torch's allocator holds in this process, and those of them that are the graphs'
+        own: what runs in a graph leaves its intermediate values and its answers there.
+        """
         self.recording = False
         facts["cuda_graphs"] = self.recorded
+        segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        graphs = sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) in self._memory)
+        facts["gpu_memory"] = {"torch_bytes": torch.cuda.memory_reserved(self._device), "graph_bytes": graphs}
 
     def record(
         self, work: Callable[[], T], stream: Any, memory: Any, inputs: Sequence[torch.Tensor]
@@ -76,6 +84,7 @@ class GraphRecorder:
         -------
         The graph, and where it leaves its answers when it is replayed.
         """
+        self._memory.add(memory)
         work()  # loads and compiles kernels and allocates what a recording must not
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
