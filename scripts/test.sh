@@ -3,6 +3,7 @@
 #
 #   scripts/test.sh                   everything
 #   scripts/test.sh -m "not serving"  arguments go to pytest
+#   scripts/test.sh -n 0              one test after the other, instead of two files at once
 #
 # The tests on Azure's protocol need Azurite, which npm installs in a quarter of a minute and 190 MB, so it is left to you:
 # npm install azurite, and AZURITE=<folder>/node_modules/.bin/azurite-blob.
@@ -12,4 +13,4 @@ source "$(dirname "$0")/environment.sh"
 "$VENV_PYTHON" -m ruff format --check .
 "$VENV_PYTHON" -m ruff check .
 "$VENV_PYTHON" -m mypy --strict -p ts_handlers
-exec "$VENV_PYTHON" -m pytest "$@"
+exec "$VENV_PYTHON" -m pytest -n 2 --dist loadfile "$@"

@@ -224,6 +224,10 @@ def use_fake_tensorrt(patch: pytest.MonkeyPatch) -> Driver:
     patch.setattr(torch_device, "TorchDevice", Device)
     patch.setattr(torch.cuda, "CUDAGraph", Graph)
     patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    patch.setattr(
+        torch.cuda, "memory_snapshot", lambda: [{"segment_pool_id": (0, part), "total_size": 64} for part in (0, 1)]
+    )
+    patch.setattr(torch.cuda, "memory_reserved", lambda device: 128)
     patch.setattr(torch.cuda, "current_stream", lambda device=None: Stream())
     patch.setattr(torch.cuda, "stream", _on_stream)
     patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)

@@ -10,7 +10,7 @@ import pytest
 from conftest import needs_root
 from hypothesis import given
 from hypothesis import strategies as st
-from subprocesses import run_python
+from subprocesses import open_to_others, run_python
 
 from ts_handlers.errors import SettingsError
 from ts_handlers.settings import Settings, default_store_root, parse_settings
@@ -298,9 +298,8 @@ def test_store_root_comes_from_the_environment_in_this_order(tmp_path: Any) -> N
 @needs_root
 @pytest.mark.processes
 def test_uid_without_passwd_entry_and_home_gets_a_usable_store(tmp_path: Any) -> None:
+    open_to_others(tmp_path)
     tmp_path.chmod(0o1777)  # as /tmp
-    for folder in (tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)
     out = run_python(
         """
         import getpass, os  # everything is imported first: the interpreter may lie in a folder closed to others

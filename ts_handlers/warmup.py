@@ -18,7 +18,7 @@ from ts_handlers.structure import constants_of, flatten
 
 # Largest accepted relative error, ||artifact - eager|| / ||eager||, by dtype of the output. Compiled float32 differs
 # from eager in its last digits on the CPU and by far more where TF32 is on; half precision by 1e-3 (ResNet-50 in fp16,
-# benchmarks/results/2026-11-21-h200-tensorrt-contexts-resnet50.json).
+# benchmarks/results/2026-11-26-h200-tensorrt-contexts-resnet50.json).
 TOLERANCES = {
     torch.float64: 1e-7,
     torch.float32: 2e-3,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import LINEAR, archive_source, eager_model, settings_of, write_archive, write_weights
+from subprocesses import run_python
 
 from ts_handlers import CompiledModel, start_model
 from ts_handlers.errors import CanaryError, InputError
@@ -169,3 +170,37 @@ def test_tensors_in_the_code_and_numbers_in_the_output(tmp_path: Path) -> None:
         found.append((model.outcome.backend, model.outcome.result))
     assert found[:2] == [("aot_inductor", "built"), ("aot_inductor", "hit")]
     assert "the output's constants" in model.outcome.fallbacks[0]["reason"]
+
+
+def test_no_instruction_set_is_tried_with_the_compiler(tmp_path: Path) -> None:
+    """In a process of its own, since Inductor remembers what it has tried; extensions (AMX, VNNI) are still tried."""
+    out = run_python(
+        """
+        import sys
+        from pathlib import Path
+        import torch
+        from models import archive_source, eager_model, settings_of, write_archive
+        from torch._inductor import cpu_vec_isa
+        from ts_handlers import start_model
+
+        tried, check_build = [], cpu_vec_isa.VecISA.check_build
+
+        def counted(self, code):
+            tried.extend([self] if code == cpu_vec_isa.VecISA._avx_code else [])
+            return check_build(self, code)
+
+        cpu_vec_isa.VecISA.check_build = counted
+        folder = write_archive(Path(sys.argv[1]) / "archive")
+        settings = settings_of(store=sys.argv[1] + "/store", backends=["aot_inductor"], strict=True)
+        model = start_model(archive_source(folder), settings)
+        x = torch.linspace(-2, 2, 12).reshape(3, 4)
+        with torch.inference_mode():
+            torch.testing.assert_close(model(x), eager_model(folder)(x), atol=1e-5, rtol=1e-4)
+        print(model.outcome.result, len(tried))
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
+        cpu_vec_isa.pick_vec_isa()
+        print(len(tried) > 0)  # what would have been counted
+        """,
+        tmp_path,
+    )
+    assert out.split() == ["built", "0", "True"]

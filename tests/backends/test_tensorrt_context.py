@@ -183,7 +183,8 @@ def test_graphs_outlive_an_output_that_outgrows_its_buffer(tmp_path: Path, drive
     replays = 4 if sealed else 8
     assert (driver.log.count("replay"), driver.log.count("record")) == (replays, 0)
     assert recorder.recorded == (2 if sealed else 4)
-    assert facts == ({"cuda_graphs": 2} if sealed else {})
+    memory = {"torch_bytes": 128, "graph_bytes": 64}
+    assert facts == ({"cuda_graphs": 2, "gpu_memory": memory} if sealed else {})
 
 
 def test_outputs_that_are_one_tensor_or_an_input_are_put_where_the_model_has_them(

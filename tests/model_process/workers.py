@@ -96,6 +96,8 @@ class Worker:
                 env=environment(),
             )
         self.started: dict[str, Any] = {}
+        self.logged: list[str] = []
+        """What the model process has written here, as far as it was read."""
 
     @property
     def pid(self) -> int:
@@ -112,8 +114,9 @@ class Worker:
         while True:
             text = self._process.stdout.readline()
             assert text, f"the worker has ended:\n{self.log.read_text()}"
-            if text.startswith("{"):  # the model process logs to the same place
+            if text.startswith("{"):
                 return dict(json.loads(text))
+            self.logged.append(text)
 
     def send(self, number: int, rows: list[list[float]]) -> None:
         self._write({"number": number, "rows": rows})

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import needs_root
 from entries import address, fill, manifest_of, publish
+from subprocesses import open_to_others
 
 from ts_handlers.errors import StoreError
 from ts_handlers.key import FORMAT
@@ -324,8 +325,7 @@ def test_store_of_root_whose_folders_are_closed_to_this_user_is_a_miss(tmp_path:
     store = LocalStore(tmp_path / "store")
     publish(store, address())
     store.root.chmod(0o755)
-    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)
+    open_to_others(tmp_path)
     os.seteuid(54321)
     try:
         assert LocalStore(store.root).lookup(address()) == Miss(())

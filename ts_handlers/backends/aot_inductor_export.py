@@ -133,6 +133,9 @@ def compile_program(program: Any, request: Request, directory: Path, *, baked: b
         "joint_graph_constant_folding": baked,
         # Ranges are checked before an artifact is called.
         "aot_inductor.check_lowerbound": False,
+        # Inductor would compile and open a program for each of the processor's instruction sets, a large part of a
+        # build. A compiler of C++20, which torch's headers need, knows AVX2 and AVX-512; extensions are still tried.
+        "cpp.vec_isa_ok": True,
     }
     known = inductor_config.get_config_copy()
     configs = {name: value for name, value in configs.items() if name in known}

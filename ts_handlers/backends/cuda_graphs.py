@@ -62,9 +62,12 @@ class GraphRecorder:
         """
         self.recording = False
         facts["cuda_graphs"] = self.recorded
+        facts["gpu_memory"] = self._bytes()
+
+    def _bytes(self) -> dict[str, int]:
         segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         graphs = sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) in self._memory)
-        facts["gpu_memory"] = {"torch_bytes": torch.cuda.memory_reserved(self._device), "graph_bytes": graphs}
+        return {"torch_bytes": torch.cuda.memory_reserved(self._device), "graph_bytes": graphs}
 
     def record(
         self, work: Callable[[], T], stream: Any, memory: Any, inputs: Sequence[torch.Tensor]
