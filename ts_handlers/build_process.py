@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ts_handlers.child_python import run_module
 from ts_handlers.errors import BuildError
 from ts_handlers.settings.sections import BackgroundSettings
 
@@ -68,11 +69,11 @@ class BuildProcess:
         text = json.dumps(spec)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "ts_handlers.prebuild"],
+                run_module("ts_handlers.prebuild"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                cwd="/",  # `-m` searches there first; the child goes to `directory` once it has imported what it needs
+                cwd="/",  # the child goes to `directory` once it has imported what it needs
                 env=_environment(spec.get("search", ()), limits),
                 encoding="utf-8",
                 errors="replace",

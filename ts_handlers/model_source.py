@@ -43,9 +43,21 @@ IGNORED_FILES = (
     "*.md",
     "LICENSE*",
     "*.pyc",
+    "*.log",
+    "core.[0-9]*",
     "__pycache__/*",
     "*/__pycache__/*",
 )
+
+
+def files_of_model(directory: Path, ignored: Sequence[str]) -> list[Path]:
+    """The files below a folder, sorted, but for those whose path in it matches one of the patterns."""
+    files = []
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory).as_posix()
+        if path.is_file() and not any(fnmatch.fnmatch(relative, pattern) for pattern in ignored):
+            files.append(path)
+    return files
 
 
 class ModelSource(Protocol):
@@ -217,15 +229,7 @@ class ArchiveSource(BaseSource):
         return fingerprint.digest_text("\n".join(facts))
 
     def _source_files(self) -> list[Path]:
-        files = []
-        for path in sorted(self._directory.rglob("*")):
-            if not path.is_file() or path == self._weights_path:
-                continue
-            relative = path.relative_to(self._directory).as_posix()
-            if any(fnmatch.fnmatch(relative, pattern) for pattern in self._ignored):
-                continue
-            files.append(path)
-        return files
+        return [path for path in files_of_model(self._directory, self._ignored) if path != self._weights_path]
 
     def weights(self) -> Tensors:
         """The state dict's tensors by name, on the CPU."""

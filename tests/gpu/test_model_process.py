@@ -93,3 +93,49 @@ def test_recorded_artifacts_are_shared(start: Start, archive: Path) -> None:
     facts = workers[0].describe()["facts"]
     assert facts["backend"] == "aot_inductor"
     assert facts["artifact"]["cuda_graphs"] > 0
+
+
+STATEFUL = """
+import torch
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 3)
+        self.register_buffer("kept", torch.zeros(4096, 4), persistent=False)
+
+    def forward(self, x):
+        kept = self.kept
+        kept.copy_(x[:1].expand_as(kept))
+        for _ in range(50):
+            kept.mul_(2.0).mul_(0.5)
+        return {"y": self.layer(kept[:1]), "rows": 1, "both": (kept[-1:] * 1.0, None)}
+"""
+
+
+def test_with_one_context_calls_of_several_workers_follow_one_another(start: Start, archive: Path) -> None:
+    """A module that writes into a buffer of its own, as one with a static cache does."""
+    write_archive(archive, STATEFUL)
+    workers = [start(contexts={"count": 1}) for _ in range(4)]
+    assert len({worker.ready() for worker in workers}) == 1
+    for number in range(100):
+        for index, worker in enumerate(workers):
+            worker.send(number, [[number + index / 10, 1.0, 2.0, 3.0]])
+    for index, worker in enumerate(workers):
+        for _ in range(100):
+            answer = worker.line()
+            assert answer["echo"] == [pytest.approx([answer["number"] + index / 10, 1.0, 2.0, 3.0], rel=1e-5)]
+
+
+def test_memory_that_cannot_be_registered_fails_no_later_launch() -> None:
+    from ts_handlers.model_process.segments import pin
+
+    memory = torch.zeros(1 << 16, dtype=torch.uint8)
+    undo = pin(memory)
+    assert memory.is_pinned()
+    again = pin(memory)  # is registered already
+    assert float((torch.ones(3, device="cuda") * 2).sum()) == 6.0
+    again()
+    assert memory.is_pinned()
+    undo()

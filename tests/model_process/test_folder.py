@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -107,3 +108,12 @@ def test_a_folder_that_others_can_write_to_is_refused(temporary: Path) -> None:
     private.symlink_to(temporary)
     with pytest.raises(StoreError, match="must be a folder"):
         folder_of({})
+
+
+def test_a_temporary_folder_that_was_emptied_is_made_anew(temporary: Path) -> None:
+    folder = folder_of({})
+    shutil.rmtree(folder.path.parent)
+    lock = folder.take_lock()
+    assert lock is not None
+    assert folder.path.parent.stat().st_mode & 0o777 == 0o700
+    os.close(lock)

@@ -7,6 +7,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,17 @@ def start(archive: Path, tmp_path: Path) -> Iterator[Start]:
 def expected(archive: Path, rows: list[list[float]]) -> list[list[float]]:
     with torch.inference_mode():
         return eager_model(archive)(torch.tensor(rows))["y"].tolist()
+
+
+def send_call(connection: Any) -> None:
+    """As a worker's lane does."""
+    from ts_handlers.model_process.segments import Outbox
+    from ts_handlers.model_process.wire import Call
+
+    specs, descriptor = Outbox().write([torch.ones(1, 4)])
+    assert descriptor is not None
+    connection.send(Call(specs), (descriptor,))
+    os.close(descriptor)
 
 
 def check(answer: dict[str, object], archive: Path, rows: list[list[float]]) -> None:
@@ -262,6 +274,110 @@ def test_other_files_are_another_model(start: Start, archive: Path) -> None:
     assert check_old["y"] != second.call(ROWS)["y"]
 
 
+def test_files_that_do_not_shape_the_model_do_not_part_the_workers(start: Start, archive: Path) -> None:
+    """Such as a log that a handler writes into the model's folder, and what Python leaves there for a moment."""
+    first = start(key_files_ignored=["scratch/*"])
+    process = first.ready()
+    cache = archive / "__pycache__"
+    cache.mkdir(exist_ok=True)
+    (archive / "scratch").mkdir()
+    for path in (archive / "handler.log", cache / "model.cpython-311.pyc.140245", archive / "scratch" / "tile"):
+        path.write_bytes(b"x")
+    second = start(key_files_ignored=["scratch/*"])
+    assert second.ready() == process
+
+
+def test_numbers_that_are_equal_but_not_the_same_arrive_as_they_are(start: Start, archive: Path) -> None:
+    worker = start()
+    worker.ready()
+    for first, right in ((1.0, 1), (-0.001, True), (-0.002, 1.0), (1.0, 1), (-0.004, 0), (-0.003, -0.0)):
+        found = worker.call([[first, 0.0, 0.0, 0.0]])["rows"]
+        assert (type(found), str(found)) == (type(right), str(right))
+
+
+def test_a_process_that_the_model_forks_keeps_nobody_from_starting_the_next(start: Start, archive: Path) -> None:
+    worker = start()
+    process = worker.ready()
+    check(worker.call([[888.0, 0.0, 0.0, 0.0]]), archive, [[888.0, 0.0, 0.0, 0.0]])
+    kill(process)
+    check(worker.call(ROWS), archive, ROWS)
+
+
+def test_a_call_whose_worker_has_ended_is_dropped_and_does_not_count_as_hanging_while_it_waits() -> None:
+    import socket
+    import threading
+
+    from ts_handlers.model_process.server import Gate, _Calls
+    from ts_handlers.model_process.wire import Connection
+
+    called: list[int] = []
+
+    class Model:
+        device = torch.device("cpu")
+
+        def __call__(self, x: torch.Tensor) -> None:
+            called.append(1)
+
+    gate = Gate(lambda running: None)
+    ours, theirs = map(Connection, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+    calls = _Calls(theirs, Model(), gate, None, None)  # type: ignore[arg-type]
+    ended: list[Exception] = []
+
+    def run() -> None:
+        try:
+            calls.run()
+        except Exception as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    with gate.alone():
+        thread.start()
+        send_call(ours)
+        ours.close()
+        assert not wait_until(lambda: calls.abandoned_for() > 0, 0.3)
+    thread.join(10)
+    assert [str(error) for error in ended] == ["the worker has ended"]
+    assert not called
+
+
+def test_each_count_is_told_once() -> None:
+    import sys
+    import threading
+
+    from ts_handlers.model_process.server import Counted
+
+    model = start_model(ModuleSource("linear", torch.nn.Linear(4, 3)), settings_of(backends=["eager"]))
+    counted = Counted(model)
+    told: list[float] = []
+
+    def work() -> None:
+        for _ in range(1000):
+            model.metrics.count("outside_eager")
+            told.append(counted.take().get("outside_eager", 0))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert sum(told) == model.metrics.counters["outside_eager"] == 8000
+
+
+def test_a_recipe_that_another_process_would_read_differently_is_refused(archive: Path) -> None:
+    import datetime
+
+    source = archive_source(archive)
+    for value in (datetime.date(2026, 1, 1), {1: "a"}):
+        source._recipe = {**source._recipe, "config": {"value": value}}
+        with pytest.raises(SettingsError, match=r"across_workers: 'model' cannot be described.*put it into quotes"):
+            start_model(source, settings_of(backends=["eager"], contexts={"across_workers": True}))
+
+
 def test_a_call_that_hangs_does_not_keep_the_process_when_its_worker_has_ended(
     archive: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,7 +386,7 @@ def test_a_call_that_hangs_does_not_keep_the_process_when_its_worker_has_ended(
     import threading
 
     from ts_handlers.model_process.server import _Calls
-    from ts_handlers.model_process.wire import Call, Connection
+    from ts_handlers.model_process.wire import Connection
 
     release = threading.Event()
 
@@ -291,7 +407,7 @@ def test_a_call_that_hangs_does_not_keep_the_process_when_its_worker_has_ended(
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    ours.send(Call(()))
+    send_call(ours)
     assert wait_until(lambda: calls._answering)
     assert calls.abandoned_for() == 0.0
     ours.close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -102,3 +104,22 @@ def test_a_message_that_is_too_large_is_refused_and_the_connection_stays(pair: P
         pair[0].send(Refusal("X", "x" * (32 << 20), {}))
     pair[0].send(Started())
     assert pair[1].receive() == (Started(), [])
+
+
+def test_a_message_that_has_lost_its_descriptor_ends_the_connection(pair: Pair) -> None:
+    """The kernel drops descriptors where this process may open no more files, and delivers the message."""
+    read, write = os.pipe()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    pair[0].send(Started(), (read,))
+    held = [read, write]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(held) + 32, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.dup(read))
+        with pytest.raises(ConnectionLost, match="lost its descriptors"):
+            pair[1].receive()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in held:
+            os.close(descriptor)

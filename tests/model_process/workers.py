@@ -30,16 +30,20 @@ class Model(torch.nn.Module):
         first = float(x[0, 0])
         if first == 666:
             os._exit(9)
+        if first == 888 and os.fork() == 0:
+            time.sleep(30)
+            os._exit(0)
         if first == 500:
             raise RuntimeError("five hundred")
         if first == 777:  # out of range: on a GPU an assertion, after which the process's CUDA context is broken
             return {"y": self.layer(x)[torch.full((1,), 100, device=x.device)], "rows": 1, "both": (x, None)}
         if first < 0:
             time.sleep(-first)
-        return {"y": self.layer(x), "rows": x.shape[0], "both": (x, None)}
+        rows = {-0.001: True, -0.002: 1.0, -0.003: -0.0, -0.004: 0}.get(round(first, 3), x.shape[0])
+        return {"y": self.layer(x), "rows": rows, "both": (x, None)}
 """
-"""Some inputs do what goes wrong: 666 ends the process, 500 raises, 777 breaks a GPU's context, negative ones take so
-many seconds."""
+"""Some inputs do what goes wrong: 666 ends the process, 888 forks it, 500 raises, 777 breaks a GPU's context, negative
+ones take so many seconds."""
 
 WORKER = """
 import json, sys, threading, logging

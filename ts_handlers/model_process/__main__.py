@@ -8,6 +8,7 @@ for it.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -15,11 +16,16 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 WATCH_SECONDS = 1.0
+HANGS_SECONDS, BUILD_HANGS_SECONDS = 600.0, 14_400.0
+"""How long a start may stay in one phase when the worker that asked for it has gone, as TorchServe ends one at its
+`startupTimeout`: afterwards it ends, and the next worker starts another. The latter is for a build's phases."""
+HANGS_STATUS = 71
 
 
 def main() -> int:
@@ -29,27 +35,34 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
     spec = json.loads(sys.stdin.buffer.readline())
     os.set_inheritable(int(spec["lock"]), False)
+    os.register_at_fork(after_in_child=functools.partial(os.close, int(spec["lock"])))  # it is this process's alone
     from ts_handlers.model_process.folder import Failure, Folder, Status
 
     folder = Folder(Path(spec["folder"]))
-    serving = threading.Event()
     server_lives = _server_watch(spec["server"])
-    threading.Thread(target=_watch, args=(serving, server_lives), daemon=True, name="ts_handlers-server").start()
+    watch = StartWatch(server_lives, _is_wanted)
+
+    def progress(phase: str, estimate: float | None) -> None:
+        watch.phase_begins(phase)
+        folder.write_status(Status(os.getpid(), phase, estimate))
+
+    threading.Thread(target=watch.run, daemon=True, name="ts_handlers-start").start()
     try:
-        model = _start(spec, lambda phase, left: folder.write_status(Status(os.getpid(), phase, left)))
+        model, wait_seconds = _start(spec, progress)
     except Exception as error:
         logging.getLogger(__name__).warning("%s: the model's process fails: %s", spec["name"], error, exc_info=True)
         folder.write_status(Status(os.getpid(), "failed", error=Failure(type(error).__name__, str(error))))
         return 1
     from ts_handlers.model_process.server import Server
 
-    serving.set()
+    watch.started.set()
     folder.write_status(Status(os.getpid(), "serving"))
-    Server(model, folder, _is_wanted, server_lives).run()
+    Server(model, folder, _is_wanted, server_lives, wait_seconds).run()
     return 0
 
 
-def _start(spec: Mapping[str, Any], progress: Callable[[str, float | None], None]) -> Any:
+def _start(spec: Mapping[str, Any], progress: Callable[[str, float | None], None]) -> tuple[Any, float]:
+    """The model, and for how long its calls may wait for a context."""
     from ts_handlers.cycle_collector import exempt_from_collection
     from ts_handlers.model_process.server import refuse_without_inputs
     from ts_handlers.recipes import restore
@@ -69,7 +82,7 @@ def _start(spec: Mapping[str, Any], progress: Callable[[str, float | None], None
             exempt_from_collection(background.left_module)
 
         background.when_done(after_swap)
-    return model
+    return model, made.settings.contexts.wait_seconds
 
 
 def _server_watch(server: tuple[int, int]) -> Callable[[], bool]:
@@ -79,11 +92,48 @@ def _server_watch(server: tuple[int, int]) -> Callable[[], bool]:
     return lambda: process_start(pid) == start
 
 
-def _watch(serving: threading.Event, server_lives: Callable[[], bool]) -> None:
-    """End a start that nobody waits for any more: the worker that asked for it and its server are gone."""
-    while not serving.wait(WATCH_SECONDS):
-        if not server_lives() and not _is_wanted():
-            os.kill(os.getpid(), signal.SIGTERM)  # by which the crash guard knows that nothing was wrong
+class StartWatch:
+    """Ends a start that nobody waits for any more, or that hangs.
+
+    Nobody waits when the worker that asked for it and its server are gone. While that worker lives, its own time limit
+    is the start's; other workers wait for as long as the start goes on, which holds the lock.
+
+    Parameters
+    ----------
+    server_lives, wanted:
+        Whether the server lives, and the worker that asked for this start.
+
+    Attributes
+    ----------
+    started:
+        Set when the start is over.
+    """
+
+    def __init__(self, server_lives: Callable[[], bool], wanted: Callable[[], bool]) -> None:
+        self.started = threading.Event()
+        self._server_lives, self._wanted = server_lives, wanted
+        self._phase, self._since = "process", time.monotonic()
+
+    def phase_begins(self, phase: str) -> None:
+        """Call it when the start gets on."""
+        self._phase, self._since = phase, time.monotonic()
+
+    def run(self) -> None:
+        """Watch until the start is over."""
+        while not self.started.wait(WATCH_SECONDS):
+            if self._wanted():
+                continue
+            if not self._server_lives():
+                os.kill(os.getpid(), signal.SIGTERM)  # by which the crash guard knows that nothing was wrong
+            limit = BUILD_HANGS_SECONDS if self._phase.startswith(("build", "wait", "fetch")) else HANGS_SECONDS
+            if time.monotonic() - self._since > limit:
+                logging.getLogger(__name__).error(
+                    "the start of the model's process has been at %r for more than %g s, and the worker that asked for "
+                    "it is gone; it ends, so that another worker can start it",
+                    self._phase,
+                    limit,
+                )
+                os._exit(HANGS_STATUS)
 
 
 def _is_wanted() -> bool:

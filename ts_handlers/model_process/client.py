@@ -133,7 +133,12 @@ class ModelProcess:
                         "the model's process has ended while it answered this request, and again while it answered "
                         "nothing else; the reason stands in the log"
                     ) from error
+                if time.monotonic() >= deadline:
+                    raise BusyError(
+                        f"the connection to the model's process breaks again and again ({error}); send it again later"
+                    ) from error
                 suspect = True
+                time.sleep(POLL_SECONDS)
                 continue
             except BaseException:
                 # An interrupted exchange leaves an answer behind that belongs to nobody.
@@ -189,7 +194,7 @@ class _Lane:
     alone:
         Whether the call under way is a suspect that runs now.
     under_way:
-        Whether an answer is outstanding.
+        Whether an answer is outstanding, or was not read to its end.
     """
 
     def __init__(self, connection: Connection, on_counted: OnCounted) -> None:
@@ -212,12 +217,15 @@ class _Lane:
         if answer.structure is not None:
             self._structure = answer.structure
         views = self._inbox.read(answer.tensors)
-        return unflatten([copy_bytes(torch.empty_like(view), view) for view in views], self._structure)
+        output = unflatten([copy_bytes(torch.empty_like(view), view) for view in views], self._structure)
+        self.under_way = False
+        return output
 
     def describe(self) -> Description:
         self.under_way = True
         self._connection.send(Describe())
         description: Description = self._receive(Description)
+        self.under_way = False
         return description
 
     def close(self) -> None:
@@ -233,8 +241,9 @@ class _Lane:
             if isinstance(message, Started):
                 self.alone = True
                 continue
-            self.alone = self.under_way = False
+            self.alone = False
             if isinstance(message, Refusal):
+                self.under_way = False
                 self._on_counted(message.counted)
                 raise _error(message)
             if not isinstance(message, kind):

@@ -64,7 +64,10 @@ class Folder:
     def take_lock(self) -> int | None:
         """The descriptor of the lock, or None while a process holds it that starts, serves or ends."""
         while True:
-            self.path.mkdir(mode=0o700, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                if not self.path.parent.is_dir():  # something has emptied the temporary folder
+                    _private_folder()
+                self.path.mkdir(mode=0o700)
             descriptor = _take(self.path / "lock")
             if descriptor is None or _is(descriptor, self.path / "lock"):
                 return descriptor

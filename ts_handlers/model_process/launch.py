@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ts_handlers import errors
+from ts_handlers.child_python import run_module
 from ts_handlers.errors import ModelError, WarmStartError
 from ts_handlers.model_process.folder import folder_of, sweep
 from ts_handlers.model_process.wire import Connection, ConnectionLost, Description, Hello
@@ -31,6 +32,7 @@ POLL_SECONDS = 0.02
 LOG_SECONDS = 10.0
 CLOCK_SECONDS = 0.02
 """By how much a file's time may lag behind the clock."""
+CPU_LAUNCHER = b"torch.backends.xeon.run_cpu"
 STARTS = 8
 """Processes that a worker starts one after the other when they die at their start: the crash guard quarantines what
 each of them has died of, and the ladder of backends ends at eager."""
@@ -153,10 +155,10 @@ class Launcher:
         path = os.pathsep.join(dict.fromkeys(os.path.abspath(entry) for entry in sys.path))
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", "ts_handlers.model_process"],
+                run_module("ts_handlers.model_process.__main__"),
                 stdin=subprocess.PIPE,
                 pass_fds=(lock,),
-                cwd="/",  # `-m` searches there first; the process goes to the worker's folder by itself
+                cwd="/",  # the process goes to the worker's folder by itself
                 env={**os.environ, "PYTHONPATH": path},
             )
         except OSError as error:
@@ -206,14 +208,32 @@ def _forget(process: subprocess.Popen[bytes] | None) -> None:
 
 
 def parent_identity() -> list[int]:
-    """The parent process and its `process_start`: workers of one server share them."""
+    """The server's process and its `process_start`: workers of one server share them.
+
+    That is the worker's parent, or with TorchServe's `cpu_launcher_enable` the parent of torch's launcher: each worker
+    has one.
+    """
     parent = os.getppid()
+    while CPU_LAUNCHER in _command(parent):
+        parent = int(_stat(parent)[1])
     return [parent, process_start(parent)]
+
+
+def _command(pid: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+def _stat(pid: int) -> list[bytes]:
+    """Fields of ``/proc/<pid>/stat`` from the third one, the state, on."""
+    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
 
 
 def process_start(pid: int) -> int:
     """When a process started, in clock ticks since the machine did; 0 when there is none."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+        return int(_stat(pid)[19])
     except (OSError, ValueError, IndexError):
         return 0

@@ -7,14 +7,15 @@ execution contexts says how many run at once.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
+import msgspec
 import torch
 
 from ts_handlers.compiled_model import CompiledModel
@@ -40,7 +41,7 @@ LINGER_SECONDS = 10.0
 """How long the process waits for another worker when the last one has gone; one that TorchServe restarts takes less."""
 POLL_SECONDS = 0.25
 ABANDONED_SECONDS = 30.0
-"""How long a call may go on whose worker has ended, as TorchServe ends one that does not answer in time."""
+"""How long a call may run whose worker has ended, as TorchServe ends one that does not answer in time."""
 DEVICE_LOST_STATUS, HANGS_STATUS = 70, 71
 
 
@@ -105,13 +106,13 @@ class Counted:
 
     def take(self) -> dict[str, float]:
         """What is new, by name; waits for contexts as ``waited``, ``wait_seconds`` and ``context_refused``."""
-        stats = self._model.context_stats()
-        now: dict[str, float] = dict(self._model.metrics.counters)
-        del now["refused"], now["busy"]
-        now.update(waited=stats.waited, wait_seconds=stats.wait_seconds, context_refused=stats.refused)
-        if now == self._told:
-            return {}
         with self._lock:
+            stats = self._model.context_stats()
+            now: dict[str, float] = dict(self._model.metrics.counters)
+            del now["refused"], now["busy"]
+            now.update(waited=stats.waited, wait_seconds=stats.wait_seconds, context_refused=stats.refused)
+            if now == self._told:
+                return {}
             # A swap of the model begins a new pool's counts at zero.
             new = {name: value - self._told.get(name, 0) for name, value in now.items()}
             self._told = now
@@ -131,15 +132,23 @@ class Server:
         Whether somebody waits for this process who has not connected yet.
     server_lives:
         Whether the process still lives whose workers are served.
+    wait_seconds:
+        For how long a call may wait for a context.
     """
 
     def __init__(
-        self, model: CompiledModel, folder: Folder, wanted: Callable[[], bool], server_lives: Callable[[], bool]
+        self,
+        model: CompiledModel,
+        folder: Folder,
+        wanted: Callable[[], bool],
+        server_lives: Callable[[], bool],
+        wait_seconds: float,
     ) -> None:
         self._model = model
         self._folder = folder
         self._wanted = wanted
         self._server_lives = server_lives
+        self._wait_seconds = wait_seconds
         self._counted = Counted(model)
         self._gate = Gate(self._set_answering)
         self._lock = threading.Lock()
@@ -152,11 +161,17 @@ class Server:
         """Take connections until no worker is left."""
         listener = self._folder.listen()
         listener.settimeout(POLL_SECONDS)
+        os.register_at_fork(after_in_child=functools.partial(self._leave_to_parent, listener))
         idle_since = time.monotonic()
         while True:
-            with contextlib.suppress(TimeoutError):
+            try:
                 channel, _ = listener.accept()
                 self._take(channel)
+            except TimeoutError:
+                pass
+            except OSError as error:  # no descriptor is left for another connection
+                logger.warning("no further connection can be taken: %s", error)
+                time.sleep(POLL_SECONDS)
             if self._connections or self._wanted():
                 idle_since = time.monotonic()
                 self._leave_if_it_hangs()
@@ -164,6 +179,12 @@ class Server:
                 break
         self._folder.stop_listening()
         listener.close()
+
+    def _leave_to_parent(self, listener: socket.socket) -> None:
+        """In a process that the model's code forks: keep nothing open by which workers know that this one lives."""
+        listener.close()
+        for connection in self._connections:
+            connection.close_in_child()
 
     def _set_answering(self, running: int) -> None:
         self._model.answering = running
@@ -205,9 +226,10 @@ class Server:
         """End a process in which a call goes on for which nobody waits: it keeps its context for ever."""
         with self._lock:
             running = [calls for calls in self._connections.values() if calls is not None]
+        seconds = ABANDONED_SECONDS + self._wait_seconds
         for calls in running:
-            if calls.abandoned_for() > ABANDONED_SECONDS:
-                logger.error("a call goes on %g s after its worker has ended; so does this process", ABANDONED_SECONDS)
+            if calls.abandoned_for() > seconds:
+                logger.error("a call goes on %g s after its worker has ended; this process ends", seconds)
                 os._exit(HANGS_STATUS)
 
     def _description(self, first: bool = False) -> Description:
@@ -262,7 +284,7 @@ class _Calls:
         self._on_gpu = model.device.type == "cuda"
         prepare = {"on_memory": pin} if self._on_gpu else {}
         self._inbox, self._outbox = Inbox(**prepare), Outbox(**prepare)
-        self._structure: dict[str, Any] | None = None
+        self._structure: bytes | None = None
         self._answering = False
         self._abandoned: float | None = None
 
@@ -289,9 +311,7 @@ class _Calls:
                 if isinstance(message, Describe):
                     self._connection.send(self._description())
                 elif isinstance(message, Call):
-                    self._answering = True
                     self._answer(message)
-                    self._answering = False
                 else:
                     raise ConnectionLost(f"a call was expected, {type(message).__name__} found")
         finally:
@@ -308,6 +328,9 @@ class _Calls:
             self._run(call)
 
     def _run(self, call: Call) -> None:
+        if self._connection.is_abandoned():  # while it waited for its turn
+            raise ConnectionLost("the worker has ended")
+        self._answering = True
         try:
             output = self._model(*self._inbox.read(call.tensors))
             leaves, structure = flatten(output)
@@ -316,8 +339,9 @@ class _Calls:
             try:
                 if self._on_gpu:
                     torch.cuda.current_stream(self._model.device).synchronize()
-                told, self._structure = self._structure, structure
-                answer = Answer(specs, None if structure == told else structure, self._counted.take())
+                # Encoded, since 1, 1.0 and True are equal.
+                told, self._structure = self._structure, msgspec.msgpack.encode(structure)
+                answer = Answer(specs, None if self._structure == told else structure, self._counted.take())
                 self._connection.send(answer, () if descriptor is None else (descriptor,))
             finally:
                 if descriptor is not None:
@@ -326,6 +350,8 @@ class _Calls:
             raise
         except Exception as error:
             self._refuse(call, error)
+        finally:
+            self._answering = False
 
     def _refuse(self, call: Call, error: Exception) -> None:
         logger.debug("details", exc_info=error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -9,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ts_handlers.metrics import COUNTERS, Metrics
 from ts_handlers.model_process.client import ModelProcess
 from ts_handlers.model_process.launch import Launcher, parent_identity
 from ts_handlers.model_process.wire import Description
-from ts_handlers.model_source import ModelSource, Recipe
+from ts_handlers.model_source import IGNORED_FILES, ModelSource, Recipe, files_of_model
 from ts_handlers.serving.contexts import PoolStats
 from ts_handlers.serving.slots import ModuleSlots
 from ts_handlers.settings import SECTION, Settings
@@ -144,6 +145,16 @@ def join_model(source: ModelSource, settings: Settings, device: torch.device) ->
             f"{SECTION}.contexts.across_workers: no other process can make {source.name!r}: it exists in this process "
             "only, or its handler class is local; start it from an archive, or set across_workers: false"
         )
+    try:
+        travels = json.loads(json.dumps(recipe)) == recipe
+    except (TypeError, ValueError):
+        travels = False
+    if not travels:
+        raise SettingsError(
+            f"{SECTION}.contexts.across_workers: {source.name!r} cannot be described to another process: its "
+            "model-config.yaml holds something that JSON does not have, such as a date or keys that are numbers; "
+            "put it into quotes, or set across_workers: false"
+        )
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", 0)  # asking for the current one would make a CUDA context here
     spec = {
@@ -151,7 +162,7 @@ def join_model(source: ModelSource, settings: Settings, device: torch.device) ->
         "server": parent_identity(),
         "directory": os.getcwd(),
         "source": dict(recipe),
-        "files": _stamps(recipe),
+        "files": _stamps(recipe, settings.key_files_ignored),
         "settings": msgspec.to_builtins(settings),
         "overrides": {},
         "device": str(device),
@@ -181,13 +192,13 @@ def join_model(source: ModelSource, settings: Settings, device: torch.device) ->
     return model
 
 
-def _stamps(recipe: Recipe) -> list[list[int | str]]:
-    """Size and time of the model's files: a model whose files change is another one."""
+def _stamps(recipe: Recipe, ignored: Sequence[str]) -> list[list[int | str]]:
+    """Size and time of the files that shape the model, as the store's key sees it: if they change it is another one."""
     root = Path(recipe.get("directory") or recipe.get("model_dir") or recipe["path"])
-    paths = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root]
+    paths = files_of_model(root, (*IGNORED_FILES, *ignored)) if root.is_dir() else [root]
     stamps: list[list[int | str]] = []
     for path in paths:
-        if path.suffix != ".pyc":
+        with contextlib.suppress(FileNotFoundError):  # something that a worker has written beside them for a moment
             status = path.stat()
             stamps.append([str(path), status.st_size, status.st_mtime_ns, status.st_ino])
     return stamps

@@ -140,13 +140,13 @@ class Connection:
         Raises
         ------
         ConnectionLost
-            The other side has ended.
+            The other side has ended, or this process may open no more files and the message has lost its descriptors.
         """
         if self._buffer is None:
             self._buffer = bytearray(MOST_BYTES)
         space = socket.CMSG_SPACE(4 * MOST_DESCRIPTORS)
         try:
-            count, ancillary, _, _ = self._channel.recvmsg_into([self._buffer], space, socket.MSG_CMSG_CLOEXEC)
+            count, ancillary, flags, _ = self._channel.recvmsg_into([self._buffer], space, socket.MSG_CMSG_CLOEXEC)
         except OSError as error:
             raise ConnectionLost(str(error)) from error
         descriptors = array.array("i")
@@ -156,6 +156,8 @@ class Connection:
         try:
             if not count:
                 raise ConnectionLost("the other side has ended")
+            if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+                raise ConnectionLost("a message has lost its descriptors; this process may open no more files")
             message = _decoder.decode(memoryview(self._buffer)[:count])
         except BaseException as error:
             for descriptor in descriptors:
@@ -180,6 +182,10 @@ class Connection:
             return bool(poll.poll(0))
         except (OSError, ValueError):
             return True
+
+    def close_in_child(self) -> None:
+        """Close the descriptor that a forked process has inherited; the connection itself goes on."""
+        self._channel.close()
 
     def close(self) -> None:
         """Close it, and wake a thread of this process that waits for a message."""

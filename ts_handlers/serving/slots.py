@@ -56,7 +56,12 @@ class ModuleSlots:
             if self._device.type != "cuda":
                 return function(*args, **kwargs)
             with torch.cuda.device(self._device):  # CUDA's current device is one for each thread
-                return function(*args, **kwargs)
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    stream = torch.cuda.current_stream(self._device)
+                    if stream.cuda_stream:  # on the default stream, which is 0, calls follow one another by themselves
+                        stream.synchronize()
 
     def wrap(self, loaded: Loaded) -> Loaded:
         """The same artifact with `run` in a slot; as it is when its backend has a pool of its own."""
