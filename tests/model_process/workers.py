@@ -148,6 +148,19 @@ class Worker:
         self._process.stdin.flush()
 
 
+Answers = list[dict[str, Any]]
+
+
+def slow_calls_beside(bad: float, workers: list[Worker]) -> tuple[Answers, Answers]:
+    """Slow calls of all workers, and one of the first with the value `bad`, number 9: errors, and the other answers."""
+    for number in range(1, 4):
+        for worker in workers:
+            worker.send(number, [[-0.3, float(number), 0.0, 0.0]])
+    workers[0].send(9, [[bad, 0.0, 0.0, 0.0]])
+    answers = [worker.line() for worker in workers for _ in range(3)] + [workers[0].line()]
+    return [each for each in answers if "error" in each], [each for each in answers if each["number"] != 9]
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process runs; one that has ended and was not waited for does not."""
     try:
