@@ -281,7 +281,10 @@ def test_a_declaration_that_the_program_takes_is_what_holds(
             {"dimensions": {**RANGES, "batch": Dimension(1, 7)}},
             [".dimensions.batch: 1..7", "takes 1..6 as dimension 0 of 'ids'", "narrow it", "torch.export.Dim"],
         ),
-        ({"dimensions": {**RANGES, "length": Dimension(1, 8)}}, [".dimensions.length: 1..8", "takes 2..8"]),
+        (
+            {"dimensions": {**RANGES, "length": Dimension(1, 8)}},
+            [".dimensions.length: 1..8", "takes 2..8", "min=1) there"],
+        ),
         ({"inputs": (with_shape(IDS, 7, "length"), SCALE)}, [".inputs[0].shape[0]: 7", "takes 1..6"]),
         (
             {"inputs": (IDS, with_shape(SCALE, "rows", 4)), "dimensions": {**RANGES, "rows": Dimension(1, 6)}},
@@ -310,6 +313,25 @@ def test_a_dtype_is_compared_with_the_inputs_where_there_are_no_weights(tmp_path
     assert start(tmp_path / "model.pt2", tmp_path / "s", dtype="float32", **EAGER)(torch.ones(2)).tolist() == [2, 2]
     with pytest.raises(SettingsError, match="program is in float32"):
         start(tmp_path / "model.pt2", tmp_path / "s", dtype="float64", **EAGER)
+
+
+def test_a_program_in_half_precision_may_hold_buffers_in_another(tmp_path: Path) -> None:
+    """The buffers stay as they are: rounded, they would be another model."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 2).to(torch.bfloat16)
+            self.register_buffer("table", torch.tensor([1.0009765625, 3.0]), persistent=False)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.layer(x), self.table * 1.0
+
+    torch.export.save(export(Scaled(), torch.ones(2, dtype=torch.bfloat16)), tmp_path / "model.pt2")
+    model = start(tmp_path / "model.pt2", tmp_path / "s", dtype="bfloat16", **EAGER)
+    assert model(torch.ones(2, dtype=torch.bfloat16))[1].tolist() == [1.0009765625, 3.0]
+    with pytest.raises(SettingsError, match="program is in bfloat16"):
+        start(tmp_path / "model.pt2", tmp_path / "s", dtype="float32", **EAGER)
 
 
 @pytest.mark.compile

@@ -183,7 +183,7 @@ def test_graphs_outlive_an_output_that_outgrows_its_buffer(tmp_path: Path, drive
     replays = 4 if sealed else 8
     assert (driver.log.count("replay"), driver.log.count("record")) == (replays, 0)
     assert recorder.recorded == (2 if sealed else 4)
-    memory = {"torch_bytes": 128, "graph_bytes": 64}
+    memory = {"torch_bytes": 128, "graph_bytes": 64}  # the fake's figures
     assert facts == ({"cuda_graphs": 2, "gpu_memory": memory} if sealed else {})
 
 
@@ -201,3 +201,15 @@ def test_outputs_that_are_one_tensor_or_an_input_are_put_where_the_model_has_the
     assert answer["all"][0] is x
     assert answer["all"][1] == 3
     assert answer["again"] is answer["sum"]
+
+
+def test_an_allocator_that_keeps_no_account_fails_no_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's does with PYTORCH_CUDA_ALLOC_CONF=backend:cudaMallocAsync."""
+
+    def snapshot() -> None:
+        raise RuntimeError("Calling snapshot with backend:cudaMallocAsync is not meaningful.")
+
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", snapshot)
+    facts: dict[str, Any] = {}
+    cuda_graphs.GraphRecorder(torch.device("cuda")).seal(facts)
+    assert facts == {"cuda_graphs": 0}

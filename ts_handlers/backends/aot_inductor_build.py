@@ -62,6 +62,7 @@ def build(request: Request, directory: Path, phase: Phase, merge: bool) -> Built
                 reason = f"{how}: {type(error).__name__}: {_first_line(error)}"
                 logger.info("%s does not export this way: %s", request.source.name, reason)
                 reasons.append(reason)
+                request.placed_weights.clear()  # merged ones would stay beside those that the next step places
                 if merged:
                     continue
                 break

@@ -92,7 +92,8 @@ class Request:
         """The eager module on the device, in the dtype that the settings ask for, in eval mode."""
         self.check_source()
         module = self.source.eager()
-        dtype = None if self.settings.dtype is None else getattr(torch, self.settings.dtype)
+        wanted = self.settings.dtype if self.source.weights_by_name else None  # a program keeps those of its export
+        dtype = None if wanted is None else getattr(torch, wanted)
         return module.to(device=self.device, dtype=dtype) if dtype is not None else module.to(self.device)
 
 

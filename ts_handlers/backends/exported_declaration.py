@@ -19,15 +19,17 @@ _ANEW = "or export the program anew"
 
 
 def compare_dtype(program: Any, dtype: str | None) -> None:
-    """Refuse a dtype other than that of the program's weights, or of its inputs where it has none.
+    """Refuse a dtype other than that of the program's parameters, or of its inputs where it has none.
+
+    Buffers and constants may be in another: position tables of models in half precision often are in float32.
 
     Raises
     ------
     SettingsError
         With the key, what the program has, and the remedy.
     """
-    tensors = [*program.state_dict.values(), *program.constants.values()]
-    found = _floating(tensors) or _floating(
+    parameters = program.graph_signature.parameters
+    found = _floating([program.state_dict[name] for name in parameters if name in program.state_dict]) or _floating(
         [node.meta.get("val") for node in program.graph.find_nodes(op="placeholder")]
     )
     if dtype is not None and found and found != {dtype}:
@@ -81,6 +83,8 @@ def compare_inputs(inputs: Sequence[InputSpec], dimensions: Mapping[str, Dimensi
             if not low <= least <= most <= high:
                 key = f"dimensions.{wanted}" if isinstance(wanted, str) else f"inputs[{index}].shape[{axis}]"
                 remedy = f"write {low}" if low == high else "narrow it"
+                if low == 2 and least < 2:  # what torch.export records for Dim.AUTO and Dim.DYNAMIC
+                    remedy += ", export the program with torch.export.Dim(name, min=1) there if it takes size 1"
                 raise SettingsError(
                     f"{SECTION}.{key}: {_shown(least, most)}, but the exported program takes {_shown(low, high)} as "
                     f"{place}; {remedy}, or export the program with another torch.export.Dim there"

@@ -277,7 +277,8 @@ def _load(
     )
     device: Any = TorchDevice(request.device)
     runner = EngineRunner([engine], contexts, device)
-    output, returns = description["output"], description["returns"]
+    output = description["output"]
+    returns = description.get("returns") or [["output", n] for n in range(len(description["outputs"]))]  # older entries
     several = len(profiles) > 1
 
     def run(tensors: list[torch.Tensor]) -> Any:
