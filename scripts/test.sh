@@ -13,4 +13,4 @@ source "$(dirname "$0")/environment.sh"
 "$VENV_PYTHON" -m ruff format --check .
 "$VENV_PYTHON" -m ruff check .
 "$VENV_PYTHON" -m mypy --strict -p ts_handlers
-exec "$VENV_PYTHON" -m pytest -n 2 --dist loadfile "$@"
+exec "$VENV_PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -488,7 +488,7 @@ def ended(process: subprocess.Popen[str], archive: Path) -> dict[str, Any]:
 
 
 def test_three_processes_build_once_and_all_swap(archive: Path, tmp_path: Path) -> None:
-    processes = [serve(archive, tmp_path, "3") for _ in range(3)]
+    processes = [serve(archive, tmp_path, "12") for _ in range(3)]  # which start one after the other meanwhile
     facts = [ended(process, archive) for process in processes]
     assert len(begun(tmp_path)) == 1
     assert [each["result"] for each in facts] == ["swapped"] * 3
@@ -498,7 +498,7 @@ def test_three_processes_build_once_and_all_swap(archive: Path, tmp_path: Path) 
 
 def test_failure_is_shared_by_those_who_waited(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BUILD_ERROR", "no way to export")
-    processes = [serve(archive, tmp_path, "3") for _ in range(2)]
+    processes = [serve(archive, tmp_path, "8") for _ in range(2)]
     facts = [ended(process, archive) for process in processes]
     assert len(begun(tmp_path)) == 1
     for each in facts:
