@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import yaml
 
+from ts_handlers.model.signature import Signature
 from ts_handlers.settings import parse_settings
-from ts_handlers.signature import Signature
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent

@@ -242,7 +242,7 @@ def prepare(work: Path, store: str, workers: int, together: int, sides: list[str
     import torch
     import yaml
 
-    from ts_handlers.archive_files import load_model_class
+    from ts_handlers.model.archive_files import load_model_class
 
     model_store = work / "models"
     for side in sides:

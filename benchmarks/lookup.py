@@ -21,11 +21,12 @@ import environment
 
 CHILD = """
 import sys, time
-from ts_handlers.cache_key import FORMAT, CacheKey
-from ts_handlers.store.base import Address, Hit
-from ts_handlers.store.local import LocalStore
-from ts_handlers.store.verified import known_digest
-from ts_handlers.digests import digest_file
+from ts_handlers.key.cache_key import FORMAT, CacheKey
+from ts_handlers.store.address import Address
+from ts_handlers.store.base import Hit
+from ts_handlers.store.local.store import LocalStore
+from ts_handlers.store.local.verified import known_digest
+from ts_handlers.key.digests import digest_file
 from pathlib import Path
 root, verify, weights = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 key = CacheKey((("format", FORMAT), ("backend", "aot_inductor")))
@@ -41,10 +42,10 @@ FILES = 4
 
 def make_store(root: Path, megabytes: int) -> None:
     """Publish one entry of `megabytes` in `FILES` files."""
-    from ts_handlers.cache_key import FORMAT, CacheKey
-    from ts_handlers.store.base import Address
+    from ts_handlers.key.cache_key import FORMAT, CacheKey
+    from ts_handlers.store.address import Address
     from ts_handlers.store.entry import Manifest, list_files
-    from ts_handlers.store.local import LocalStore
+    from ts_handlers.store.local.store import LocalStore
 
     key = CacheKey((("format", FORMAT), ("backend", "aot_inductor")))
     where = Address("benchmark", "0" * 64, "cpu", key)

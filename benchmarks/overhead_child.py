@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from start_child import build_eager, read_inputs, start_ours
 
-from ts_handlers.backends import aot_inductor
-from ts_handlers.backends.aot_inductor_container import TorchRunner
+from ts_handlers.backends.aot_inductor import backend as aot_inductor
+from ts_handlers.backends.aot_inductor.container import TorchRunner
 from ts_handlers.store.entry import read_manifest
 
 WARM_UP_CALLS = 20

@@ -59,10 +59,10 @@ def ratio(times: dict[str, list[float]], name: str, reference: str) -> float:
 
 def guard(folder: Path) -> Figures:
     """`warm_start_us`: judging the dead, marker and limits; `first_in_process_us`: reading versions, once."""
-    from ts_handlers.cache_key import CacheKey
-    from ts_handlers.fingerprint import runtime_identity
+    from ts_handlers.guard.guard import Guard
+    from ts_handlers.key.cache_key import CacheKey
+    from ts_handlers.key.fingerprint import runtime_identity
     from ts_handlers.settings import Settings
-    from ts_handlers.store.guard import Guard
 
     store = folder / "store"
     store.mkdir(mode=0o700, exist_ok=True)
@@ -83,10 +83,10 @@ def slot(folder: Path) -> Figures:
     """`us`: what `ModuleSlots` adds to a call of a function that does nothing."""
     import torch
 
-    from ts_handlers.backends.base import Loaded
-    from ts_handlers.serving.slots import ModuleSlots
+    from ts_handlers.execution.base import Loaded
+    from ts_handlers.execution.slots import ModuleSlots
+    from ts_handlers.model.signature import Signature
     from ts_handlers.settings.sections import ContextSettings
-    from ts_handlers.signature import Signature
 
     def block(run: Callable[[list[Any]], Any]) -> Callable[[], None]:
         def calls() -> None:
@@ -140,7 +140,7 @@ def across_workers(folder: Path) -> Figures:
 
 def usage(folder: Path) -> Figures:
     """`us`: one `record_use`."""
-    from ts_handlers.store.usage import record_use
+    from ts_handlers.store.local.usage import record_use
 
     (folder / "store").mkdir(mode=0o700, exist_ok=True)
     return {"us": median_us(lambda: record_use(folder / "store", "key"))}
@@ -157,7 +157,7 @@ def memory(folder: Path) -> Figures:
 
 def prepare_initialization(folder: Path) -> None:
     """Weights of BERT-base."""
-    import archives
+    from tests.support import torchserve_archives as archives
 
     archives.prepare("bert_base", folder / "model")
 
@@ -169,8 +169,8 @@ def initialization(folder: Path) -> Figures:
     """
     import torch
 
-    from ts_handlers.archive_files import load_model_class
-    from ts_handlers.initialization import skip_random_initialization
+    from ts_handlers.model.archive_files import load_model_class
+    from ts_handlers.model.initialization import skip_random_initialization
 
     model_class = load_model_class(folder / "model" / "model.py")
     weights = torch.load(folder / "model" / "model.pt", weights_only=True, mmap=True)
@@ -191,9 +191,10 @@ def initialization(folder: Path) -> Figures:
 
 def prepare_artifacts(model: str, backends: list[str], folder: Path) -> None:
     """A model, its request, and an entry of each of the backends in the store."""
-    import archives
     from in_process import write_work
     from start_child import start_ours
+
+    from tests.support import torchserve_archives as archives
 
     files = archives.prepare(model, folder / "model")
     work = write_work(files, folder / "work")
@@ -325,11 +326,11 @@ def forked(function: Callable[..., Figures], *arguments: Any) -> Figures:
 
 def start_and_collect(folder: Path, pause: bool) -> Figures:
     """One warm start; see `collector`."""
-    import ts_handlers.startup
-    from ts_handlers.cycle_collector import exempt_from_collection
+    import ts_handlers.startup.fallback
+    from ts_handlers.system.cycle_collector import exempt_from_collection
 
     if not pause:
-        ts_handlers.startup.collection_paused = contextlib.nullcontext
+        ts_handlers.startup.fallback.collection_paused = contextlib.nullcontext
     model = start_hit(folder, "inductor")  # kept: what it holds is no garbage
     found: Figures = {"start_s": time.thread_time(), "objects": len(gc.get_objects())}
     started = time.perf_counter()
@@ -420,7 +421,7 @@ def threads(folder: Path) -> Figures:
 
 def prepare_linears(folder: Path) -> None:
     """The models, and an artifact of each with merged linear layers and one without."""
-    import archives
+    from tests.support import torchserve_archives as archives
 
     for model in LINEARS:
         archives.prepare(model, folder / model)
@@ -448,7 +449,7 @@ def linears_models(directory: Path) -> dict[str, Any]:
     import yaml
 
     from ts_handlers import ArchiveSource, parse_settings, start_model
-    from ts_handlers.backends import aot_inductor
+    from ts_handlers.backends.aot_inductor import backend as aot_inductor
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = yaml.safe_load((directory / "model-config.yaml").read_text("utf-8"))

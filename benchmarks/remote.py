@@ -25,17 +25,17 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-import archives
 import command_line
 import environment
 import torch
 from measure import Bench, Run
 from rows import AOT_HIT, EAGER, Row
 
+from tests.support import torchserve_archives as archives
 from ts_handlers.settings.sections import RemoteSettings
-from ts_handlers.store.object_lease import ObjectLeases
-from ts_handlers.store.remote import Remote
-from ts_handlers.store.remote_lease import SIGNS_PER_HEARTBEAT, wait_for_lease
+from ts_handlers.store.remote.lease import SIGNS_PER_HEARTBEAT, wait_for_lease
+from ts_handlers.store.remote.object_lease import ObjectLeases
+from ts_handlers.store.remote.objects import Remote
 
 NEW_HOST_LIMIT = 1.15
 TAKEOVER_LIMIT = 2.0  # heartbeats
@@ -54,9 +54,9 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from ts_handlers.settings.sections import RemoteSettings
-from ts_handlers.store.object_lease import ObjectLeases
-from ts_handlers.store.remote import Remote
-from ts_handlers.store.remote_lease import wait_for_lease
+from ts_handlers.store.remote.object_lease import ObjectLeases
+from ts_handlers.store.remote.objects import Remote
+from ts_handlers.store.remote.lease import wait_for_lease
 url, state, heartbeat = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
 held = wait_for_lease(ObjectLeases(Remote(RemoteSettings(url), state)), "key", heartbeat, lambda: False)
 print("held", flush=True)

@@ -20,7 +20,6 @@ import numpy
 import torch
 import yaml
 
-import ts_handlers.base_handler  # noqa: F401  # sets the precision of float32 products, as in TorchServe's workers
 from ts_handlers import ArchiveSource, parse_settings, start_model
 
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:1] = [str(REPOSITORY / "tests"), str(REPOSITORY), str(REPOSITORY / "benchmarks")]
+sys.path[:1] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 
-from soak.command import main  # noqa: E402
+from tests.soak.command import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import file_backend
 import pytest
 from hypothesis import HealthCheck, settings
-from models import write_archive
 
-import ts_handlers.backends
-from ts_handlers.store import verified
+from tests.support import file_backend
+from tests.support.models import write_archive
+from ts_handlers import register_backend
+from ts_handlers.store.local import verified
 
 # Deadlines are durations, and a shared machine has no say about those.
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("tests")
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user or to mount")
+Register = Callable[[str, Any], None]
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +35,18 @@ def archive(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> file_backend.FileBackend:
+def register() -> Iterator[Register]:
+    """Registers a backend under a name, or in the place of a known one, until the test ends."""
+    before: list[tuple[str, Any]] = []
+    yield lambda name, location: before.append((name, register_backend(name, location)))
+    for name, location in reversed(before):
+        register_backend(name, location)
+
+
+@pytest.fixture
+def backend(monkeypatch: pytest.MonkeyPatch, register: Register) -> file_backend.FileBackend:
     """A fresh test backend in place of ``aot_inductor``."""
-    monkeypatch.setitem(ts_handlers.backends._MODULES, "aot_inductor", "file_backend")
+    register("aot_inductor", "tests.support.file_backend:BACKEND")
     fresh = file_backend.FileBackend()
     monkeypatch.setattr(file_backend, "BACKEND", fresh)
     return fresh

@@ -20,7 +20,7 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name: str) -> None:
-    if name == "ts_handlers.handler":
+    if name == "ts_handlers.servers.torchserve.handler":
         pytest.importorskip("ts", reason="TorchServe is not installed")
     result = doctest.testmod(importlib.import_module(name), optionflags=FLAGS)
     assert result.failed == 0
@@ -28,5 +28,5 @@ def test_examples_run(name: str) -> None:
 
 def test_there_are_examples() -> None:
     finder = doctest.DocTestFinder(exclude_empty=True)
-    modules = [importlib.import_module(name) for name in MODULES if name != "ts_handlers.handler"]
+    modules = [importlib.import_module(name) for name in MODULES if name != "ts_handlers.servers.torchserve.handler"]
     assert sum(len(test.examples) for module in modules for test in finder.find(module)) >= 5

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from file_backend import START
-from import_budget import beyond_budget
-from models import archive_source, settings_of
-from subprocesses import run_python
 
+from tests.support.file_backend import START
+from tests.support.import_budget import beyond_budget
+from tests.support.models import archive_source, settings_of
+from tests.support.subprocesses import run_python
 from ts_handlers import start_model
 
 pytestmark = pytest.mark.processes
@@ -41,7 +41,7 @@ def test_a_worker_does_not_walk_torchs_objects_again() -> None:
     import gc, torch
     before = len(gc.get_objects())
     from ts_handlers import CompiledHandler
-    print(gc.get_freeze_count() >= before > 100_000)
+    print(gc.get_freeze_count() > 0.99 * before > 100_000)  # the collector may take a few of them before
     """
     assert run_python(code).split()[-1] == "True"
 

@@ -3,22 +3,48 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 
-from ts_handlers.backends.base import Loaded, Request, Run
+from ts_handlers.backends.base import Target
 from ts_handlers.backends.eager import eager_run
 from ts_handlers.errors import BusyError, InputError
+from ts_handlers.execution.base import Loaded, Run
+from ts_handlers.execution.contexts import ContextPool, PoolStats
+from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.metrics import Metrics, compiled_graphs
-from ts_handlers.serving.contexts import ContextPool, PoolStats
-from ts_handlers.serving.slots import ModuleSlots
-from ts_handlers.signature import Signature
+from ts_handlers.model.signature import Signature
 from ts_handlers.store.base import Store
 
-if TYPE_CHECKING:
-    from ts_handlers.background import BackgroundBuild
+logger = logging.getLogger(__name__)
+
+
+class Background(Protocol):
+    """The build that goes on beside an eager model; `ts_handlers.startup.background.build.BackgroundBuild` is one."""
+
+    @property
+    def left_module(self) -> bool:
+        """Whether the eager module was to go with the swap and is still there."""
+
+    def describe(self) -> dict[str, Any]:
+        """State, phase, seconds and reason, JSON-compatible."""
+
+    def when_done(self, callback: Callable[[], None]) -> None:
+        """Call `callback` after the swap or the failure."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the swap or the failure; False when that took longer than `timeout` seconds."""
+
+    def wait_for_idle_window(self) -> None:
+        """Return between two requests of the model."""
+
+    def close(self) -> None:
+        """Give up: never swap."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,20 +91,18 @@ class CompiledModel:
         As many calls as can run at once were under way for `contexts.wait_seconds`.
     """
 
-    def __init__(
-        self, request: Request, loaded: Loaded, outcome: Outcome, metrics: Metrics, slots: ModuleSlots
-    ) -> None:
-        self._request = request
+    def __init__(self, target: Target, loaded: Loaded, outcome: Outcome, metrics: Metrics, slots: ModuleSlots) -> None:
+        self._target = target
         self._loaded = loaded  # `swap` replaces it, so a call reads it once
-        self._device = request.device
-        self._outside_eager = request.settings.outside == "eager"
+        self._device = target.device
+        self._outside_eager = target.settings.outside == "eager"
         self._slots = slots
         self._eager: Run | None = None
         self._lock = threading.Lock()
         self.outcome = outcome
         self.metrics = metrics
         self.store: Store | None = None
-        self.background: BackgroundBuild | None = None
+        self.background: Background | None = None
         self.answering = 0
         if self._device.type == "cuda":
             for pool in (slots.pool, loaded.pool):
@@ -107,7 +131,7 @@ class CompiledModel:
         self.metrics.count("outside_eager")
         with self._lock:
             if self._eager is None:
-                self._eager = eager_run(self._request, signature.names)
+                self._eager = eager_run(self._target, signature.names)
         return self._slots.call(self._eager, tensors)
 
     def _call_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -115,7 +139,7 @@ class CompiledModel:
 
     def _run_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.inference_mode():
-            return self._request.eager()(*args, **kwargs)
+            return self._target.eager()(*args, **kwargs)
 
     def swap(self, other: CompiledModel) -> None:
         """Serve from the next call on what `other` serves; calls that are running end as they began."""
@@ -170,7 +194,7 @@ class CompiledModel:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self._request.eager(), name)
+        return getattr(self._target.eager(), name)
 
 
 def _to(value: Any, device: torch.device) -> Any:
@@ -182,3 +206,10 @@ def _to(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {key: _to(item, device) for key, item in value.items()}
     return value
+
+
+def log_outcome(event: str, name: str, model: CompiledModel) -> None:
+    """Log what a model has become as one structured line."""
+    facts = model.describe()
+    wanted = ("backend", "key", "result", "missed", "fallbacks", "phases_ms")
+    logger.info("ts_handlers %s %s", event, json.dumps({"model": name, **{key: facts[key] for key in wanted}}))

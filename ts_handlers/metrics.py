@@ -1,6 +1,6 @@
 """Every metric of the package, declared once, and the phases of a start.
 
-Counters are per process. `Phases` times the steps of a start; both go to TorchServe's metrics, to the log as one
+Counters are per process. Phases time the steps of a start. Both go to the server's metrics, to the log as one
 structured line, and to `describe`.
 """
 
@@ -13,9 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
-
-from ts_handlers.serving.contexts import PoolStats
 
 _LOCK = threading.Lock()
 
@@ -72,8 +69,6 @@ class Metrics:
     build_ms: dict[str, float] = dataclasses.field(default_factory=dict)
     counters: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
     observer: Callable[[str], None] | None = None
-    _emitted: dict[str, int] = dataclasses.field(default_factory=dict)
-    _contexts: PoolStats = dataclasses.field(default_factory=PoolStats)
     _inner_ms: list[float] = dataclasses.field(default_factory=list)
 
     @classmethod
@@ -111,35 +106,10 @@ class Metrics:
         with _LOCK:  # requests come in several threads
             self.counters[name] += amount
 
-    def emit(self, torchserve_metrics: Any) -> None:
-        """Hand the phases of a start, and what was counted since the last call, to TorchServe's metrics cache.
-
-        Called after each request too, because threads go on counting when the start is over.
-        """
-        if torchserve_metrics is None or self._emitted == self.counters:
-            return
+    def counted(self) -> dict[str, int]:
+        """The counters at one moment."""
         with _LOCK:
-            first, before, now = not self._emitted, self._emitted, dict(self.counters)
-            self._emitted = now
-        if first:
-            for name, value in self.phases_ms.items():
-                torchserve_metrics.add_time(f"ts_handlers_{name}_ms", round(value, 2), None, "ms")
-        for name, count in now.items():
-            if count > before.get(name, 0):
-                torchserve_metrics.add_counter(f"ts_handlers_{name}_total", count - before.get(name, 0))
-
-    def emit_contexts(self, torchserve_metrics: Any, stats: PoolStats) -> None:
-        """Hand over how many calls waited for an execution context since the last time, and how long together."""
-        before, self._contexts = self._contexts, stats
-        if stats.waited < before.waited or stats.wait_seconds < before.wait_seconds:  # the model has been swapped
-            before = PoolStats()
-        if torchserve_metrics is None or stats.waited == before.waited:
-            return
-        torchserve_metrics.add_counter("ts_handlers_context_waits_total", stats.waited - before.waited)
-        waited_ms = (stats.wait_seconds - before.wait_seconds) * 1000
-        torchserve_metrics.add_time("ts_handlers_context_wait_ms", round(waited_ms, 2), None, "ms")
-        if stats.refused > before.refused:
-            torchserve_metrics.add_counter("ts_handlers_context_refused_total", stats.refused - before.refused)
+            return dict(self.counters)
 
 
 @contextlib.contextmanager

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from file_backend import FileBackend
-from models import archive_source, settings_of
 
-import ts_handlers.backends
+from tests.conftest import Register
+from tests.support.file_backend import FileBackend
+from tests.support.models import archive_source, settings_of
 from ts_handlers import start_model
 
 typer_testing = pytest.importorskip("typer.testing", reason="typer is not installed")
@@ -42,9 +42,9 @@ def run() -> Callable[..., Result]:
 
 
 @pytest.fixture
-def filled(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def filled(archive: Path, tmp_path: Path, register: Register) -> Path:
     """A store with one entry of the model ``linear``, used once."""
-    monkeypatch.setitem(ts_handlers.backends._MODULES, "aot_inductor", FileBackend.__module__)
+    register("aot_inductor", f"{FileBackend.__module__}:BACKEND")
     settings = settings_of(store=str(tmp_path / "store"), backends=["aot_inductor"], strict=True)
     assert start_model(archive_source(archive, name="linear"), settings).outcome.result == "built"
     assert start_model(archive_source(archive, name="linear"), settings).outcome.result == "hit"

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from subprocesses import finish, start_python
 
+from tests.support.subprocesses import finish, start_python
 from ts_handlers.cli.exit_codes import ExitCode
-from ts_handlers.store import local
+from ts_handlers.store.local import store as local
 
 MAIN = "from ts_handlers.cli.app import main; main()"
 Run = Callable[..., Any]

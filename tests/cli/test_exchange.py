@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from file_backend import FileBackend
-from models import archive_source, settings_of
 
-import ts_handlers.backends
-from cli.conftest import Result
+from tests.cli.conftest import Result
+from tests.conftest import Register
+from tests.support.file_backend import FileBackend
+from tests.support.models import archive_source, settings_of
 from ts_handlers import start_model
-from ts_handlers.store.scan import scan_entries
-from ts_handlers.store.sealed import SealedReader, seal
-from ts_handlers.store.trust import Trust
+from ts_handlers.store.remote.sealed import SealedReader, seal
+from ts_handlers.store.remote.signing import Trust
+from ts_handlers.store.upkeep.scan import scan_entries
 
 Run = Callable[..., Result]
 
@@ -45,9 +45,9 @@ def outcomes(result: Result) -> list[tuple[str, int]]:
 
 
 @pytest.fixture
-def start(archive: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Any]:
+def start(archive: Path, register: Register) -> Callable[[Path], Any]:
     """Start the model of `filled` on a store and return how that ended."""
-    monkeypatch.setitem(ts_handlers.backends._MODULES, "aot_inductor", FileBackend.__module__)
+    register("aot_inductor", f"{FileBackend.__module__}:BACKEND")
 
     def run(store: Path) -> Any:
         settings = settings_of(store=str(store), backends=["aot_inductor"], on_miss="fail")

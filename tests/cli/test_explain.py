@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from entries import address, publish
-from models import LINEAR_SECTION
 
+from tests.support.entries import address, publish
+from tests.support.models import LINEAR_SECTION
 from ts_handlers.cli.exit_codes import ExitCode
-from ts_handlers.store.local import LocalStore
+from ts_handlers.store.local.store import LocalStore
 
 Run = Callable[..., Any]
 
@@ -60,7 +60,7 @@ def test_explain_of_a_damaged_entry_says_so(run: Run, tmp_path: Path) -> None:
 def served(archive: Path, filled: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model's folder, which a TorchServe worker has served once from a store beside other entries."""
     pytest.importorskip("ts", reason="TorchServe is not installed")
-    from test_handler import make_context
+    from tests.servers.torchserve.test_handler import make_context
 
     section = {**LINEAR_SECTION, "backends": ["aot_inductor", "eager"], "store": str(filled)}
     (archive / "explained_handler.py").write_text(HANDLER)

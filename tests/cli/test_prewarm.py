@@ -10,7 +10,7 @@ import pytest
 
 from ts_handlers.cli.exit_codes import ExitCode
 from ts_handlers.cli.verbs import prewarm as verb
-from ts_handlers.prewarm import Prewarmed
+from ts_handlers.servers.torchserve.prewarm import Prewarmed
 
 Run = Callable[..., Any]
 BUILT = Prewarmed("m", "built", "aot_inductor", "ab12", published=True, device="cpu", seconds=2.0)

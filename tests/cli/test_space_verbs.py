@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from entries import address, publish
 
+from tests.support.entries import address, publish
 from ts_handlers.cli.exit_codes import ExitCode
-from ts_handlers.store.local import LocalStore
+from ts_handlers.store.local.store import LocalStore
 
 Run = Callable[..., Any]
 
@@ -104,7 +104,7 @@ def test_verify_finds_damage_and_repairs_only_when_asked(run: Run, root: Path) -
 
 def test_verify_hashes_what_lookups_believe_unchanged(run: Run, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit rot: the content differs and nothing of the file's status does."""
-    from ts_handlers.store import verified
+    from ts_handlers.store.local import verified
 
     stamps: dict[str, tuple[int, ...]] = {}
     monkeypatch.setattr(verified, "RACY_SECONDS", 0.0)

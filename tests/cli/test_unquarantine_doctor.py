@@ -6,15 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from subprocesses import run_python
-
 import ts_handlers.doctor
-from ts_handlers.cache_key import CacheKey
+from tests.support.subprocesses import run_python
 from ts_handlers.cli.exit_codes import ExitCode
+from ts_handlers.guard.failures import remember_failure
+from ts_handlers.guard.guard import Guard
+from ts_handlers.key.cache_key import CacheKey
 from ts_handlers.settings import Settings
 from ts_handlers.store.entry import read_manifest
-from ts_handlers.store.failures import remember_failure
-from ts_handlers.store.guard import Guard
 
 Run = Callable[..., Any]
 
@@ -79,7 +78,7 @@ def test_quarantines_are_read_without_torch(filled: Path) -> None:
     quarantine(filled)
     code = """
         import sys
-        from ts_handlers.store.quarantine import read_quarantines
+        from ts_handlers.guard.quarantine import read_quarantines
         print(len(read_quarantines(sys.argv[1])), "torch" in sys.modules)
     """
     assert run_python(code, filled).split() == ["2", "False"]

@@ -8,11 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from models import LINEAR, LINEAR_SECTION, archive_source, eager_model, settings_of, write_archive, write_weights
-from subprocesses import run_python
-from test_limits import SECTION as TOKENS_SECTION
-from test_limits import TOKENS
 
+from tests.model.test_values import SECTION as TOKENS_SECTION
+from tests.model.test_values import TOKENS
+from tests.support.models import (
+    LINEAR,
+    LINEAR_SECTION,
+    archive_source,
+    eager_model,
+    settings_of,
+    write_archive,
+    write_weights,
+)
+from tests.support.subprocesses import run_python
 from ts_handlers import InputError, start_model
 
 SYNCHRONISING = LINEAR.replace("return self.layer(x)", "return self.layer(x) + torch.nonzero(x > 0).sum()")
@@ -122,7 +130,7 @@ def test_a_worker_that_has_built_keeps_no_more_memory_than_one_that_finds_the_ar
     code = f"""
 import torch
 from pathlib import Path
-from models import archive_source, settings_of
+from tests.support.models import archive_source, settings_of
 from ts_handlers import start_model
 model = start_model(archive_source(Path({str(folder)!r})), settings_of({section!r}), "cuda:0")
 print("FOUND", model.outcome.result, torch.cuda.memory_reserved() >> 20)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_process.workers import MODEL, Worker, slow_calls_beside, wait_until
-from models import TWO_LAYERS, eager_model, write_archive
+
+from tests.support.models import TWO_LAYERS, eager_model, write_archive
+from tests.support.workers import MODEL, Worker, slow_calls_beside, wait_until
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 

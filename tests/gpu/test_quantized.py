@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_marks import TENSORRT
-from models import archive_source, eager_model, settings_of, write_archive
-from quantized_models import quantized_code
 
+from tests.support.marks import TENSORRT
+from tests.support.models import archive_source, eager_model, settings_of, write_archive
+from tests.support.quantized_models import quantized_code
 from ts_handlers import ExportedSource, start_model
 
 pytestmark = TENSORRT

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_marks import TENSORRT
-from models import archive_source, eager_model, save_weights, settings_of, write_archive
-from subprocesses import run_python
 
+from tests.support.marks import TENSORRT
+from tests.support.models import archive_source, eager_model, save_weights, settings_of, write_archive
+from tests.support.subprocesses import run_python
 from ts_handlers import CompiledModel, start_model
-from ts_handlers.archive_files import load_model_class
+from ts_handlers.model.archive_files import load_model_class
 
 pytestmark = TENSORRT
 
@@ -134,7 +134,7 @@ def test_a_start_with_new_weights_imports_no_compiler(archives: list[Path], stor
     code = f"""
 import json, sys
 from pathlib import Path
-from models import archive_source, settings_of
+from tests.support.models import archive_source, settings_of
 from ts_handlers import start_model
 start_model(archive_source(Path({str(archives[2])!r})), settings_of({section!r}), "cuda:0")
 print("FOUND " + json.dumps(sorted({{"torch_tensorrt", "torch._inductor", "torch._dynamo"}} & set(sys.modules))))

@@ -8,9 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_marks import TENSORRT
-from models import LINEAR, TWO_LAYERS, archive_source, eager_model, settings_of, write_archive, write_weights
 
+from tests.support.marks import TENSORRT
+from tests.support.models import (
+    LINEAR,
+    TWO_LAYERS,
+    archive_source,
+    eager_model,
+    settings_of,
+    write_archive,
+    write_weights,
+)
 from ts_handlers import CompiledModel, start_model
 
 pytestmark = TENSORRT
@@ -123,7 +131,7 @@ def test_graphs_are_recorded_before_the_model_serves_and_never_after(
     archive_folder: Path, store: Path, scratch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counted where they are recorded; sizes with a graph and without one take turns, on both contexts."""
-    from ts_handlers.backends.cuda_graphs import GraphRecorder
+    from ts_handlers.execution.cuda_graphs import GraphRecorder
 
     record, recorded = GraphRecorder.record, []
 
@@ -191,7 +199,7 @@ def test_new_weights_get_a_plan_of_their_own(archive_folder: Path, store: Path, 
 def test_another_version_is_a_miss_with_its_part_named(
     archive_folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ts_handlers.backends import tensorrt_library
+    from ts_handlers.backends.tensorrt import library as tensorrt_library
 
     monkeypatch.setattr(tensorrt_library, "version", lambda flavour: f"{flavour}-0.0.1")
     with pytest.raises(Exception, match="missed: toolchain"):

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import write_archive, write_weights
-from subprocesses import run_python
 
-from ts_handlers.backends.tensorrt_library import installed_flavours
-from ts_handlers.fingerprint import distribution_version
+from tests.support.models import write_archive, write_weights
+from tests.support.subprocesses import run_python
+from ts_handlers.backends.tensorrt.library import installed_flavours
+from ts_handlers.key.fingerprint import distribution_version
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,7 +56,7 @@ START = """
     import json, sys
     from pathlib import Path
     import torch
-    from models import archive_source, eager_model
+    from tests.support.models import archive_source, eager_model
     from ts_handlers import parse_settings, start_model
 
     torch.cuda.set_device(0)

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from subprocesses import environment, run_python, start_python
 
-from ts_handlers.child_python import run_module
+from tests.support.subprocesses import environment, run_python, start_python
+from ts_handlers.system.child_python import run_module
 
 
 def test_a_child_looks_for_modules_where_it_is_told_and_not_where_it_begins(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from model_process.workers import MODEL, Worker, is_alive, kill, slow_calls_beside, wait_until
-from models import LINEAR, archive_source, eager_model, settings_of, write_archive
 
+from tests.support.models import LINEAR, archive_source, eager_model, settings_of, write_archive
+from tests.support.workers import MODEL, Worker, is_alive, kill, slow_calls_beside, wait_until
 from ts_handlers import ModuleSource, start_model
 from ts_handlers.errors import ModelError, SettingsError
 from ts_handlers.model_process.shared_model import SharedModel

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from soak import faults, flip, fuzz, race
-from soak.subject import workplace
-from soak.tally import Tally
+from tests.soak import faults, flip, fuzz, race
+from tests.soak.subject import workplace
+from tests.soak.tally import Tally
 
 Part = Callable[[Tally, Path, int, int], None]
 FILES = 12  # about as many in a store; a region has six changes

@@ -18,19 +18,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from soak import forks
-from soak.subject import EXPECTED, Subject
-from soak.tally import Tally
+from tests.soak import forks
+from tests.soak.subject import EXPECTED, Subject
+from tests.soak.tally import Tally
 from ts_handlers.errors import RefusedError, StoreError
+from ts_handlers.guard.failures import CIRCUMSTANTIAL
+from ts_handlers.guard.quarantine import quarantine_files
 from ts_handlers.store import bundles
-from ts_handlers.store.audit import audit
-from ts_handlers.store.eviction import Limits
-from ts_handlers.store.failures import CIRCUMSTANTIAL
-from ts_handlers.store.local import LocalStore
-from ts_handlers.store.quarantine import quarantine_files
-from ts_handlers.store.scan import scan_entries
-from ts_handlers.store.space import make_room, wait_for_room
-from ts_handlers.store.trust import Trust
+from ts_handlers.store.local.store import LocalStore
+from ts_handlers.store.remote.signing import Trust
+from ts_handlers.store.upkeep.audit import audit
+from ts_handlers.store.upkeep.eviction import Limits
+from ts_handlers.store.upkeep.scan import scan_entries
+from ts_handlers.store.upkeep.space import make_room, wait_for_room
 
 KILL = -1
 OF_A_DISK = ("OSError", "PermissionError", "BuildError")

@@ -20,17 +20,17 @@ from pathlib import Path
 
 import msgspec
 
-from soak import forks
-from soak.subject import Subject, judge
-from soak.tally import Tally
-from ts_handlers.fingerprint import runtime_identity
-from ts_handlers.store.audit import audit
-from ts_handlers.store.breaker import PAUSE_SECONDS, _boot_id
+from tests.soak import forks
+from tests.soak.subject import Subject, judge
+from tests.soak.tally import Tally
+from ts_handlers.guard.guard import Guard
+from ts_handlers.guard.quarantine import Quarantine, write_quarantine
+from ts_handlers.key.fingerprint import runtime_identity
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest
-from ts_handlers.store.guard import Guard
-from ts_handlers.store.pins import pin
-from ts_handlers.store.quarantine import Quarantine, write_quarantine
-from ts_handlers.store.verified import RACY_SECONDS
+from ts_handlers.store.local.pins import pin
+from ts_handlers.store.local.verified import RACY_SECONDS
+from ts_handlers.store.remote.breaker import PAUSE_SECONDS, _boot_id
+from ts_handlers.store.upkeep.audit import audit
 
 BATCH = 40
 Change = Callable[[Path], None]
@@ -68,9 +68,8 @@ def _record(key: str, seal: str, runtime: dict[str, str]) -> Quarantine:
 
 
 def _die_loading(root: Path, key: str, seal: str) -> None:
-    from models import settings_of
-
-    from ts_handlers.cache_key import CacheKey
+    from tests.support.models import settings_of
+    from ts_handlers.key.cache_key import CacheKey
 
     manifest = next(read_manifest(path.parent) for path in root.rglob(MANIFEST))
     cache_key = CacheKey(manifest.key)

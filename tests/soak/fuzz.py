@@ -18,29 +18,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import entries
 import msgspec
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
-from models import settings_of
 
-from soak import forks
-from soak.fuzz_records import records, sections
-from soak.mutations import Example, WrongError, changed_bytes, changed_json, dumps, fuzzed_json, tree
-from soak.tally import Tally
+from tests.soak import forks
+from tests.soak.fuzz_records import records, sections
+from tests.soak.mutations import Example, WrongError, changed_bytes, changed_json, dumps, fuzzed_json, tree
+from tests.soak.tally import Tally
+from tests.support import entries
+from tests.support.models import settings_of
 from ts_handlers.errors import RefusedError, StoreError
-from ts_handlers.store import bundles, exchange
-from ts_handlers.store.audit import audit
+from ts_handlers.store import bundles
+from ts_handlers.store.address import entry_path
 from ts_handlers.store.base import Hit
 from ts_handlers.store.canaries import load_record
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest, verify_files
-from ts_handlers.store.garbage import find_garbage
-from ts_handlers.store.local import LocalStore, entry_path
-from ts_handlers.store.scan import scan_entries
-from ts_handlers.store.sealed import MAGIC, seal
-from ts_handlers.store.trust import Trust, generate_keys, load_trust
+from ts_handlers.store.local.store import LocalStore
+from ts_handlers.store.remote import exchange
+from ts_handlers.store.remote.sealed import MAGIC, seal
+from ts_handlers.store.remote.signing import Trust, generate_keys, load_trust
+from ts_handlers.store.upkeep.audit import audit
+from ts_handlers.store.upkeep.garbage import find_garbage
+from ts_handlers.store.upkeep.scan import scan_entries
 
 
 def _fuzzed_manifest(data: st.DataObject, value: Any) -> bytes:
@@ -160,7 +162,7 @@ def bundles_of(folder: Path) -> Example:
 
 
 def _parts(folder: Path, raw: bytes) -> dict[str, Path | bytes]:
-    from ts_handlers.store.sealed import SealedReader
+    from ts_handlers.store.remote.sealed import SealedReader
 
     target = folder / "parts"
     target.mkdir()

@@ -8,27 +8,27 @@ import time
 from pathlib import Path
 from typing import Any
 
-import entries
 import msgspec
 from hypothesis import strategies as st
-from models import LINEAR_SECTION, settings_of
 
-from soak.mutations import Example, WrongError, changed_json, fuzzed_json, tree
+from tests.soak.mutations import Example, WrongError, changed_json, fuzzed_json, tree
+from tests.support import entries
+from tests.support.models import LINEAR_SECTION, settings_of
 from ts_handlers.errors import QuarantinedError, SettingsError
-from ts_handlers.fingerprint import runtime_identity
+from ts_handlers.guard.guard import Guard
+from ts_handlers.guard.markers import Marker
+from ts_handlers.guard.quarantine import Quarantine, lift_quarantine, read_quarantines
+from ts_handlers.key.fingerprint import runtime_identity
 from ts_handlers.settings import parse_settings
-from ts_handlers.store.audit import audit
 from ts_handlers.store.base import Hit
-from ts_handlers.store.breaker import Breaker, _boot_id
-from ts_handlers.store.garbage import find_garbage
-from ts_handlers.store.guard import Guard
-from ts_handlers.store.lease import _describe, read_status
-from ts_handlers.store.local import LocalStore
-from ts_handlers.store.markers import Marker
-from ts_handlers.store.pins import pinned_keys
-from ts_handlers.store.quarantine import Quarantine, lift_quarantine, read_quarantines
-from ts_handlers.store.trust import generate_keys
-from ts_handlers.store.verified import KnownDigests, record_name
+from ts_handlers.store.local.lease import _describe, read_status
+from ts_handlers.store.local.pins import pinned_keys
+from ts_handlers.store.local.store import LocalStore
+from ts_handlers.store.local.verified import KnownDigests, record_name
+from ts_handlers.store.remote.breaker import Breaker, _boot_id
+from ts_handlers.store.remote.signing import generate_keys
+from ts_handlers.store.upkeep.audit import audit
+from ts_handlers.store.upkeep.garbage import find_garbage
 
 
 def records(folder: Path) -> Example:

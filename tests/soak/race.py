@@ -23,27 +23,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import entries
-import file_backend
-from models import settings_of
-
-from soak import forks
-from soak.race_log import HEARTBEAT, examine
-from soak.subject import Subject
-from soak.tally import Tally
+from tests.soak import forks
+from tests.soak.race_log import HEARTBEAT, examine
+from tests.soak.subject import Subject
+from tests.soak.tally import Tally
+from tests.support import entries, file_backend
+from tests.support.models import settings_of
 from ts_handlers.errors import StoreError
 from ts_handlers.metrics import Metrics
-from ts_handlers.store import eviction
-from ts_handlers.store.audit import audit
-from ts_handlers.store.base import Address, Hit
+from ts_handlers.store.address import Address
+from ts_handlers.store.base import Hit
 from ts_handlers.store.entry import Manifest, list_files
-from ts_handlers.store.eviction import Limits
-from ts_handlers.store.local import LocalStore
+from ts_handlers.store.local.store import LocalStore
+from ts_handlers.store.local.usage import exclusive
 from ts_handlers.store.opening import open_store
-from ts_handlers.store.remote_lease import LOST_AFTER
-from ts_handlers.store.scan import scan_entries
-from ts_handlers.store.space import make_room
-from ts_handlers.store.usage import exclusive
+from ts_handlers.store.remote.lease import LOST_AFTER
+from ts_handlers.store.upkeep import eviction
+from ts_handlers.store.upkeep.audit import audit
+from ts_handlers.store.upkeep.eviction import Limits
+from ts_handlers.store.upkeep.scan import scan_entries
+from ts_handlers.store.upkeep.space import make_room
 
 LIMIT_SECONDS = 60.0  # a life that takes longer hangs
 KEYS = 3  # in use at a time
@@ -192,9 +191,9 @@ def room(world: World, log: Log, host: Path, rng: random.Random) -> None:
         log.write("done", key=planned.candidate.key, refusal=refusal)
         return refusal
 
-    import ts_handlers.store.space
+    import ts_handlers.store.upkeep.space
 
-    ts_handlers.store.space.evict = logged
+    ts_handlers.store.upkeep.space.evict = logged
     for _ in range(rng.randint(1, 4)):
         make_room(host / "store", Limits(entries=rng.randint(0, KEYS + 1)), Limits())
 

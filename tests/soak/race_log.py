@@ -17,12 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from soak.tally import Tally
-from ts_handlers.store.audit import audit
-from ts_handlers.store.eviction import EVICTED, Limits
-from ts_handlers.store.garbage import find_garbage
-from ts_handlers.store.scan import scan_entries
-from ts_handlers.store.space import make_room
+from tests.soak.tally import Tally
+from ts_handlers.store.upkeep.audit import audit
+from ts_handlers.store.upkeep.eviction import EVICTED, Limits
+from ts_handlers.store.upkeep.garbage import find_garbage
+from ts_handlers.store.upkeep.scan import scan_entries
+from ts_handlers.store.upkeep.space import make_room
 
 HEARTBEAT = 2.4  # seconds, of a lease among hosts
 

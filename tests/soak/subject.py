@@ -9,15 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import file_backend
 import torch
-from models import LINEAR, TWO_LAYERS, archive_source, eager_model, settings_of, write_archive
 
-import ts_handlers.backends
-from soak import forks
-from soak.tally import Tally
-from ts_handlers import start_model
-from ts_handlers.store.scan import scan_entries
+from tests.soak import forks
+from tests.soak.tally import Tally
+from tests.support import file_backend
+from tests.support.models import LINEAR, TWO_LAYERS, archive_source, eager_model, settings_of, write_archive
+from ts_handlers import register_backend, start_model
+from ts_handlers.store.upkeep.scan import scan_entries
 
 EXPECTED = ("CanaryError", "LoadError", "MissError", "QuarantinedError", "StoreError")
 """Errors of a start that end on the next backend as they should."""
@@ -77,14 +76,14 @@ class Subject:
 @contextlib.contextmanager
 def backend_of(real: bool) -> Iterator[None]:
     """``aot_inductor`` as it is, or the backend of the tests under its name."""
-    modules, name = ts_handlers.backends._MODULES, "aot_inductor"
-    before = modules[name]
-    if not real:
-        modules[name] = file_backend.__name__
+    if real:
+        yield
+        return
+    before = register_backend("aot_inductor", f"{file_backend.__name__}:BACKEND")
     try:
         yield
     finally:
-        modules[name] = before
+        register_backend("aot_inductor", before)
 
 
 def judge(tally: Tally, what: str, result: tuple[int, Any, str], *, may_serve: bool) -> None:

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from subprocesses import run_python
 
-from soak import race
-from soak.subject import Subject
-from soak.tally import Tally
+from tests.soak import race
+from tests.soak.subject import Subject
+from tests.soak.tally import Tally
+from tests.support.subprocesses import run_python
 
 pytestmark = pytest.mark.processes
 
 SOAK = """
     import sys
-    from soak.command import main
+    from tests.soak.command import main
     sys.exit(main(sys.argv[1:]))
 """
 SHORT = {"race": 150, "race-hosts": 25, "flip": 50, "fuzz": 350, "faults": 40, "clocks": 12}
@@ -58,7 +58,7 @@ def subject(tmp_path: Path) -> Subject:
 def test_builds_without_a_lease_are_found(tmp_path: Path, subject: Subject) -> None:
     @contextlib.contextmanager
     def no_lease(*arguments: object) -> Iterator[Any]:
-        from ts_handlers.store.lease import Lease
+        from ts_handlers.store.local.lease import Lease
 
         yield Lease(None, 0.0)
 

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from ts_handlers.settings.sections import RemoteSettings
-from ts_handlers.store.trust import generate_keys
+from ts_handlers.store.remote.signing import generate_keys
 
 S3_KEYS = {"key": "test-access-key", "secret": "test-secret-key"}
 
@@ -123,7 +123,7 @@ def redis_url(redis_port: int) -> str:
 @pytest.fixture
 def make_remote(tmp_path: Path) -> Callable[..., Any]:
     """A `Remote` as a host of its own has it."""
-    from ts_handlers.store.remote import Remote
+    from ts_handlers.store.remote.objects import Remote
 
     def make(settings: RemoteSettings, host: str = "host") -> Remote:
         return Remote(settings, tmp_path / f"state-{host}")

@@ -16,20 +16,20 @@ from typing import Any, Protocol
 import torch
 
 from ts_handlers.errors import SettingsError
-from ts_handlers.model_source import ModelSource
-from ts_handlers.serving.contexts import ContextPool
+from ts_handlers.execution.base import Loaded
+from ts_handlers.model.base import ModelSource
+from ts_handlers.model.signature import Signature
 from ts_handlers.settings import SECTION, Settings
-from ts_handlers.signature import Signature, Sizes
 
 Description = dict[str, Any]
-Run = Callable[[list[torch.Tensor]], Any]
 Phase = Callable[[str], AbstractContextManager[None]]
 
 
-class Request:
-    """One model on one device, as settings ask for it.
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a backend works for: one model on one device, as settings ask for it.
 
-    Parameters
+    Attributes
     ----------
     source:
         Where the model comes from.
@@ -37,20 +37,17 @@ class Request:
         The user's settings.
     device:
         Where it runs.
-    shared_folder:
-        Where builds may keep files that later builds profit from, such as TensorRT's timing cache; set by the start.
     placed_weights:
-        The archive's weights as an artifact takes them, by name, dtype, shape and strides, on `device`. A start that
-        builds loads what it has built several times, and torch never frees the weights of a load.
+        A cache of the archive's weights as an artifact takes them, by name, dtype, shape and strides, on `device`. A
+        start that builds loads what it has built several times, and torch never frees the weights of a load.
     """
 
-    def __init__(self, source: ModelSource, settings: Settings, device: torch.device) -> None:
-        self.source = source
-        self.settings = settings
-        self.device: torch.device = device
-        self.shared_folder: Path | None = None
-        self.placed_weights: dict[tuple[object, ...], torch.Tensor] = {}
-        self._checked = False
+    source: ModelSource
+    settings: Settings
+    device: torch.device
+    placed_weights: dict[tuple[object, ...], torch.Tensor] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @functools.cached_property
     def signature(self) -> Signature | None:
@@ -84,9 +81,12 @@ class Request:
 
     def check_source(self) -> None:
         """Raise `SettingsError` where the settings contradict what the model says of itself."""
-        if not self._checked:
-            self.source.check_settings(self.settings)
-            self._checked = True
+        _ = self._source_is_checked
+
+    @functools.cached_property
+    def _source_is_checked(self) -> bool:
+        self.source.check_settings(self.settings)
+        return True
 
     def eager(self) -> torch.nn.Module:
         """The eager module on the device, in the dtype that the settings ask for, in eval mode."""
@@ -97,51 +97,26 @@ class Request:
         return module.to(device=self.device, dtype=dtype) if dtype is not None else module.to(self.device)
 
 
-@dataclasses.dataclass
-class Loaded:
-    """An artifact in this process.
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """Where a build works.
 
     Attributes
     ----------
-    run:
-        Takes the tensors in declared order, already checked, and returns the model's output.
-    signature:
-        What `run` accepts; it may be narrower than what was declared, when the compiler could not do better.
-    sizes:
-        The sizes at which the canary runs; None takes the example sizes and the smallest ones.
-    variants:
-        How many artifacts `run` chooses from; with one, the smallest canary input tells all.
-    adjusts_threads:
-        Whether `torch.set_num_threads` may change after loading without compiling anything.
-    frees_interpreter:
-        Whether `run` is native code that leaves the GIL alone and works on processors of the host.
-    warmed_up:
-        Whether loading has already run the declared warm-up sizes.
-    facts:
-        What the backend wants to show in `describe`.
-    seal:
-        Called once after warm-up: from then on no request may compile anything.
-    pool:
-        The pool from which `run` lends by itself; None when calls have to be lent a slot, as `contexts.count` says,
-        before they reach `run` (see `ts_handlers.serving.slots`).
-    reentrant:
-        Whether several threads may be in `run` at once; if not, one call at a time whatever `contexts.count` says.
+    directory:
+        Gets the artifact's files.
+    phase:
+        Times a block as a phase of the build, for example ``with workspace.phase("export"):``.
+    shared:
+        A folder for files that later builds profit from, such as TensorRT's timing cache; None where there is none.
     """
 
-    run: Run
-    signature: Signature
-    sizes: list[Sizes] | None = None
-    variants: int = 1
-    adjusts_threads: bool = False
-    frees_interpreter: bool = False
-    warmed_up: bool = False
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
-    seal: Callable[[], None] = lambda: None
-    pool: ContextPool[Any] | None = None
-    reentrant: bool = True
+    directory: Path
+    phase: Phase
+    shared: Path | None = None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Built:
     """What `build` leaves: the description for the manifest and, if it has one, the live artifact."""
 
@@ -152,26 +127,37 @@ class Built:
 class Backend(Protocol):
     """A way to run a model.
 
-    `persistent` says whether there is anything to store.
+    Attributes
+    ----------
+    name:
+        As in ``backends:`` of the settings, and part of the key.
+    persistent:
+        Whether there is anything to store.
+    needs_eager_module:
+        Whether an artifact that is loaded goes on using the eager module. If not, that is freed.
     """
 
     name: str
     persistent: bool
+    needs_eager_module: bool
 
-    def bakes_weights(self, request: Request) -> bool:
+    def bakes_weights(self, target: Target) -> bool:
         """Whether the artifact holds the weights' values, so that new weights need a new artifact."""
 
-    def options(self, request: Request) -> dict[str, str]:
+    def options(self, target: Target) -> dict[str, str]:
         """Options that change the artifact, for the key."""
 
-    def toolchain(self, request: Request) -> str:
+    def toolchain(self, target: Target) -> str:
         """Versions on which the artifact depends, for the key."""
 
-    def build(self, request: Request, directory: Path, phase: Phase) -> Built:
-        """Compile into `directory`."""
+    def build(self, target: Target, workspace: Workspace) -> Built:
+        """Compile into `workspace.directory`."""
 
-    def load(self, request: Request, directory: Path, description: Description) -> Loaded:
+    def load(self, target: Target, directory: Path, description: Description) -> Loaded:
         """Load what `build` left in `directory`, whose bytes have been verified."""
+
+    def substitute(self, settings: Settings, error: Exception) -> Backend | None:
+        """The backend to try after `error`, before the next one of the fallback order; None for that one."""
 
 
 def call_module(module: Callable[..., Any], names: tuple[str, ...], tensors: list[torch.Tensor], by_name: bool) -> Any:

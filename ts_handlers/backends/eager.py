@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
-from ts_handlers.backends.base import Built, Description, Loaded, Phase, Request, call_module, takes_names
-from ts_handlers.fingerprint import toolchain
-from ts_handlers.signature import Signature
+from ts_handlers.backends.base import Backend, Built, Description, Target, Workspace, call_module, takes_names
+from ts_handlers.execution.base import Loaded
+from ts_handlers.key.fingerprint import toolchain
+from ts_handlers.model.signature import Signature
+from ts_handlers.settings import Settings
 
 
 class EagerBackend:
@@ -17,32 +19,37 @@ class EagerBackend:
 
     name = "eager"
     persistent = False
+    needs_eager_module = True
 
-    def bakes_weights(self, request: Request) -> bool:
+    def bakes_weights(self, target: Target) -> bool:
         """No artifact, so nothing is baked."""
         return False
 
-    def options(self, request: Request) -> dict[str, str]:
+    def options(self, target: Target) -> dict[str, str]:
         """None."""
         return {}
 
-    def toolchain(self, request: Request) -> str:
+    def toolchain(self, target: Target) -> str:
         """torch and, on a GPU, its libraries."""
-        return toolchain(request.device.type)
+        return toolchain(target.device.type)
 
-    def build(self, request: Request, directory: Path, phase: Phase) -> Built:
+    def build(self, target: Target, workspace: Workspace) -> Built:
         """Nothing to build."""
         return Built({})
 
-    def load(self, request: Request, directory: Path, description: Description) -> Loaded:
+    def load(self, target: Target, directory: Path, description: Description) -> Loaded:
         """Build the eager module."""
-        signature = request.signature or Signature((), {})
-        return Loaded(run=eager_run(request, signature.names), signature=signature)
+        signature = target.signature or Signature((), {})
+        return Loaded(run=eager_run(target, signature.names), signature=signature)
+
+    def substitute(self, settings: Settings, error: Exception) -> Backend | None:
+        """None: the next backend of the fallback order."""
+        return None
 
 
-def eager_run(request: Request, names: tuple[str, ...]) -> Any:
+def eager_run(target: Target, names: tuple[str, ...]) -> Any:
     """A function that runs the eager module on tensors in declared order."""
-    module = request.eager()
+    module = target.eager()
     by_name = takes_names(module, names)
 
     def run(tensors: list[torch.Tensor]) -> Any:

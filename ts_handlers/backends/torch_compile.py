@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ts_handlers.backends.base import Request
-from ts_handlers.signature import Signature, Sizes
+from ts_handlers.backends.base import Target
+from ts_handlers.model.signature import Signature, Sizes
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -21,42 +21,42 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 _stance_lock = threading.Lock()
-_sealed_calls = 0
+_calls_under_way = 0
 
 
 @contextlib.contextmanager
-def stance(sealed: bool) -> Iterator[None]:
+def compiles_nothing(after_warmup: bool = True) -> Iterator[None]:
     """After warm-up a shape that would compile runs eagerly instead: right, and no request waits for a compiler.
 
     Dynamo's stance is one for the whole process: the first of the calls under way sets it, the last one resets it.
     """
-    global _sealed_calls
-    if not sealed:
+    global _calls_under_way
+    if not after_warmup:
         yield
         return
     with _stance_lock:
-        if _sealed_calls == 0:
+        if _calls_under_way == 0:
             torch.compiler.set_stance("eager_on_recompile")
-        _sealed_calls += 1
+        _calls_under_way += 1
     try:
         yield
     finally:
         with _stance_lock:
-            _sealed_calls -= 1
-            if _sealed_calls == 0:
+            _calls_under_way -= 1
+            if _calls_under_way == 0:
                 torch.compiler.set_stance("default")
 
 
-def warmup_sizes(request: Request) -> list[Sizes]:
+def warmup_sizes(target: Target) -> list[Sizes]:
     """Sizes to run: declared ones, and one for each combination of size 1 and a larger size.
 
     Sizes 1 are specialised by Dynamo, so they have graphs of their own.
     """
-    signature: Signature = request.require_signature()
-    declared = [{**request.example_sizes, **sizes} for sizes in request.settings.warmup]
+    signature: Signature = target.require_signature()
+    declared = [{**target.example_sizes, **sizes} for sizes in target.settings.warmup]
     choices = []
     for name, dimension in signature.dimensions.items():
-        sizes = [request.example_sizes[name]]
+        sizes = [target.example_sizes[name]]
         if dimension.min == 1 and dimension.max > 1:
             sizes.append(1)
         choices.append(sizes)

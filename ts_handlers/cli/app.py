@@ -64,9 +64,9 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         import typer
 
-        import ts_handlers
+        from ts_handlers.version import __version__
 
-        print(ts_handlers.__version__)
+        print(__version__)
         raise typer.Exit
 
 

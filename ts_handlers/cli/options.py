@@ -11,8 +11,8 @@ from ts_handlers.errors import StoreError
 from ts_handlers.settings.location import default_store_root
 
 if TYPE_CHECKING:
-    from ts_handlers.store.local import LocalStore
-    from ts_handlers.store.scan import EntryInfo
+    from ts_handlers.store.local.store import LocalStore
+    from ts_handlers.store.upkeep.scan import EntryInfo
 
 StoreOption = Annotated[
     Path | None,
@@ -49,7 +49,7 @@ def open_existing_store(path: Path | None, trusted_folders: list[Path] | None = 
     StoreError
         There is none, or it is not safe to use.
     """
-    from ts_handlers.store.local import LocalStore
+    from ts_handlers.store.local.store import LocalStore
 
     root = Path(path or default_store_root()).expanduser().absolute()
     if not root.exists():
@@ -65,7 +65,7 @@ def find_entries(store: LocalStore, prefix: str) -> list[EntryInfo]:
     typer.BadParameter
         No key or several keys start so.
     """
-    from ts_handlers.store.scan import scan_entries
+    from ts_handlers.store.upkeep.scan import scan_entries
 
     found = [entry for entry in scan_entries(store.root) if entry.key.startswith(prefix.lower())]
     keys = sorted({entry.key for entry in found})

@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ts_handlers.durations import span
+from ts_handlers.system.durations import span
 
 if TYPE_CHECKING:
-    from ts_handlers.store.quarantine import Quarantine
+    from ts_handlers.guard.quarantine import Quarantine
 
 
 def print_json(value: Any) -> None:

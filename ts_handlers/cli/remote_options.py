@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ts_handlers.store.bundles import Moved
-    from ts_handlers.store.local import LocalStore
-    from ts_handlers.store.remote import Remote
-    from ts_handlers.store.scan import EntryInfo
-    from ts_handlers.store.trust import Trust
+    from ts_handlers.store.local.store import LocalStore
+    from ts_handlers.store.remote.objects import Remote
+    from ts_handlers.store.remote.signing import Trust
+    from ts_handlers.store.upkeep.scan import EntryInfo
 
 
 class Client(str, Enum):
@@ -60,7 +60,7 @@ def open_remote(url: str, options: list[str], timeout: float, client: Client) ->
     from ts_handlers.settings import Settings
     from ts_handlers.settings.sections import RemoteSettings
     from ts_handlers.settings.validation import validate
-    from ts_handlers.store.remote import Remote
+    from ts_handlers.store.remote.objects import Remote
 
     pairs = {}
     for option in options:
@@ -75,7 +75,7 @@ def open_remote(url: str, options: list[str], timeout: float, client: Client) ->
 
 def make_store(path: Path | None, trusted_folders: list[Path]) -> LocalStore:
     """The store that `path` names (None: the default one), made if it does not exist."""
-    from ts_handlers.store.local import LocalStore
+    from ts_handlers.store.local.store import LocalStore
 
     return LocalStore(Path(path or default_store_root()), absolute(trusted_folders))
 
@@ -83,7 +83,7 @@ def make_store(path: Path | None, trusted_folders: list[Path]) -> LocalStore:
 def open_trust(public_keys: list[Path], signing_key: Path | None = None) -> Trust:
     """The keys that the options name."""
     from ts_handlers.settings.sections import TrustSettings
-    from ts_handlers.store.trust import load_trust
+    from ts_handlers.store.remote.signing import load_trust
 
     return load_trust(TrustSettings(tuple(map(str, public_keys)), None if signing_key is None else str(signing_key)))
 

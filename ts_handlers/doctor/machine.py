@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from ts_handlers import fingerprint
 from ts_handlers.doctor.base import Finding, Question, probe, run
+from ts_handlers.key import fingerprint
 
 _SAMPLE = "#include <cmath>\n#include <omp.h>\nint f() { return omp_get_max_threads(); }\n"
 

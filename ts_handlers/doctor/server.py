@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ts_handlers.doctor.base import Finding, Question, run
-from ts_handlers.fingerprint import distribution_version
+from ts_handlers.key.fingerprint import distribution_version
 
 JAVA_AT_LEAST = 17
 TORCHSERVE = "0.12."

@@ -12,15 +12,15 @@ from pathlib import Path
 
 from ts_handlers.doctor.base import Finding, Question
 from ts_handlers.errors import SettingsError
-from ts_handlers.fingerprint import runtime_identity
+from ts_handlers.guard.failures import build_runtime
+from ts_handlers.guard.guard import WITHOUT_A_TRACE
+from ts_handlers.guard.markers import read_deaths
+from ts_handlers.guard.quarantine import read_quarantines
+from ts_handlers.key.fingerprint import runtime_identity
 from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS
 from ts_handlers.store.entry import Manifest
-from ts_handlers.store.eviction import EVICTED
-from ts_handlers.store.failures import build_runtime
-from ts_handlers.store.guard import WITHOUT_A_TRACE
-from ts_handlers.store.markers import read_deaths
-from ts_handlers.store.quarantine import read_quarantines
-from ts_handlers.store.scan import scan_entries, scan_trash
+from ts_handlers.store.upkeep.eviction import EVICTED
+from ts_handlers.store.upkeep.scan import scan_entries, scan_trash
 
 FREE_BYTES = 2 << 30
 

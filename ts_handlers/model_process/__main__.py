@@ -2,8 +2,8 @@
 
 The first line of standard input holds one JSON object: ``name``, ``folder`` and ``lock`` (the descriptor of the
 folder's lock), ``server`` (process id and start of the server whose workers are served), and what
-`ts_handlers.recipes.restore` takes. Standard input stays open for as long as the worker that started this process waits
-for it.
+`ts_handlers.model.recipes.restore` takes. Standard input stays open for as long as the worker that started this process
+waits for it.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def main() -> int:
 
 def _start(spec: Mapping[str, Any], progress: Callable[[str, float | None], None]) -> tuple[Any, float]:
     """The model, and for how long its calls may wait for a context."""
-    from ts_handlers.cycle_collector import exempt_from_collection
+    from ts_handlers.model.recipes import restore
     from ts_handlers.model_process.server import refuse_without_inputs
-    from ts_handlers.recipes import restore
-    from ts_handlers.startup import start_model
+    from ts_handlers.startup.fallback import start_here
+    from ts_handlers.system.cycle_collector import exempt_from_collection
 
     progress("process", None)
     made = restore(spec)
-    model = start_model(made.source, made.settings, made.device, progress=progress, event="start")
+    model = start_here(made.source, made.settings, made.device, progress=progress, event="start")
     refuse_without_inputs(model)
     outcome = model.outcome
     exempt_from_collection(outcome.result == "built" or bool(outcome.fallbacks))
@@ -78,7 +78,8 @@ def _start(spec: Mapping[str, Any], progress: Callable[[str, float | None], None
     if background is not None:
 
         def after_swap() -> None:
-            background.wait_for_gap()  # a full pass holds the interpreter; a call under way holds the eager module
+            # A full pass holds the interpreter; a call under way holds the eager module.
+            background.wait_for_idle_window()
             exempt_from_collection(background.left_module)
 
         background.when_done(after_swap)

@@ -20,6 +20,7 @@ import torch
 
 from ts_handlers import errors
 from ts_handlers.errors import BusyError, WarmStartError
+from ts_handlers.model.structure import unflatten
 from ts_handlers.model_process.launch import Launcher
 from ts_handlers.model_process.segments import Inbox, Outbox, copy_bytes
 from ts_handlers.model_process.wire import (
@@ -32,7 +33,6 @@ from ts_handlers.model_process.wire import (
     Refusal,
     Started,
 )
-from ts_handlers.structure import unflatten
 
 logger = logging.getLogger(__name__)
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from ts_handlers import errors
-from ts_handlers.child_python import run_module
 from ts_handlers.errors import ModelError, WarmStartError
 from ts_handlers.model_process.folder import folder_of, sweep
 from ts_handlers.model_process.wire import Connection, ConnectionLost, Description, Hello
+from ts_handlers.system.child_python import run_module
 
 logger = logging.getLogger(__name__)
 

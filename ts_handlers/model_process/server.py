@@ -20,6 +20,7 @@ import torch
 
 from ts_handlers.compiled_model import CompiledModel
 from ts_handlers.errors import ModelError
+from ts_handlers.model.structure import flatten
 from ts_handlers.model_process.folder import Folder
 from ts_handlers.model_process.segments import Inbox, Outbox, pin
 from ts_handlers.model_process.wire import (
@@ -33,7 +34,6 @@ from ts_handlers.model_process.wire import (
     Refusal,
     Started,
 )
-from ts_handlers.structure import flatten
 
 logger = logging.getLogger(__name__)
 

@@ -17,19 +17,21 @@ from typing import Any
 import msgspec
 import torch
 
-import ts_handlers
-from ts_handlers.backends.base import Loaded, Request
+from ts_handlers.backends.base import Target
 from ts_handlers.compiled_model import CompiledModel, Outcome
 from ts_handlers.errors import SettingsError, WarmStartError
+from ts_handlers.execution.base import Loaded
+from ts_handlers.execution.contexts import PoolStats
+from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.metrics import COUNTERS, Metrics
+from ts_handlers.model.archive import IGNORED_FILES, files_of_model
+from ts_handlers.model.base import ModelSource, Recipe
+from ts_handlers.model.signature import Signature, Sizes
 from ts_handlers.model_process.client import ModelProcess
 from ts_handlers.model_process.launch import Launcher, parent_identity
 from ts_handlers.model_process.wire import Description
-from ts_handlers.model_source import IGNORED_FILES, ModelSource, Recipe, files_of_model
-from ts_handlers.serving.contexts import PoolStats
-from ts_handlers.serving.slots import ModuleSlots
 from ts_handlers.settings import SECTION, Settings
-from ts_handlers.signature import Signature, Sizes
+from ts_handlers.version import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -51,16 +53,16 @@ class SharedModel(CompiledModel):
         How long that took.
     """
 
-    def __init__(self, request: Request, process: ModelProcess, description: Description, join_ms: float) -> None:
+    def __init__(self, target: Target, process: ModelProcess, description: Description, join_ms: float) -> None:
         facts = description.facts
-        declared = request.signature or Signature(description.inputs, description.dimensions)
-        if request.settings.outside == "eager":  # which only the other process can tell
+        declared = target.signature or Signature(description.inputs, description.dimensions)
+        if target.settings.outside == "eager":  # which only the other process can tell
             declared = _Unchecked(declared.inputs, declared.dimensions)
         names = [field.name for field in dataclasses.fields(Outcome)]
         outcome = Outcome(**{name: _frozen(facts[name]) for name in names})
         metrics = Metrics.of_this_process()
-        slots = ModuleSlots(request.settings.contexts, request.device)
-        super().__init__(request, Loaded(run=process.run, signature=declared), outcome, metrics, slots)
+        slots = ModuleSlots(target.settings.contexts, target.device)
+        super().__init__(target, Loaded(run=process.run, signature=declared), outcome, metrics, slots)
         self._outside_eager = False
         self._process = process
         self._description = description
@@ -168,7 +170,7 @@ def join_model(source: ModelSource, settings: Settings, device: torch.device) ->
         "device": str(device),
         "threads": torch.get_num_threads(),
         "float32_matmul": torch.get_float32_matmul_precision(),
-        "package": [ts_handlers.__version__, ts_handlers.__file__, sys.executable],
+        "package": [__version__, str(Path(__file__).parent.parent), sys.executable],
     }
     began = time.perf_counter()
     early: list[Mapping[str, float]] = []
@@ -180,7 +182,7 @@ def join_model(source: ModelSource, settings: Settings, device: torch.device) ->
     )
     description = process.join()
     join_ms = (time.perf_counter() - began) * 1000
-    model = SharedModel(Request(source, settings, torch.device("cpu")), process, description, join_ms)
+    model = SharedModel(Target(source, settings, torch.device("cpu")), process, description, join_ms)
     models.append(model)
     facts = {name: description.facts[name] for name in ("backend", "key", "result")}
     logger.info(

@@ -1,8 +1,6 @@
 """The handler's section of model-config.yaml, as frozen settings; `model` has the list."""
 
 from ts_handlers.settings.location import default_store_root as default_store_root
-from ts_handlers.settings.model import ALL_BACKENDS as ALL_BACKENDS
-from ts_handlers.settings.model import BACKENDS as BACKENDS
 from ts_handlers.settings.model import DEFAULT_STARTUP_TIMEOUT_SECONDS as DEFAULT_STARTUP_TIMEOUT_SECONDS
 from ts_handlers.settings.model import DTYPES as DTYPES
 from ts_handlers.settings.model import PT2_SECTION as PT2_SECTION
@@ -13,3 +11,6 @@ from ts_handlers.settings.model import Dimension as Dimension
 from ts_handlers.settings.model import InputSpec as InputSpec
 from ts_handlers.settings.model import Settings as Settings
 from ts_handlers.settings.parsing import parse_settings as parse_settings
+from ts_handlers.settings.registry import DEFAULT_BACKENDS as DEFAULT_BACKENDS
+from ts_handlers.settings.registry import backend_names as backend_names
+from ts_handlers.settings.registry import register_backend as register_backend

@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from ts_handlers.settings.registry import DEFAULT_BACKENDS
 from ts_handlers.settings.sections import (
     BackgroundSettings,
     ContextSettings,
@@ -16,8 +17,6 @@ from ts_handlers.settings.sections import (
     TrustSettings,
 )
 
-BACKENDS = ("aot_inductor", "inductor", "eager")  # the default ladder
-ALL_BACKENDS = ("tensorrt", "torch_tensorrt", *BACKENDS)
 DTYPES = (
     "float64",
     "float32",
@@ -35,7 +34,6 @@ PT2_SECTION = "pt2.compile"
 DEFAULT_STARTUP_TIMEOUT_SECONDS = 120
 """How long TorchServe waits for a worker when model-config.yaml does not say it."""
 
-BackendName = Literal["tensorrt", "torch_tensorrt", "aot_inductor", "inductor", "eager"]
 DtypeName = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 
 
@@ -71,7 +69,8 @@ class CanarySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How an artifact is compared with the eager model before it is served.
 
     `tolerance` is the largest accepted relative error (norm of the difference over norm of the eager output);
-    None takes the one that fits the output's dtype (see `ts_handlers.warmup.TOLERANCES`). `seed` draws the input.
+    None takes the one that fits the output's dtype, see `ts_handlers.backends.compare.TOLERANCES`. `seed` draws the
+    input.
     """
 
     tolerance: float | None = None
@@ -101,7 +100,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     store:
         Root of the artifact store; None takes ``TS_HANDLERS_CACHE``, then ``$XDG_CACHE_HOME/ts_handlers``.
     backends:
-        The ladder, best first. A backend that fails falls to the next one, with its reason counted.
+        The fallback order, best first: one that fails falls to the next one, with its reason counted.
     on_miss:
         ``compile`` blocks until built, ``background`` serves eagerly while a child process builds, ``fail`` makes a
         miss an error, ``eager`` serves eagerly.
@@ -130,7 +129,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     store: str | None = None
-    backends: tuple[BackendName, ...] = BACKENDS  # type: ignore[assignment]
+    backends: tuple[str, ...] = DEFAULT_BACKENDS
     on_miss: Literal["compile", "background", "fail", "eager"] = "compile"
     strict: bool = False
     inputs: tuple[InputSpec, ...] = ()

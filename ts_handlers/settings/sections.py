@@ -107,7 +107,7 @@ class TensorRTSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Whether float32 products may run in TensorFloat-32.
     float32_accumulation:
         Sum the products of 16-bit layers in float32, which is more exact and slower; see
-        `ts_handlers.backends.tensorrt_accumulation`.
+        `ts_handlers.backends.tensorrt.accumulation`.
     workspace_mb:
         Largest scratch memory that a layer may use while the plan is built, in MiB; None is TensorRT's default.
     optimization_level:

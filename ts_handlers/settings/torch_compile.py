@@ -1,4 +1,4 @@
-"""TorchServe's section ``pt2: {compile: ...}``: the ladder that it selects, and to whom its options belong."""
+"""TorchServe's section ``pt2: {compile: ...}``: the fallback order that it selects, and to whom its options belong."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 
 from ts_handlers.errors import SettingsError
-from ts_handlers.settings.model import PT2_SECTION, SECTION, BackendName, CompileSettings, Settings
+from ts_handlers.settings.model import PT2_SECTION, SECTION, CompileSettings, Settings
 
-_TENSORRT: tuple[BackendName, ...] = ("tensorrt", "torch_tensorrt", "eager")
-LADDERS: dict[str, tuple[BackendName, ...]] = {
+_TENSORRT: tuple[str, ...] = ("tensorrt", "torch_tensorrt", "eager")
+FALLBACK_ORDERS: dict[str, tuple[str, ...]] = {
     "inductor": ("inductor", "eager"),
     "torch_tensorrt": _TENSORRT,
     "tensorrt": _TENSORRT,  # Torch-TensorRT registers its backend under both names
@@ -49,19 +49,19 @@ def apply_compile(settings: Settings, compile_settings: CompileSettings, section
         raise SettingsError(
             f"{PT2_SECTION}.enable: false contradicts {SECTION}.backends: {list(settings.backends)}; remove one of them"
         )
-    ladder = settings.backends
+    backends = settings.backends
     if not compile_settings.enable:
-        ladder = ("eager",)
+        backends = ("eager",)
     elif not explicit:
-        if compile_settings.backend not in LADDERS:
+        if compile_settings.backend not in FALLBACK_ORDERS:
             raise SettingsError(
                 f"{PT2_SECTION}.backend: {compile_settings.backend!r} has no persistent artifact; expected one of "
-                f"{', '.join(LADDERS)}, or name the ladder in {SECTION}.backends"
+                f"{', '.join(FALLBACK_ORDERS)}, or name the backends in {SECTION}.backends"
             )
-        ladder = LADDERS[compile_settings.backend]
-    if LADDERS.get(compile_settings.backend) is _TENSORRT:
+        backends = FALLBACK_ORDERS[compile_settings.backend]
+    if FALLBACK_ORDERS.get(compile_settings.backend) is _TENSORRT:
         settings, compile_settings = _move_options(settings, compile_settings, section.get("tensorrt") or {})
-    return msgspec.structs.replace(settings, compile=compile_settings, backends=ladder)
+    return msgspec.structs.replace(settings, compile=compile_settings, backends=backends)
 
 
 def _move_options(

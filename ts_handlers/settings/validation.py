@@ -9,8 +9,9 @@ from urllib.parse import urlsplit
 import msgspec
 
 from ts_handlers.errors import SettingsError
-from ts_handlers.settings.model import ALL_BACKENDS, PT2_SECTION, SECTION, InputSpec, Settings
+from ts_handlers.settings.model import PT2_SECTION, SECTION, InputSpec, Settings
 from ts_handlers.settings.quantities import parse_bytes
+from ts_handlers.settings.registry import backend_location, backend_names
 from ts_handlers.settings.sections import Quota, RemoteSettings, TrustSettings
 from ts_handlers.settings.values import values_to_draw
 
@@ -22,7 +23,13 @@ MAX_CONTEXTS = 1024
 def validate(settings: Settings) -> None:
     """Raise `SettingsError` with the path of the first setting that cannot stand beside the others."""
     if not settings.backends:
-        raise SettingsError(f"{SECTION}.backends: the list is empty; name at least one of {', '.join(ALL_BACKENDS)}")
+        raise SettingsError(f"{SECTION}.backends: the list is empty; name at least one of {', '.join(backend_names())}")
+    for index, name in enumerate(settings.backends):
+        if backend_location(name) is None:
+            raise SettingsError(
+                f"{SECTION}.backends[{index}]: no backend has this name (value: {name!r}); expected one of "
+                f"{', '.join(backend_names())}"
+            )
     if len(set(settings.backends)) != len(settings.backends):
         raise SettingsError(f"{SECTION}.backends: {list(settings.backends)} names a backend twice; remove one")
     if "eager" in settings.backends[:-1]:

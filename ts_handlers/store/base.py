@@ -7,18 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Protocol
 
-from ts_handlers.cache_key import CacheKey
+from ts_handlers.store.address import Address
 from ts_handlers.store.entry import Manifest
-
-
-@dataclasses.dataclass(frozen=True)
-class Address:
-    """The visible address of a key: ``<model>/<model digest>/<device>/<key>``."""
-
-    model: str
-    model_digest: str
-    device: str
-    key: CacheKey
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Moving entries, with their canary records, between a local store, a remote one and bundles.
 
-A bundle is one sealed file (see `ts_handlers.store.sealed`) of kind ``bundle`` and subject ``bundle``, whose files are
-sealed files themselves: ``entry-<number>`` and ``canary-<number>``, the same bytes that a remote store holds.
+A bundle is one sealed file (see `ts_handlers.store.remote.sealed`) of kind ``bundle`` and subject ``bundle``, whose
+files are sealed files themselves: ``entry-<number>`` and ``canary-<number>``, the same bytes that a remote store holds.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from ts_handlers.cache_key import CacheKey
 from ts_handlers.errors import RefusedError, StoreError
-from ts_handlers.store import exchange
-from ts_handlers.store.base import Address
+from ts_handlers.key.cache_key import CacheKey
+from ts_handlers.store.address import Address, entry_path
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest
-from ts_handlers.store.exchange import canary_name, entry_name
-from ts_handlers.store.local import LocalStore, entry_path
-from ts_handlers.store.remote import Remote
-from ts_handlers.store.scan import ENTRY_DEPTH, EntryInfo
-from ts_handlers.store.sealed import SealedReader, check_name, seal
-from ts_handlers.store.trust import Trust
+from ts_handlers.store.local.store import LocalStore
+from ts_handlers.store.remote import exchange
+from ts_handlers.store.remote.exchange import canary_name, entry_name
+from ts_handlers.store.remote.objects import Remote
+from ts_handlers.store.remote.sealed import SealedReader, check_name, seal
+from ts_handlers.store.remote.signing import Trust
+from ts_handlers.store.upkeep.scan import ENTRY_DEPTH, EntryInfo
 
 _BUNDLE = "bundle"
 

@@ -13,16 +13,21 @@ digest, before anything is loaded: an entry is code.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+import platform
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from ts_handlers.cache_key import FORMAT, CacheKey
-from ts_handlers.digests import digest_file, digest_text
 from ts_handlers.errors import UNDECODABLE
+from ts_handlers.key import fingerprint
+from ts_handlers.key.cache_key import FORMAT, CacheKey
+from ts_handlers.key.digests import digest_file, digest_text
+from ts_handlers.version import __version__
 
 MANIFEST = "manifest.json"
 
@@ -91,6 +96,35 @@ def list_files(directory: Path) -> dict[str, FileRecord]:
     return files
 
 
+def new_manifest(key: CacheKey, artifact: dict[str, Any], directory: Path, build_ms: Mapping[str, float]) -> Manifest:
+    """The manifest of what a build has left in a directory.
+
+    Parameters
+    ----------
+    key, artifact, build_ms:
+        See `Manifest`; `artifact` is what the backend's `build` has returned.
+    directory:
+        Holds the artifact's files.
+    """
+    recorded = {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "host": platform.node(),
+        "kernel": platform.release(),
+        "package": __version__,
+        "compiler": fingerprint.compiler_identity(),
+        "python": fingerprint.python_identity(),
+    }
+    return Manifest(
+        format=key["format"],
+        key=key.parts,
+        backend=key["backend"],
+        artifact=json.loads(json.dumps(artifact)),  # so that a builder uses the very description that a reader will
+        files=list_files(directory),
+        recorded=recorded,
+        build_ms={name: round(value, 1) for name, value in build_ms.items()},
+    )
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write the sealed manifest and flush every file of the entry to the disk."""
     (directory / MANIFEST).write_bytes(
@@ -134,7 +168,7 @@ def verify_files(directory: Path, manifest: Manifest, digest: Callable[[Path], s
     Parameters
     ----------
     digest:
-        Computes, or remembers, a file's SHA-256; see `ts_handlers.store.verified`.
+        Computes, or remembers, a file's SHA-256; see `ts_handlers.store.local.verified`.
 
     Raises
     ------

@@ -10,18 +10,18 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ts_handlers.digests import DigestFile, digest_file
 from ts_handlers.errors import StoreError
+from ts_handlers.key.digests import DigestFile, digest_file
 from ts_handlers.metrics import Metrics
 from ts_handlers.settings import Settings, default_store_root
 from ts_handlers.store.base import Store
-from ts_handlers.store.local import LocalStore
-from ts_handlers.store.verified import known_digest
+from ts_handlers.store.local.store import LocalStore
+from ts_handlers.store.local.verified import known_digest
 
 if TYPE_CHECKING:
     from ts_handlers.settings.sections import RemoteSettings
-    from ts_handlers.store.remote import Remote
-    from ts_handlers.store.remote_lease import LeaseService
+    from ts_handlers.store.remote.lease import LeaseService
+    from ts_handlers.store.remote.objects import Remote
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +45,9 @@ def open_store(settings: Settings, metrics: Metrics) -> tuple[Store, str | None]
     if settings.remote is None:
         return local, problem
     began = time.monotonic()
-    from ts_handlers.store.remote import Remote
-    from ts_handlers.store.tiered import TieredStore
-    from ts_handlers.store.trust import load_trust
+    from ts_handlers.store.remote.objects import Remote
+    from ts_handlers.store.remote.signing import load_trust
+    from ts_handlers.store.tiered.store import TieredStore
 
     state = local.root / "remote"
     remote = Remote(settings.remote, state)
@@ -61,10 +61,10 @@ def _open_leases(settings: RemoteSettings, remote: Remote, state: Path) -> Lease
     if settings.lease == "off" or settings.read_only:
         return None
     if settings.lease == "auto":
-        from ts_handlers.store.object_lease import ObjectLeases
+        from ts_handlers.store.remote.object_lease import ObjectLeases
 
         return ObjectLeases(remote)
-    from ts_handlers.store.redis_lease import RedisLeases
+    from ts_handlers.store.remote.redis_lease import RedisLeases
 
     return RedisLeases(settings.lease, settings.timeout_seconds, settings.heartbeat_seconds, state)
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ts_handlers.cache_key import CacheKey, explain
 from ts_handlers.cli.exit_codes import ExitCode
 from ts_handlers.cli.options import JsonOption, StoreOption, TrustedFolders, find_entries, open_existing_store
 from ts_handlers.cli.output import print_json, print_table
+from ts_handlers.key.cache_key import CacheKey, explain
 
 if TYPE_CHECKING:
-    from ts_handlers.archive_keys import ArchiveKey
-    from ts_handlers.store.local import LocalStore
+    from ts_handlers.servers.torchserve.archive_keys import ArchiveKey
+    from ts_handlers.store.local.store import LocalStore
 
 
 def command(
@@ -50,7 +50,7 @@ def command(
     """
     opened = open_existing_store(store, trust_folder)
     if Path(what).exists():
-        from ts_handlers.archive_keys import archive_keys
+        from ts_handlers.servers.torchserve.archive_keys import archive_keys
 
         with contextlib.redirect_stdout(sys.stderr):  # what the archive's own code prints
             wanted = archive_keys(what, device=device, config=config, model_name=model_name)
@@ -72,8 +72,8 @@ def _archive_pairs(
     store: LocalStore, wanted: list[ArchiveKey], other: str | None
 ) -> list[tuple[str, CacheKey, CacheKey | None]]:
     """For each backend of the archive's ladder: its key, and the one to compare it with."""
-    from ts_handlers.archive_keys import nearest_entry
-    from ts_handlers.store.scan import scan_entries
+    from ts_handlers.servers.torchserve.archive_keys import nearest_entry
+    from ts_handlers.store.upkeep.scan import scan_entries
 
     if other is not None:
         key = _key(store, other)

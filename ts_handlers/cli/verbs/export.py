@@ -9,14 +9,7 @@ import typer
 
 from ts_handlers.cli.exit_codes import ExitCode
 from ts_handlers.cli.options import JsonOption, StoreOption, TrustedFolders, open_existing_store
-from ts_handlers.cli.remote_options import (
-    KeyOption,
-    ModelOption,
-    SigningKey,
-    open_trust,
-    report,
-    select,
-)
+from ts_handlers.cli.remote_options import KeyOption, ModelOption, SigningKey, open_trust, report, select
 
 
 def command(
@@ -30,7 +23,7 @@ def command(
 ) -> ExitCode:
     """Write entries, with their canary records, into one file."""
     from ts_handlers.store.bundles import export_bundle
-    from ts_handlers.store.scan import scan_entries
+    from ts_handlers.store.upkeep.scan import scan_entries
 
     opened = open_existing_store(store, trust_folder)
     entries = select(scan_entries(opened.root), model, key)

@@ -28,8 +28,8 @@ def command(
 
     Pinned entries and entries that a living process reads stay. Ends with 1 when a quota stays exceeded.
     """
-    from ts_handlers.store.eviction import Limits
-    from ts_handlers.store.space import make_room
+    from ts_handlers.store.upkeep.eviction import Limits
+    from ts_handlers.store.upkeep.space import make_room
 
     limits = Limits(_size("--max-bytes", max_bytes), max_entries, max_inodes)
     per_model = Limits(_size("--model-max-bytes", model_max_bytes), model_max_entries, model_max_inodes)

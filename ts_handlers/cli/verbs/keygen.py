@@ -19,7 +19,7 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Make a pair of Ed25519 keys, for `trust.signing_key` and `trust.public_keys`."""
-    from ts_handlers.store.trust import generate_keys
+    from ts_handlers.store.remote.signing import generate_keys
 
     public = public or private.with_name(f"{private.name}.pub")
     name = generate_keys(private, public)

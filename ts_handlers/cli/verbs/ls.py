@@ -14,7 +14,7 @@ from ts_handlers.cli.options import JsonOption, StoreOption, TrustedFolders, ope
 from ts_handlers.cli.output import human_age, human_bytes, print_json, print_quarantines, print_table, timestamp
 
 if TYPE_CHECKING:
-    from ts_handlers.store.scan import EntryInfo
+    from ts_handlers.store.upkeep.scan import EntryInfo
 
 
 def command(
@@ -28,8 +28,8 @@ def command(
     Ends with 1 when an entry is not `ok`, something is quarantined or a build has failed. Digests are not computed; see
     `ts-handlers verify`.
     """
-    from ts_handlers.store.quarantine import read_quarantines
-    from ts_handlers.store.scan import scan_entries, scan_trash
+    from ts_handlers.guard.quarantine import read_quarantines
+    from ts_handlers.store.upkeep.scan import scan_entries, scan_trash
 
     opened = open_existing_store(store, trust_folder)
     entries = [entry for entry in scan_entries(opened.root) if fnmatch.fnmatchcase(entry.model, model)]

@@ -25,7 +25,7 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Keep an entry from being evicted."""
-    from ts_handlers.store.pins import pin
+    from ts_handlers.store.local.pins import pin
 
     opened = open_existing_store(store, trust_folder)
     entry = find_entries(opened, key)[0]

@@ -15,7 +15,7 @@ from ts_handlers.cli.options import JsonOption, StoreOption
 from ts_handlers.cli.output import print_json
 
 if TYPE_CHECKING:
-    from ts_handlers.prewarm import Prewarmed
+    from ts_handlers.servers.torchserve.prewarm import Prewarmed
 
 
 def command(
@@ -37,7 +37,7 @@ def command(
 
     Ends with 0 when the next start is a hit, and with 1 when a backend fell back or failed. Progress goes to stderr.
     """
-    from ts_handlers.prewarm import prewarm
+    from ts_handlers.servers.torchserve.prewarm import prewarm
 
     if verbose:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")

@@ -36,7 +36,7 @@ def command(
 ) -> ExitCode:
     """Send entries of the store, with their canary records, to a remote store; what is there stays."""
     from ts_handlers.store.bundles import push
-    from ts_handlers.store.scan import scan_entries
+    from ts_handlers.store.upkeep.scan import scan_entries
 
     opened = open_existing_store(store, trust_folder)
     entries = select(scan_entries(opened.root), model, key)

@@ -17,7 +17,7 @@ from ts_handlers.cli.options import (
     open_existing_store,
 )
 from ts_handlers.cli.output import human_bytes, print_json, print_quarantines, print_table, timestamp
-from ts_handlers.store.scan import EntryInfo
+from ts_handlers.store.upkeep.scan import EntryInfo
 
 
 def command(
@@ -30,8 +30,8 @@ def command(
 
     What is quarantined under the key, and builds of it that have failed, are shown also where there is no entry.
     """
-    from ts_handlers.store.quarantine import read_quarantines
-    from ts_handlers.store.scan import canaries_of
+    from ts_handlers.guard.quarantine import read_quarantines
+    from ts_handlers.store.upkeep.scan import canaries_of
 
     opened = open_existing_store(store, trust_folder)
     records = read_quarantines(opened.root, key.lower())

@@ -15,7 +15,7 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Let a pinned entry be evicted again when room is needed."""
-    from ts_handlers.store.pins import pinned_keys, unpin
+    from ts_handlers.store.local.pins import pinned_keys, unpin
 
     opened = open_existing_store(store, trust_folder)
     pins = {name: note for name, note in pinned_keys(opened.root).items() if name.startswith(key.lower())}

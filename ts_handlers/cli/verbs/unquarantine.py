@@ -16,7 +16,7 @@ def command(
     as_json: JsonOption = False,
 ) -> None:
     """Let what is quarantined under a key, or has failed to build, be tried again by the next start."""
-    from ts_handlers.store.quarantine import lift_quarantine, read_quarantines
+    from ts_handlers.guard.quarantine import lift_quarantine, read_quarantines
 
     root = open_existing_store(store, trust_folder).root
     keys = sorted({record.key for record in read_quarantines(root, key.lower())})

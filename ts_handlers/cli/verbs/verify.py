@@ -22,7 +22,7 @@ def command(
     Run it from time to time: starts hash unchanged files only once a week. Ends with 1 when something is damaged,
     repaired or not. A damaged entry that a living process reads stays until that process has ended; quarantines stay.
     """
-    from ts_handlers.store.audit import audit
+    from ts_handlers.store.upkeep.audit import audit
 
     opened = open_existing_store(store, trust_folder)
     findings = list(audit(opened.root, repair=repair))

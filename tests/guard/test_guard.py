@@ -1,0 +1,343 @@
+"""The crash guard: processes that really die, and what the next one makes of it."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import json
+import os
+import resource
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ts_handlers import Settings
+from ts_handlers.errors import QuarantinedError
+from ts_handlers.guard import guard as guard_module
+from ts_handlers.guard import markers as markers_module
+from ts_handlers.guard.guard import FORGIVEN, Guard
+from ts_handlers.guard.quarantine import fallback_home, lift_quarantine, read_quarantines
+from ts_handlers.key.cache_key import CacheKey
+from ts_handlers.settings import CanarySettings
+from ts_handlers.settings.sections import GuardSettings
+from ts_handlers.system.process_limits import oom_kills
+
+KEY = CacheKey((("format", "1"), ("backend", "aot_inductor")))
+SEAL = "5ea1"
+LIMITS = GuardSettings(load_seconds=0.5, load_memory_mb=64)
+libc = ctypes.PyDLL(None)  # its calls hold the GIL, as dlopen does
+
+
+def exhaust_memory() -> None:
+    """Allocate and touch memory as C code does that does not look at what malloc returns."""
+    libc.malloc.restype = ctypes.c_void_p
+    libc.malloc.argtypes = [ctypes.c_size_t]
+    while True:
+        ctypes.memset(libc.malloc(1 << 20), 1, 1 << 20)
+
+
+DEATHS: dict[str, Callable[[], Any]] = {
+    "segmentation fault": lambda: ctypes.string_at(0),
+    "abort": os.abort,
+    "endless loop": lambda: libc.sleep(1000),
+    "memory": exhaust_memory,
+    "terminated": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "exit": lambda: os._exit(3),
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The root of a store; the folder for stores that cannot be written is the test's own."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "store").mkdir()
+    return tmp_path / "store"
+
+
+def guard_of(root: Path, limits: GuardSettings = LIMITS) -> Guard:
+    return Guard(root, Settings(guard=limits), KEY, "model", lambda: "w1")
+
+
+def fork(function: Callable[[], None]) -> int:
+    """Run a function in a child process; returns its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        function()
+        os._exit(0)
+    except QuarantinedError:
+        os._exit(42)
+    finally:
+        os._exit(1)
+
+
+def status_of(pid: int) -> int:
+    """Exit code of a child; the negative number of the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def attempt(
+    root: Path, native: Callable[[], Any], phase: str = "load", seal: str = SEAL, limits: GuardSettings = LIMITS
+) -> None:
+    """What a start does: refuse what is quarantined, then run native code."""
+    guard = guard_of(root, limits)
+    guard.refuse(seal)
+    with guard.marked(phase, seal), guard.limited():
+        native()
+
+
+def die(root: Path, how: str, **options: Any) -> int:
+    return status_of(fork(lambda: attempt(root, DEATHS[how], **options)))
+
+
+def markers(root: Path) -> list[Path]:
+    return sorted((root / "guards").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "reason"),
+    [
+        ("segmentation fault", -signal.SIGSEGV, "Segmentation fault while loading or warming up, .* bounded to 64 MiB"),
+        ("abort", -signal.SIGABRT, "Aborted while loading"),
+        ("endless loop", 1, "loading or warming up took longer than 0.5 s"),
+        ("memory", -signal.SIGSEGV, "Segmentation fault .* bounded to 64 MiB"),
+    ],
+)
+def test_what_kills_a_process_is_tried_once(how: str, status: int, reason: str, root: Path) -> None:
+    assert die(root, how) == status
+    with pytest.raises(QuarantinedError, match=reason):
+        guard_of(root).refuse(SEAL)
+    (record,) = read_quarantines(root)
+    assert (record.key, record.model, record.phase, record.seal) == (KEY.digest, "model", "load", SEAL)
+    assert "test_guard.py" in record.details
+    assert record.runtime["torch"]
+    assert markers(root) == []
+    assert die(root, "killed") == 42
+    guard_of(root).refuse("another entry")
+    guard_of(root).refuse()
+    assert lift_quarantine(root, KEY.digest[:8]) == [record]
+    guard_of(root).refuse(SEAL)
+
+
+def test_processes_that_die_together_leave_one_record(root: Path, tmp_path: Path) -> None:
+    def together(me: str) -> None:
+        (tmp_path / me).touch()
+        while len(list(tmp_path.glob("ready*"))) < 3:
+            time.sleep(0.01)
+        ctypes.string_at(0)
+
+    children = [fork(lambda me=f"ready{i}": attempt(root, lambda: together(me))) for i in range(3)]  # type: ignore[misc]
+    assert [status_of(pid) for pid in children] == [-signal.SIGSEGV] * 3
+    assert len(markers(root)) == 3
+    restarted = [fork(lambda: attempt(root, DEATHS["segmentation fault"])) for _ in range(3)]
+    assert [status_of(pid) for pid in restarted] == [42] * 3
+    assert markers(root) == []
+    assert {record.reason for record in read_quarantines(root)} == {read_quarantines(root)[0].reason}
+    assert len(list((root / "quarantine").iterdir())) == 1
+
+
+def test_a_process_asked_to_end_is_no_reason(root: Path) -> None:
+    for _ in range(4):
+        assert die(root, "terminated") == -signal.SIGTERM
+        guard_of(root).refuse(SEAL)
+    assert markers(root) == []
+
+
+@pytest.mark.parametrize("how", ["killed", "exit"])
+@pytest.mark.parametrize("phase", ["load", "build"])
+def test_deaths_without_a_trace_are_bounded(how: str, phase: str, root: Path) -> None:
+    seal = SEAL if phase == "load" else ""
+    for _ in range(FORGIVEN[phase] + 1):
+        assert die(root, how, phase=phase, seal=seal) == {"killed": -signal.SIGKILL, "exit": 3}[how]
+    assert die(root, how, phase=phase, seal=seal) == 42
+    assert "without a trace" in read_quarantines(root)[0].reason
+    lift_quarantine(root, KEY.digest)
+    assert die(root, how, phase=phase, seal=seal) != 42
+
+
+def test_a_scale_down_kills_many_and_counts_once(root: Path) -> None:
+    def scale_down(*, one_loads: bool) -> None:
+        children = [fork(lambda: attempt(root, lambda: time.sleep(1000), limits=GuardSettings())) for _ in range(3)]
+        while not set(children) <= {json.loads(path.read_text() or "{}").get("pid") for path in markers(root)}:
+            time.sleep(0.01)
+        guard_of(root).refuse(SEAL)  # the living are not judged
+        if one_loads:
+            attempt(root, lambda: None)
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+        assert [status_of(pid) for pid in children] == [-signal.SIGKILL] * 3
+
+    scale_down(one_loads=False)
+    scale_down(one_loads=True)
+    guard_of(root).refuse(SEAL)
+    assert read_quarantines(root) == []
+    scale_down(one_loads=False)
+    with pytest.raises(QuarantinedError, match="2 times in a row"):
+        guard_of(root).refuse(SEAL)
+    assert markers(root) == []
+
+
+def test_old_deaths_without_a_trace_are_forgotten(root: Path) -> None:
+    assert die(root, "killed") == -signal.SIGKILL
+    (marker,) = markers(root)
+    os.utime(marker, (time.time() - 25 * 3600,) * 2)
+    guard_of(root).refuse(SEAL)
+    assert markers(root) == []
+
+
+def test_a_success_does_not_forgive_a_crash_of_another_process(root: Path) -> None:
+    assert die(root, "segmentation fault") == -signal.SIGSEGV
+    guard = guard_of(root)
+    with guard.marked("load", SEAL):
+        assert len(markers(root)) == 2
+    with pytest.raises(QuarantinedError):
+        guard_of(root).refuse(SEAL)
+
+
+def test_python_errors_leave_nothing(root: Path) -> None:
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error):
+            attempt(root, lambda error=error: (_ for _ in ()).throw(error()))  # type: ignore[misc]
+    assert markers(root) == []
+    assert read_quarantines(root) == []
+
+
+def test_another_runtime_tries_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert die(root, "abort") == -signal.SIGABRT
+    with pytest.raises(QuarantinedError):
+        guard_of(root).refuse(SEAL)
+    identity = {**guard_module.runtime_identity(), "libstdc++": "libstdc++.so.6.0.99"}
+    monkeypatch.setattr(guard_module, "runtime_identity", lambda: identity)
+    guard_of(root).refuse(SEAL)
+    assert die(root, "abort") == -signal.SIGABRT
+    with pytest.raises(QuarantinedError):
+        guard_of(root).refuse(SEAL)
+    assert len(read_quarantines(root)) == 2
+
+
+def test_wrong_answers_count_for_the_weights_and_settings_that_gave_them(root: Path) -> None:
+    guard_of(root).quarantine_canary(SEAL, ValueError("too far"))
+    with pytest.raises(QuarantinedError, match="ValueError: too far"):
+        guard_of(root).refuse(SEAL)
+    Guard(root, Settings(guard=LIMITS), KEY, "model", lambda: "w2").refuse(SEAL)
+    lenient = Settings(canary=CanarySettings(tolerance=0.1))
+    Guard(root, lenient, KEY, "model", lambda: "w1").refuse(SEAL)
+
+
+def test_a_store_that_cannot_be_written_is_guarded_from_the_temporary_folder(root: Path) -> None:
+    (root / "guards").write_text("in the way")
+    (root / "quarantine").write_text("in the way")
+    assert die(root, "segmentation fault") == -signal.SIGSEGV
+    assert die(root, "segmentation fault") == 42
+    (record,) = read_quarantines(root)
+    assert (fallback_home(root) / "quarantine" / record.file_name).exists()
+    assert lift_quarantine(root, "") == [record]
+    assert die(root, "segmentation fault") == -signal.SIGSEGV
+
+
+def test_without_any_place_for_a_marker_the_model_is_served_and_not_limited(root: Path) -> None:
+    for folder in (root, fallback_home(root)):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "guards").write_text("in the way")
+    fallback_home(root).parent.chmod(0o700)
+    guard = guard_of(root, GuardSettings(load_seconds=0.01, load_memory_mb=1))
+    with guard.marked("load", SEAL), guard.limited():
+        assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
+        time.sleep(0.1)
+    assert guard.problem is not None
+    assert "no crash guard" in guard.problem
+
+
+def test_a_temporary_folder_that_others_can_write_is_not_used(root: Path) -> None:
+    (root / "guards").write_text("in the way")
+    fallback_home(root).parent.mkdir(mode=0o777)
+    fallback_home(root).parent.chmod(0o777)
+    guard = guard_of(root)
+    with guard.marked("load", SEAL):
+        assert guard.problem is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"{", b'{"key": "\xff"}', b'{"other": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"],
+    ids=["truncated", "no UTF-8", "nested"],
+)
+def test_damaged_files_are_ignored(text: bytes, root: Path) -> None:
+    for folder, name in (("guards", f"{KEY.digest}.torn"), ("quarantine", f"{KEY.digest}-torn.json")):
+        (root / folder).mkdir()
+        (root / folder / name).write_bytes(text)
+    attempt(root, lambda: None)
+    assert read_quarantines(root) == []
+
+
+def test_marker_that_names_another_key_is_no_record(root: Path) -> None:
+    """A record's file is named after the key that its marker holds, which damage must not turn into a path."""
+    assert die(root, "abort") == -signal.SIGABRT
+    (path,) = markers(root)
+    path.write_bytes(path.read_bytes().replace(KEY.digest.encode(), b"../../" + KEY.digest.encode()[6:]))
+    attempt(root, lambda: None)
+    assert read_quarantines(root) == []
+    assert not list(root.parent.rglob("*.json"))
+
+
+def test_limits_end_with_the_block(root: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_DATA), faulthandler.is_enabled()
+    guard = guard_of(root, GuardSettings(load_seconds=0.2, load_memory_mb=32))
+    with guard.marked("load", SEAL):
+        with guard.limited():
+            bound = resource.getrlimit(resource.RLIMIT_DATA)[0]
+            with pytest.raises(MemoryError):
+                bytearray(64 << 20)
+        bytearray(64 << 20)
+        time.sleep(0.4)
+    assert bound != resource.RLIM_INFINITY
+    assert (resource.getrlimit(resource.RLIMIT_DATA), faulthandler.is_enabled()) == before
+
+
+def test_the_automatic_limit_grows_with_the_build(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, **options: seen.append(seconds))
+    guard = guard_of(root, GuardSettings())
+    for build_seconds in (1.0, 500.0):
+        with guard.marked("load", SEAL, build_seconds), guard.limited():
+            pass
+    assert seen == [120.0, 1000.0]
+
+
+@pytest.mark.parametrize(
+    ("group", "file", "text"),
+    [
+        ("0::/a/b\n", "a/b/memory.events", "low 0\nmax 3\noom 2\noom_kill 2\noom_group_kill 1\n"),
+        ("0::/a/b\n", "memory.events", "oom_kill 2\n"),
+        (
+            "3:cpu:/x\n4:memory:/x\n0::/\n",
+            "memory/x/memory.oom_control",
+            "oom_kill_disable 0\nunder_oom 0\noom_kill 2\n",
+        ),
+    ],
+)
+def test_kills_by_the_kernel_are_counted(group: str, file: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "cgroup").write_text(group)
+    path = tmp_path / "mount" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert oom_kills(tmp_path / "cgroup", tmp_path / "mount") == 2
+    assert oom_kills(tmp_path / "nothing", tmp_path / "mount") is None
+
+
+def test_a_kill_by_the_kernel_is_a_reason_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard_module, "oom_kills", lambda: 3)
+    assert die(root, "killed") == -signal.SIGKILL
+    guard_of(root).refuse(SEAL)
+    monkeypatch.setattr(markers_module, "oom_kills", lambda: 4)
+    with pytest.raises(QuarantinedError, match="killed by the kernel for lack of memory while loading"):
+        guard_of(root).refuse(SEAL)

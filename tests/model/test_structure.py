@@ -1,0 +1,123 @@
+"""Structure: an output taken apart and put together is the same output, through JSON too."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ts_handlers.errors import BuildError
+from ts_handlers.model.structure import OutputMapping, flatten, unflatten
+
+tensors = st.integers(0, 9).map(lambda value: torch.tensor([value]))
+leaves = tensors | st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=4) | st.floats(-1, 1)
+outputs = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+@dataclasses.dataclass
+class Result:
+    logits: torch.Tensor
+    hidden: Any = None
+
+
+def round_trip(output: Any) -> Any:
+    flat, description = flatten(output)
+    return unflatten(flat, json.loads(json.dumps(description)))
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return a is b
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict):
+        return type(a) is type(b) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    return type(a) is type(b) and a == b
+
+
+@given(outputs)
+def test_round_trip_of_nested_outputs(output: Any) -> None:
+    assert same(output, round_trip(output))
+
+
+def test_named_tuple_is_still_unpacked_by_position() -> None:
+    one, two = torch.ones(1), torch.zeros(1)
+    pair = round_trip(Pair(one, {"deep": two}))
+    first, second = pair
+    assert first is pair.first is one
+    assert second["deep"] is two
+
+
+@pytest.mark.parametrize(
+    ("output", "fields"),
+    [
+        (torch.tensor([[1.0, 3.0]]).max(dim=1), ["values", "indices"]),
+        (torch.linalg.svd(torch.eye(2)), ["U", "S", "Vh"]),
+        (torch.frexp(torch.ones(2)), ["mantissa", "exponent"]),
+    ],
+)
+def test_torch_return_types_keep_their_field_names(output: Any, fields: list[str]) -> None:
+    back = round_trip({"deep": [output]})["deep"][0]
+    assert len(back) == len(output) == len(fields)
+    for index, (item, name) in enumerate(zip(back, fields, strict=True)):
+        assert item is back[index] is getattr(back, name) is getattr(output, name)
+
+
+def test_dataclass_comes_back_with_its_fields() -> None:
+    logits = torch.ones(1)
+    out = round_trip(Result(logits, (logits, None)))
+    assert isinstance(out, OutputMapping)
+    assert out.logits is out["logits"] is out[0] is logits
+    assert out.hidden == (logits, None)
+
+
+def test_model_output_of_transformers_is_used_as_before() -> None:
+    outputs_module = pytest.importorskip("transformers.modeling_outputs")
+    state, layer = torch.ones(1), torch.zeros(1)
+    original = outputs_module.BaseModelOutput(last_hidden_state=state, hidden_states=(layer, state))
+    out = round_trip(original)
+    assert list(out) == list(original)
+    assert out.last_hidden_state is out["last_hidden_state"] is out[0] is state
+    assert out.hidden_states[0] is out.to_tuple()[1][0] is layer
+    assert out[:1] == (state,)
+    assert len(out) == len(original)
+
+
+def test_ordered_dict_keeps_order_and_values() -> None:
+    out = round_trip(collections.OrderedDict(b=torch.ones(1), a=torch.zeros(1)))
+    assert list(out) == ["b", "a"]
+    assert float(out["a"]) == 0
+
+
+def test_missing_field_is_an_attribute_error() -> None:
+    out = OutputMapping({"logits": 1})
+    with pytest.raises(AttributeError, match="no field 'loss'"):
+        _ = out.loss
+    assert not hasattr(out, "loss")
+    with pytest.raises(KeyError):
+        _ = out["loss"]
+
+
+@pytest.mark.parametrize("output", [{1: torch.ones(1)}, object(), {torch.ones(1)}, [iter(())]])
+def test_what_an_artifact_cannot_return_is_a_build_error(output: Any) -> None:
+    with pytest.raises(BuildError, match="the model returned"):
+        flatten(output)

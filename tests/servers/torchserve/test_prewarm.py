@@ -1,0 +1,241 @@
+"""Building ahead of serving: unpacking archives safely, handlers as TorchServe loads them, keys as a start computes."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import Register
+from tests.servers.torchserve.test_handler import make_context
+from tests.support.models import LINEAR_SECTION, eager_model
+from tests.support.subprocesses import SUPPORT
+from ts_handlers.errors import ModelError
+from ts_handlers.guard.quarantine import read_quarantines
+from ts_handlers.servers.torchserve.prewarm import prewarm
+from ts_handlers.servers.torchserve.unpacking import unpacked
+from ts_handlers.settings.sections import BackgroundSettings
+
+pytest.importorskip("ts", reason="TorchServe is not installed")
+
+# A handler with a way of its own to build the model, which needs what its `initialize` has set, and which must not go
+# on in a process that only builds. `build_process_handler` is a name that nothing else has.
+HANDLER = """
+import os
+import torch
+from ts.torch_handler.base_handler import BaseHandler
+from ts_handlers import CompiledHandlerMixin
+from ts_handlers.model.archive_files import load_model_class
+
+
+class Handler(CompiledHandlerMixin, BaseHandler):
+    def initialize(self, context):
+        self.model_file = "model.py"
+        super().initialize(context)
+        with open(os.path.join(os.path.dirname(__file__), "..", "initialized"), "a") as file:
+            file.write(f"{os.getpid()} ")
+
+    def load_model(self, model_dir, model_file, weights_path):
+        from pathlib import Path
+
+        print("what is printed is no answer")
+        module = load_model_class(Path(model_dir) / self.model_file)()
+        module.load_state_dict(torch.load(weights_path, weights_only=True))
+        return module
+"""
+MANIFEST = {"modelName": "model", "modelFile": "model.py", "serializedFile": "model.pt"}
+
+
+@pytest.fixture(autouse=True)
+def _backends(monkeypatch: pytest.MonkeyPatch, register: Register) -> None:
+    """The cheap backend, here and in build processes."""
+    register("aot_inductor", "tests.support.file_backend:BACKEND")
+    monkeypatch.syspath_prepend(str(SUPPORT / "child_site"))
+
+
+@pytest.fixture
+def folder(archive: Path) -> Path:
+    """The archive of a handler with its own `load_model`, as a folder."""
+    (archive / "build_process_handler.py").write_text(HANDLER)
+    (archive / "MAR-INF").mkdir()
+    manifest = {"model": {**MANIFEST, "handler": "build_process_handler.py", "configFile": "model-config.yaml"}}
+    (archive / "MAR-INF" / "MANIFEST.json").write_text(json.dumps(manifest))
+    write_config(archive)
+    return archive
+
+
+def write_config(folder: Path, **changes: Any) -> None:
+    section = {**LINEAR_SECTION, "backends": ["aot_inductor", "eager"], **changes}
+    (folder / "model-config.yaml").write_text(yaml.safe_dump({"handler": {"ts_handlers": section}}))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+
+
+def write_zip(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def write_tar(path: Path, files: dict[str, bytes], *extra: tarfile.TarInfo) -> Path:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        for info in extra:
+            archive.addfile(info)
+    return path
+
+
+def test_every_archive_format_is_unpacked(folder: Path, tmp_path: Path) -> None:
+    files = files_of(folder)
+    zipped = write_zip(tmp_path / "model.mar", files)
+    tar = write_tar(tmp_path / "model.tgz", {f"model/{name}": content for name, content in files.items()})
+    for path in (folder, zipped, tar):
+        with unpacked(path) as directory:
+            assert files_of(directory) == files
+        assert directory.exists() == (path == folder)
+
+
+@pytest.mark.parametrize("name", ["../evil.py", "/evil.py", "a/../../evil.py", "a\\..\\evil.py"])
+@pytest.mark.parametrize("write", [write_zip, write_tar])
+def test_name_that_leaves_the_folder_is_refused(write: Any, name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "model.mar", {"MAR-INF/MANIFEST.json": b"{}", name: b"import os"})
+    with pytest.raises(ModelError, match="leaves its folder"), unpacked(path):
+        pass
+    assert list(tmp_path.rglob("evil.py")) == []
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_link_or_special_file_is_refused(kind: bytes, tmp_path: Path) -> None:
+    info = tarfile.TarInfo("link")
+    info.type, info.linkname = kind, "/etc/passwd"
+    path = write_tar(tmp_path / "model.tgz", {"MAR-INF/MANIFEST.json": b"{}"}, info)
+    with pytest.raises(ModelError, match="'link', which is a link or special file"), unpacked(path):
+        pass
+    zipped = zipfile.ZipInfo("link")
+    zipped.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "model.mar", "w") as archive:
+        archive.writestr(zipped, "/etc/passwd")
+    with pytest.raises(ModelError, match="'link', which is a link or special file"), unpacked(tmp_path / "model.mar"):
+        pass
+
+
+def test_what_is_no_archive_is_refused(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "text.mar").write_text("no archive")
+    whole = write_zip(tmp_path / "whole.mar", files_of(folder)).read_bytes()
+    (tmp_path / "cut.mar").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty").mkdir()
+    twice = tmp_path / "twice.mar"
+    with zipfile.ZipFile(twice, "w") as archive:
+        archive.writestr("a", "1")
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("a", "2")
+    for name, reason in {
+        "text.mar": "expected a zip file",
+        "cut.mar": "expected a zip file|cannot be unpacked",
+        "empty": "holds no MAR-INF/MANIFEST.json",
+        "twice.mar": "cannot be unpacked: FileExistsError",
+        "absent.mar": "absent.mar",
+    }.items():
+        with pytest.raises(ModelError, match=reason):
+            prewarm(tmp_path / name)
+
+
+@pytest.mark.processes
+def test_prewarmed_archive_is_a_hit_for_the_worker(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`load_model` is the handler's own, so the handler file is part of the key."""
+    store, phases = tmp_path / "store", []
+    mar = write_zip(tmp_path / "model.mar", files_of(folder))
+    done = prewarm(mar, store=store, device="cpu", progress=lambda phase, *times: phases.append((phase, times)))
+    assert (done.ok, done.result, done.backend, done.model) == (True, "built", "aot_inductor", "model"), done
+    assert [name for name, _ in phases][:3] == ["unpack", "process", "key"]
+    assert {"build: compile", "publish", "load", "canary"} <= {name for name, _ in phases}
+    elapsed = [times[0] for _, times in phases]
+    assert elapsed == sorted(elapsed)
+    assert not (tmp_path / "initialized").exists()
+
+    monkeypatch.syspath_prepend(str(folder))
+    from build_process_handler import Handler  # type: ignore[import-not-found]
+
+    handler = Handler()
+    handler.initialize(make_context(folder, store))
+    assert (handler.model.outcome.result, handler.model.outcome.key) == ("hit", done.key)
+    assert handler.model.metrics.counters["build"] == 0
+    again = prewarm(folder, store=store)
+    assert (again.ok, again.result, again.key) == (True, "hit", done.key)
+
+
+@pytest.mark.processes
+def test_background_build_of_a_handler_with_its_own_load_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUILD_LOG", str(tmp_path / "builds"))
+    monkeypatch.syspath_prepend(str(folder))
+    sys.modules.pop("build_process_handler", None)
+    from build_process_handler import Handler
+
+    handler = Handler()
+    context = make_context(folder, tmp_path / "store", section={"on_miss": "background", "background": {"nice": 0}})
+    handler.initialize(context)
+    assert (handler.model.outcome.backend, handler.model.outcome.result) == ("eager", "background")
+    assert handler.model.background.wait(120)
+    facts = handler.describe_handle()
+    assert (facts["backend"], facts["result"]) == ("aot_inductor", "swapped"), facts["background"]
+    rows = torch.randn(2, 4)
+    with torch.inference_mode():
+        assert torch.allclose(handler.inference(rows), eager_model(folder)(rows), atol=1e-5)
+    # The child ended its `initialize` where the model starts.
+    assert (tmp_path / "initialized").read_text().split() == [str(facts["pid"])]
+    assert {"ts_handlers_swap_total", "ts_handlers_background_build_total"} <= set(context.metrics.names)
+    assert context.metrics.names.count("ts_handlers_miss_total") == 1
+
+
+@pytest.mark.processes
+def test_failures_are_results(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = tmp_path / "store"
+    monkeypatch.setenv("BUILD_ERROR", "no way to export")
+    fell = prewarm(folder, store=store)
+    assert (fell.ok, fell.result, fell.backend) == (False, "eager", "eager")
+    assert "no way to export" in fell.fallbacks[0]["reason"]
+    strict = prewarm(folder, store=store, config={"handler": {"ts_handlers": {**LINEAR_SECTION, "strict": True}}})
+    assert (strict.ok, strict.result) == (False, "failed")
+    assert strict.reason == "BuildError: no way to export"
+    slow = prewarm(folder, store=store, limits=BackgroundSettings(seconds=0.2))
+    assert "took longer" in str(slow.reason)
+    if not torch.cuda.is_available():
+        assert "no CUDA GPU" in str(prewarm(folder, store=store, device="cuda:0").reason)
+    assert not (store / "entries").exists()
+    with pytest.raises(ModelError, match="device 'gpu'"):
+        prewarm(folder, device="gpu")
+    # What failed is remembered, and tried anew whenever somebody asks for it.
+    assert [record.count for record in read_quarantines(store)] == [2]
+    monkeypatch.delenv("BUILD_ERROR")
+    assert prewarm(folder, store=store).result == "built"
+
+
+@pytest.mark.processes
+def test_handler_without_the_mixin_has_nothing_to_build(folder: Path, tmp_path: Path) -> None:
+    plain = "from ts.torch_handler.base_handler import BaseHandler\n\n\nclass Handler(BaseHandler):\n    pass\n"
+    (folder / "build_process_handler.py").write_text(plain)
+    done = prewarm(folder, store=tmp_path / "store", config=folder / "model-config.yaml")
+    assert done.result == "failed"
+    assert "must be a CompiledHandlerMixin" in str(done.reason)

@@ -1,0 +1,52 @@
+"""Moments between two requests: counts and order, never seconds."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from ts_handlers.startup.background import idle_window
+from ts_handlers.startup.background.idle_window import wait_for_idle_window
+
+
+def test_waits_until_no_call_is_under_way_and_none_has_come() -> None:
+    # Under way; over; another one has come and gone between two looks; then nothing.
+    seen = [(True, 1), (False, 1), (False, 2)]
+    looks: list[tuple[bool, int]] = []
+
+    def calls() -> tuple[bool, int]:
+        looks.append(seen[min(len(looks), len(seen) - 1)])
+        return looks[-1]
+
+    assert wait_for_idle_window(calls, lambda: False)
+    assert looks[:3] == seen
+    assert len(looks) >= 4  # the third starts the quiet time anew
+    assert set(looks[3:]) == {(False, 2)}
+
+
+def test_a_server_that_never_pauses_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idle_window, "PATIENCE_SECONDS", 0.05)
+    count = 0
+
+    def calls() -> tuple[bool, int]:
+        nonlocal count
+        count += 1
+        return False, count
+
+    assert not wait_for_idle_window(calls, lambda: False)
+    assert count > 1
+
+
+def test_gives_up_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idle_window, "PATIENCE_SECONDS", 600.0)
+    over = threading.Event()
+    found: list[bool] = []
+    waiting = threading.Thread(
+        daemon=True, target=lambda: found.append(wait_for_idle_window(lambda: (True, 0), over.is_set))
+    )
+    waiting.start()
+    assert found == []
+    over.set()
+    waiting.join(60)
+    assert found == [False]

@@ -1,0 +1,1 @@
+"""The backend `aot_inductor`: an exported program compiled ahead of time."""

@@ -1,0 +1,201 @@
+"""Building for the backend `aot_inductor`: one way of exporting after the other, until one agrees with eager.
+
+Imported on a build only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from ts_handlers.backends.aot_inductor import linears
+from ts_handlers.backends.aot_inductor.compile import (
+    Variant,
+    compile_program,
+    export_steps,
+    forget_traces,
+    refuse_folded_weights,
+)
+from ts_handlers.backends.aot_inductor.container import open_library
+from ts_handlers.backends.aot_inductor.load import EXTRAS, ensure_loadable, load_artifact
+from ts_handlers.backends.base import Built, Description, Target, Workspace
+from ts_handlers.backends.compare import compare_sizes
+from ts_handlers.backends.export import PREFIX, FlatModel, export_program, live_weights, output_structure
+from ts_handlers.errors import BuildError, ModelError
+from ts_handlers.model.archive_files import Tensors
+from ts_handlers.model.exported import ExportedSource
+from ts_handlers.model.exported_program import describe_program
+from ts_handlers.model.signature import Signature
+
+logger = logging.getLogger(__name__)
+
+
+def build(target: Target, workspace: Workspace, merge: bool) -> Built:
+    """Export, compile, check against eager, and leave the shared libraries in the workspace.
+
+    With `merge` each step is tried with linear layers merged first, and with the layers as they are if that fails.
+    """
+    signature = target.require_signature()
+    module = target.eager()
+    reasons = []
+    directory = workspace.directory
+    for step, variants in export_steps(signature, target):
+        for merged in (set[str](), None) if merge else (None,):
+            for path in directory.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            try:
+                description = _build_step(target, module, signature, variants, workspace, merged)
+            except (ModelError, MemoryError):
+                raise
+            except Exception as error:
+                how = f"{step} with merged linear layers" if merged else step
+                reason = f"{how}: {type(error).__name__}: {_first_line(error)}"
+                logger.info("%s does not export this way: %s", target.source.name, reason)
+                reasons.append(reason)
+                target.placed_weights.clear()  # merged ones would stay beside those that the next step places
+                if merged:
+                    continue
+                break
+            forget_traces()
+            description["step"] = step
+            description["steps_failed"] = reasons
+            return Built(description)
+    raise BuildError("no way of exporting this model works: " + "; ".join(reasons))
+
+
+def _build_step(
+    target: Target,
+    module: torch.nn.Module,
+    signature: Signature,
+    variants: list[Variant],
+    workspace: Workspace,
+    merged: set[str] | None,
+) -> Description:
+    """One step. `merged` gets the names of the variants whose linear layers are merged; None leaves them apart."""
+    example = target.example_sizes
+    directory = workspace.directory
+    description: Description = {"variants": [], "constants": {}, "weights_from": "archive"}
+    extras: Tensors = {}
+    weights = target.source.weights()
+    structure = output_structure(target, module, signature, [{**example, **fixed} for _, fixed, _, _ in variants])
+    for name, fixed, ranges, oblivious in variants:
+        flat = FlatModel(module, signature.names).eval()
+        sizes = {**example, **fixed}
+        inputs = tuple(tensor.to(target.device) for tensor in signature.generate(sizes, seed=1))
+        with workspace.phase("export"):
+            program = export_program(flat, inputs, signature, ranges, oblivious)
+            constants = {**program.state_dict, **program.constants}
+            archived = {fqn for fqn in live_weights(program) if fqn.removeprefix(PREFIX) in weights}
+            if not all(_same(constants[fqn], weights[fqn.removeprefix(PREFIX)]) for fqn in archived):
+                description["weights_from"] = "module"
+            parts: dict[str, list[str]] = {}
+            if merged is not None and description["weights_from"] == "archive":
+                merged.add(name)
+                parts = linears.merge_linears(program, archived)
+                constants.update(program.state_dict)
+                if not parts:
+                    merged.remove(name)
+        try:
+            with workspace.phase("compile"):
+                files = compile_program(program, target, directory / name, baked=False)
+            ensure_loadable()
+            library = open_library(directory / name / files["library"], target.device)
+            fqns = set(library.constant_names().values())
+            refuse_folded_weights(program, fqns)
+        finally:
+            for fqn in parts:  # what is left of the trace would keep their memory during the check
+                constants[fqn].untyped_storage().resize_(0)
+        description["variants"].append({"name": name, "fixed": fixed, "ranges": ranges, **files})
+        for fqn in sorted(fqns):
+            tensor = constants[fqn].detach()
+            stored = fqn.removeprefix(PREFIX)
+            spec = {
+                "name": stored,
+                "dtype": str(tensor.dtype)[6:],
+                "shape": list(tensor.shape),
+                "stride": list(tensor.stride()),
+                "extra": stored not in weights and fqn not in parts,
+            }
+            if fqn in parts:
+                spec["parts"] = [
+                    {"name": part.removeprefix(PREFIX), "shape": list(constants[part].shape)} for part in parts[fqn]
+                ]
+            if description["constants"].setdefault(fqn, spec) != spec:
+                raise BuildError(f"the variants put {fqn!r} together from different weights")
+            if spec["extra"]:
+                extras[stored] = tensor.cpu()
+    if description["weights_from"] == "module":
+        logger.warning(
+            "%s changes its weights while it is built, so a warm start has to build the eager model",
+            target.source.name,
+        )
+    torch.save(extras, directory / EXTRAS)
+    description["output"] = structure
+    description["inputs"] = _inputs_description(signature)
+    with workspace.phase("verify"):
+        accepted = _verify(target, signature, directory, description, variants)
+    description["dimensions"] = accepted
+    return description
+
+
+def _same(tensor: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Whether a model's weight is the archive's, in the model's dtype."""
+    return torch.equal(stored.to(tensor.dtype), tensor.detach().cpu())
+
+
+def _inputs_description(signature: Signature) -> list[dict[str, Any]]:
+    return [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape), "values": s.values} for s in signature.inputs]
+
+
+def _verify(
+    target: Target, signature: Signature, directory: Path, description: Description, variants: list[Variant]
+) -> dict[str, list[int]]:
+    """Compare with eager at the ends of the ranges (or at every static size); returns the ranges."""
+    ranges = {name: [d.min, d.max] for name, d in signature.dimensions.items()}
+    description["dimensions"] = ranges
+    # Contexts and their CUDA graphs would only cost memory here.
+    contexts = msgspec.structs.replace(target.settings.contexts, count=1, cuda_graphs=False)
+    single = dataclasses.replace(target, settings=msgspec.structs.replace(target.settings, contexts=contexts))
+    loaded = load_artifact(single, directory, description)
+    static = all(not variant_ranges for _, _, variant_ranges, _ in variants)
+    cases = [fixed for _, fixed, _, _ in variants] if static else signature.corner_sizes()
+    compare_sizes(target, loaded, cases)
+    return ranges
+
+
+def build_exported(target: Target, source: ExportedSource, workspace: Workspace) -> Built:
+    """Compile an exported program as it is, with its weights inside."""
+    with workspace.phase("export"):
+        program = source.program
+        inputs, dimensions, structure = describe_program(program, target.signature)
+    signature = Signature(inputs, dimensions)
+    with workspace.phase("compile"):
+        files = compile_program(program, target, workspace.directory / "exported", baked=True)
+    variant = {
+        "name": "exported",
+        "fixed": {},
+        "ranges": {n: (d.min, d.max) for n, d in dimensions.items()},
+        **files,
+    }
+    description: Description = {
+        "variants": [variant],
+        "constants": {},
+        "weights_from": "artifact",
+        "output": structure,
+        "inputs": _inputs_description(signature),
+        "dimensions": {name: [d.min, d.max] for name, d in dimensions.items()},
+        "step": "exported",
+    }
+    return Built(description)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return re.sub(r"\s+", " ", lines[0])[:300] if lines else ""

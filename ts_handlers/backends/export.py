@@ -1,0 +1,96 @@
+"""TODO: export.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ts_handlers.backends.base import Target, call_module, takes_names
+from ts_handlers.errors import BuildError
+from ts_handlers.model.signature import Signature, Sizes
+from ts_handlers.model.structure import flatten
+
+PREFIX = "model."  # of the parameter names inside FlatModel
+
+
+class FlatModel(torch.nn.Module):
+    """The model with flat lists of tensors in and out."""
+
+    def __init__(self, model: torch.nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self._names = names
+        self._by_name = takes_names(model, names)
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(flatten(call_module(self.model, self._names, list(tensors), self._by_name))[0])
+
+
+def output_structure(
+    target: Target, module: torch.nn.Module, signature: Signature, sizes_list: list[Sizes]
+) -> dict[str, Any]:
+    """How the eager model's output is nested; raises `BuildError` when that depends on the input."""
+    smallest = {name: dimension.min for name, dimension in signature.dimensions.items()}
+    by_name = takes_names(module, signature.names)
+    structures = []
+    for sizes in [*sizes_list, {**sizes_list[0], **smallest}]:
+        tensors = [tensor.to(target.device) for tensor in signature.generate(sizes, seed=1)]
+        with torch.no_grad():
+            structures.append(flatten(call_module(module, signature.names, tensors, by_name))[1])
+    if any(structure != structures[0] for structure in structures):
+        raise BuildError("the structure of the model's output changes with its input, which an artifact cannot do")
+    return structures[0]
+
+
+def export_program(
+    flat: FlatModel,
+    inputs: tuple[torch.Tensor, ...],
+    signature: Signature,
+    ranges: dict[str, tuple[int, int]],
+    oblivious: bool,
+) -> Any:
+    import torch.fx.experimental._config
+
+    from ts_handlers.model.exported_program import refuse_mutations
+
+    symbolic_config: Any = torch.fx.experimental._config
+
+    dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in ranges.items()}
+    shapes = tuple(
+        {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str) and size in dims}
+        for spec in signature.inputs
+    )
+    with symbolic_config.patch(backed_size_oblivious=oblivious), torch.no_grad():
+        program = torch.export.export(flat, inputs, dynamic_shapes=(shapes,), strict=False)
+    refuse_mutations(program)
+    _name_constants(program)
+    return program
+
+
+def _name_constants(program: Any) -> None:
+    """Make buffers of tensors that are attributes or stand in the code: the compiler forgets the names of others."""
+    from torch.export.graph_signature import InputKind
+
+    for spec in program.graph_signature.input_specs:
+        if spec.kind == InputKind.CONSTANT_TENSOR:
+            spec.kind, spec.persistent = InputKind.BUFFER, False
+
+
+def live_weights(program: Any) -> set[str]:
+    """Names of the parameters and buffers on which the output depends."""
+    signature = program.graph_signature
+    sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return {sources[name] for name in live_placeholders(program.graph) if name in sources}
+
+
+def live_placeholders(graph: Any) -> set[str]:
+    """Names of the placeholders on which the output depends; exported graphs keep code that nobody uses."""
+    pending = [node for node in graph.nodes if node.op == "output"]
+    seen = set(pending)
+    while pending:
+        for node in pending.pop().all_input_nodes:
+            if node not in seen:
+                seen.add(node)
+                pending.append(node)
+    return {node.name for node in seen if node.op == "placeholder"}

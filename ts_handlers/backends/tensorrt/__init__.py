@@ -1,0 +1,1 @@
+"""The backend `tensorrt`: a TensorRT plan in the store, run without Torch-TensorRT."""

@@ -1,0 +1,130 @@
+"""TODO: plan.py."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ts_handlers.backends.base import Description, Target
+from ts_handlers.backends.tensorrt import library as tensorrt_library
+from ts_handlers.backends.tensorrt import weights as tensorrt_refit
+from ts_handlers.backends.tensorrt.outputs import take
+from ts_handlers.backends.tensorrt.profiles import _canary_sizes, _covered, _label, choose_profile
+from ts_handlers.errors import BuildError, CanaryError
+from ts_handlers.execution.base import Loaded, Run
+from ts_handlers.model.archive_files import Tensors
+from ts_handlers.model.structure import unflatten
+
+PLAN, CACHE = "plan.engine", "plan.cache"
+
+
+def write_plan(plan: Any, directory: Path, description: Description) -> None:
+    """Leave a `tensorrt_build.Plan` in an entry."""
+    (directory / PLAN).write_bytes(plan.data)
+    description["inputs"], description["outputs"] = list(plan.inputs), list(plan.outputs)
+    description["returns"] = [list(place) for place in plan.returns]
+    description["in_tensorrt"] = [plan.converted, plan.total]
+
+
+def _load(
+    target: Target, directory: Path, description: Description, state: Tensors | None = None
+) -> tuple[Loaded, Any]:
+    """The plan on the device, and its engine; `state` is instead of the archive's weights."""
+    from ts_handlers.backends.tensorrt.runtime import TensorRTEngine
+    from ts_handlers.execution.runner import EngineRunner
+    from ts_handlers.execution.torch_device import TorchDevice
+
+    signature = target.require_signature()
+    contexts = target.settings.contexts
+    profiles = description["profiles"]
+    weights = tensorrt_refit.plan_weights(target, description, state)
+    engine: Any = TensorRTEngine(
+        description["flavour"],
+        directory / PLAN,
+        name=" | ".join(_label(ranges) for ranges in profiles),
+        inputs=description["inputs"],
+        outputs=description["outputs"],
+        device=target.device,
+        weights=weights,
+        runtime_cache=directory / CACHE,
+        cuda_graphs=contexts.cuda_graphs,
+        output_bytes=description.get("output_bytes"),
+    )
+    device: Any = TorchDevice(target.device)
+    runner = EngineRunner([engine], contexts, device)
+    output = description["output"]
+    returns = description.get("returns") or [["output", n] for n in range(len(description["outputs"]))]  # older entries
+    several = len(profiles) > 1
+
+    def run(tensors: list[torch.Tensor]) -> Any:
+        index = choose_profile(profiles, signature.sizes(tensors)) if several else 0
+        return unflatten(take(returns, runner.run(index, tensors), tensors), output)
+
+    facts = {
+        "weights_from": "plan" if weights is None else "archive",
+        "flavour": tensorrt_library.version(description["flavour"]),
+        "profiles": profiles,
+        "in_tensorrt": description["in_tensorrt"],
+        "quantized": description["quantized"],
+        "contexts": contexts.count,
+        "scratch": contexts.scratch,
+        "memory": runner.memory(),
+    }
+    if "refused" in description.get("refit", {}):
+        facts["refit_refused"] = description["refit"]["refused"]
+    loaded = Loaded(
+        run=run,
+        signature=_covered(signature, profiles),
+        sizes=_canary_sizes(profiles),
+        variants=len(profiles),
+        facts=facts,
+        pool=runner.pool,
+        end_warmup=functools.partial(_stop_recording, engine.recorder, facts),
+    )
+    return loaded, engine
+
+
+def _stop_recording(recorder: Any, facts: dict[str, Any]) -> None:
+    if recorder is not None:
+        recorder.stop_recording(facts)
+
+
+def verify(
+    target: Target,
+    directory: Path,
+    description: Description,
+    eager: Run | None = None,
+    state: Tensors | None = None,
+) -> Loaded:
+    """Compare the plan with eager at the ends of every profile, and keep the kernels compiled on the way.
+
+    `state` is instead of the archive's weights, and `eager` computes with it.
+    """
+    from ts_handlers.backends.compare import compare_outputs
+    from ts_handlers.backends.eager import eager_run
+
+    signature = target.require_signature()
+    loaded, engine = _load(target, directory, description, state)
+    description["output_bytes"] = engine.output_bytes
+    eager = eager or eager_run(target, signature.names)
+    corners = [
+        dict(zip(ranges, corner, strict=True))
+        for ranges in description["profiles"]
+        for corner in itertools.product(*(sorted(set(bounds)) for bounds in ranges.values()))
+    ]
+    with contextlib.nullcontext() if engine.recorder is None else engine.recorder.paused():
+        for sizes in corners:
+            tensors = [tensor.to(target.device) for tensor in signature.generate(sizes, seed=2)]
+            try:
+                compare_outputs(loaded.run(tensors), eager(tensors), target.settings.canary.tolerance)
+            except (CanaryError, RuntimeError) as error:
+                raise BuildError(f"at {sizes} the plan differs from eager: {error}") from error
+    cache = engine.runtime_cache()
+    if cache:
+        (directory / CACHE).write_bytes(cache)
+    return loaded

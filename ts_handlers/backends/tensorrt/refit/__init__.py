@@ -1,0 +1,1 @@
+"""TensorRT plans without weights, which are refitted with those of the archive."""

@@ -1,0 +1,1 @@
+"""The crash guard: markers of native steps, quarantined artifacts, failed builds."""

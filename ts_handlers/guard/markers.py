@@ -1,0 +1,122 @@
+"""What a process says before it runs native code, and what is left of that when the process dies.
+
+Layout::
+
+    <home>/guards/<key>.<random>   := header newline death?
+    header                         := JSON object: `Marker` below
+    death                          := what `faulthandler` wrote when the process ended: "Fatal Python error: ..." for
+                                      SIGSEGV, SIGBUS, SIGABRT, SIGILL and SIGFPE, "Timeout (...)!" for the time limit,
+                                      a bare stack for SIGTERM; nothing for SIGKILL and for exit() in native code
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import os
+import platform
+import re
+import time
+import uuid
+from pathlib import Path
+
+import msgspec
+
+from ts_handlers.errors import UNDECODABLE
+from ts_handlers.guard.quarantine import marker_paths, open_dead_marker
+from ts_handlers.system.process_limits import oom_kills
+
+FORGOTTEN_SECONDS = 24 * 3600.0
+"""After this long a death without a trace counts no more."""
+
+
+class Marker(msgspec.Struct, frozen=True):
+    """What a process says before it runs native code."""
+
+    key: str
+    model: str
+    backend: str
+    phase: str
+    seal: str
+    runtime: dict[str, str]
+    generation: int
+    seconds: float | None
+    memory_mb: int | None
+    oom_kills: int | None
+    time: str
+    host: str
+    pid: int
+
+    def same_attempt(self, other: Marker) -> bool:
+        """Whether two processes tried the same thing in the same runtime."""
+        mine = (self.key, self.phase, self.seal, self.runtime)
+        return mine == (other.key, other.phase, other.seal, other.runtime)
+
+
+@dataclasses.dataclass(frozen=True)
+class Death:
+    """What a dead process left: its marker, its last words, and the time of its marker."""
+
+    path: Path
+    marker: Marker
+    words: str
+    began: float
+
+    @property
+    def is_forgotten(self) -> bool:
+        """Whether it was so long ago that, without a reason, it says nothing."""
+        return time.time() - self.began > FORGOTTEN_SECONDS
+
+    @property
+    def cause(self) -> tuple[str, str] | None:
+        """Reason and stack; the reason is empty when it was asked to end. None when it left no trace."""
+        memory = self.marker.memory_mb
+        bounded = f", allocations bounded to {memory} MiB" if memory is not None and self.marker.phase == "load" else ""
+        doing = {"build": "building", "load": "loading or warming up"}.get(self.marker.phase, self.marker.phase)
+        if fatal := re.search(r"^Fatal Python error: ([^\n]*)\n*", self.words, re.MULTILINE):
+            return f"{fatal[1]} while {doing}{bounded}", self.words[fatal.end() :]
+        if timeout := re.search(r"^Timeout \([^)]*\)!\n*", self.words, re.MULTILINE):
+            return f"{doing} took longer than {self.marker.seconds or 0:g} s", self.words[timeout.end() :]
+        if self.words:
+            return "", self.words
+        before, now = self.marker.oom_kills, oom_kills()
+        if before is not None and now is not None and now > before and self.marker.host == platform.node():
+            return f"killed by the kernel for lack of memory while {doing}", ""
+        return None
+
+
+def read_deaths(root: Path, key: str = "") -> list[Death]:
+    """What dead processes left for a key, or for all keys."""
+    found = []
+    for path in marker_paths(root, key):
+        with contextlib.suppress(OSError), open_dead_marker(path) as descriptor:
+            header, _, words = os.read(descriptor, 1 << 20).partition(b"\n")
+            began = os.fstat(descriptor).st_mtime
+            try:
+                marker = msgspec.json.decode(header, type=Marker)
+            except UNDECODABLE:  # its process died, or is at this moment, between making and writing it
+                marker = None
+            if marker is None or marker.key != path.name.partition(".")[0]:
+                if time.time() - began > FORGOTTEN_SECONDS:
+                    path.unlink()
+                continue
+            found.append(Death(path, marker, words.decode(errors="replace").strip()[:4000], began))
+    return found
+
+
+def write_marker(directory: Path, key: str, header: bytes) -> tuple[Path, int]:
+    """Make a marker and lock it. Not flushed to the disk: a page cache outlives a process, and only that may die."""
+    directory.mkdir(mode=0o700, exist_ok=True)
+    path = directory / f"{key}.{uuid.uuid4().hex[:12]}"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # a reader, who finds it empty and ignores it, holds it for a moment
+        if os.write(descriptor, header + b"\n") != len(header) + 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
+        raise
+    return path, descriptor

@@ -1,0 +1,1 @@
+"""What a model is called in the store: the cache key, its parts and their digests."""

@@ -1,0 +1,44 @@
+"""A cache key as data: named parts in order, a digest over them, and the difference of two keys.
+
+How the parts are computed stands in `ts_handlers.key.parts`; reading and comparing keys needs no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+
+FORMAT = "1"
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheKey:
+    """Named parts in the order of `ts_handlers.key.parts.PARTS`.
+
+    Examples
+    --------
+    >>> a = CacheKey((("backend", "inductor"), ("model", "1f")))
+    >>> b = CacheKey((("backend", "inductor"), ("model", "2e")))
+    >>> len(a.digest), a.digest == b.digest, explain(a, b)
+    (32, False, [('model', '1f', '2e')])
+    """
+
+    parts: tuple[tuple[str, str], ...]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """128 bits of SHA-256 over the parts, as 32 hexadecimal digits."""
+        text = json.dumps(self.parts, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def __getitem__(self, name: str) -> str:
+        return dict(self.parts)[name]
+
+
+def explain(a: CacheKey, b: CacheKey) -> list[tuple[str, str, str]]:
+    """The parts in which two keys differ, as (name, value in a, value in b)."""
+    left, right = dict(a.parts), dict(b.parts)
+    names = list(dict.fromkeys([*left, *right]))
+    return [(n, left.get(n, ""), right.get(n, "")) for n in names if left.get(n) != right.get(n)]

@@ -1,0 +1,1 @@
+"""Where a model comes from, what it takes and what it returns."""

@@ -1,0 +1,47 @@
+"""TODO: module.py."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ts_handlers.key import fingerprint
+from ts_handlers.model.archive_files import Tensors
+from ts_handlers.model.base import BaseSource, Recipe
+from ts_handlers.model.module_identity import module_facts
+
+
+class ModuleSource(BaseSource):
+    """A module that already exists in this process.
+
+    Its identity is taken from the source files of every submodule's class, from each submodule's attributes that are
+    not tensors, and from the tensor specification, since the arguments of its constructor are not known any more.
+    A module that cannot be told from another one (`digest` then raises `BuildError`) is served eagerly.
+    `recipe` tells another process how to make this source, when the caller knows.
+    """
+
+    def __init__(self, name: str, module: torch.nn.Module, *, recipe: Recipe | None = None) -> None:
+        super().__init__(recipe)
+        self.name = name
+        self.weights_by_name = True
+        self._module = module
+
+    def digest(self) -> str:
+        """Digest over classes, attributes, libraries and tensor names."""
+        return fingerprint.digest_text("\n".join(module_facts(self._module)))
+
+    def weights(self) -> Tensors:
+        """The module's own state dict."""
+        return {name: tensor.detach() for name, tensor in self._module.state_dict().items()}
+
+    @functools.cached_property
+    def _weights_digest(self) -> str:
+        return fingerprint.digest_tensors(self.weights())
+
+    def weights_digest(self) -> str:
+        """Digest of the state dict's bytes."""
+        return self._weights_digest
+
+    def _build(self) -> torch.nn.Module:
+        return self._module

@@ -1,0 +1,1 @@
+"""The servers that models are served in, one folder each."""

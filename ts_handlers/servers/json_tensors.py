@@ -1,0 +1,125 @@
+"""Tensors from and to JSON, as `ts_handlers.servers.torchserve.handler.CompiledHandler` speaks it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ts_handlers.errors import InputError
+from ts_handlers.settings import InputSpec
+
+NOT_BY_ROW = "the model's inputs or outputs do not have a row for each row of a request; it is answered alone"
+
+
+def read_tensors(body: Any, specs: Sequence[InputSpec]) -> dict[str, torch.Tensor]:
+    """The tensors of one request by name, in the declared dtypes.
+
+    Parameters
+    ----------
+    body:
+        JSON as text, bytes or already parsed: an object with every declared input, or the bare value of the only one.
+    specs:
+        The declared inputs.
+
+    Raises
+    ------
+    InputError
+        The body is something else, or a value does not fit its dtype.
+    """
+    if isinstance(body, (bytes, bytearray, str)):
+        try:
+            body = json.loads(body)
+        except RecursionError as error:
+            raise InputError("the request is nested too deeply") from error
+    if not isinstance(body, dict):
+        if len(specs) != 1:
+            names = ", ".join(spec.name for spec in specs)
+            raise InputError(f"expected a JSON object with the inputs {names}, found {type(body).__name__}")
+        body = {specs[0].name: body}
+    unknown = sorted(set(body) - {spec.name for spec in specs})
+    if unknown:
+        raise InputError(f"unknown input {unknown[0]!r}; expected {', '.join(spec.name for spec in specs)}")
+    row = {}
+    for spec in specs:
+        if spec.name not in body:
+            raise InputError(f"input {spec.name!r} is missing")
+        dtype = getattr(torch, spec.dtype)
+        value = body[spec.name]
+        try:
+            tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+            if dtype == torch.float64 and tensor.is_floating_point():
+                tensor = torch.as_tensor(value, dtype=dtype)  # without a detour through float32
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"input {spec.name!r} is not a nested list of numbers: {error}") from error
+        if tensor.is_floating_point() and not dtype.is_floating_point and tensor.numel():
+            raise InputError(f"input {spec.name!r}: expected {spec.dtype} values, found fractions")
+        row[spec.name] = tensor.to(dtype)
+        if not dtype.is_floating_point and not torch.equal(row[spec.name].to(tensor.dtype), tensor):
+            raise InputError(f"input {spec.name!r}: a value does not fit {spec.dtype}")
+    return row
+
+
+def rows_of(value: Any, start: int | None = None, stop: int | None = None) -> Any:
+    """The rows ``start`` to ``stop - 1`` of an output, or all of it, in its structure, tensors as nested lists."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist() if start is None else value[start:stop].tolist()
+    if hasattr(value, "keys"):
+        return {key: rows_of(value[key], start, stop) for key in value}
+    if isinstance(value, (tuple, list)):
+        return [rows_of(item, start, stop) for item in value]
+    return value
+
+
+def is_by_row(value: Any, rows: int) -> bool:
+    """Whether an output for so many rows can be split into those of single requests: tensors with a row for each."""
+    if isinstance(value, torch.Tensor):
+        return value.dim() > 0 and value.shape[0] == rows
+    if hasattr(value, "keys"):
+        return all(is_by_row(value[key], rows) for key in value)
+    if isinstance(value, (tuple, list)):
+        return all(is_by_row(item, rows) for item in value)
+    return value is None or isinstance(value, (str, bool))
+
+
+def have_rows(specs: Sequence[InputSpec]) -> bool:
+    """Whether dimension 0 is the same dynamic dimension in every input, so that requests can be joined along it."""
+    leading = {spec.shape[0] if spec.shape else None for spec in specs}
+    return len(leading) == 1 and isinstance(leading.pop(), str)
+
+
+def join_rows(
+    rows: Sequence[dict[str, torch.Tensor]], specs: Sequence[InputSpec]
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """The inputs of one request, or of several one after the other (`have_rows`), and the rows of each.
+
+    Raises
+    ------
+    InputError
+        A request's inputs have different numbers of rows, or requests differ in their other dimensions; each has to be
+        answered alone.
+    """
+    if len(rows) == 1:
+        first = rows[0][specs[0].name]
+        return rows[0], [first.shape[0] if first.dim() else 1]
+    counts = []
+    for row in rows:
+        sizes = {name: tensor.shape[0] if tensor.dim() else None for name, tensor in row.items()}
+        (size, *others) = set(sizes.values())
+        if others or size is None:
+            raise InputError(f"the request's inputs have different numbers of rows: {sizes}")
+        counts.append(size)
+    if len({tuple(tensor.shape[1:] for tensor in row.values()) for row in rows}) > 1:
+        raise InputError("the requests of this batch have different shapes")
+    return {spec.name: torch.cat([row[spec.name] for row in rows]) for spec in specs}, counts
+
+
+def split_rows(value: Any, counts: Sequence[int]) -> list[Any] | None:
+    """The answers of requests with so many rows each; None when the output has no row for each of them."""
+    if not is_by_row(value, sum(counts)):
+        return None
+    ends = list(itertools.accumulate(counts))
+    return [rows_of(value, end - count, end) for count, end in zip(counts, ends, strict=True)]

@@ -1,0 +1,71 @@
+"""The keys under which a model archive's artifacts are looked up here, and what keeps them from being found."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ts_handlers.backends import get_backend
+from ts_handlers.backends.base import Target
+from ts_handlers.errors import ModelError
+from ts_handlers.key.cache_key import CacheKey, explain
+from ts_handlers.key.parts import compute_key
+from ts_handlers.model.recipes import make_source
+from ts_handlers.servers.torchserve.recipes import archive_recipe
+from ts_handlers.servers.torchserve.unpacking import unpacked
+from ts_handlers.store.opening import weights_digester
+from ts_handlers.store.upkeep.scan import EntryInfo
+
+
+@dataclasses.dataclass(frozen=True)
+class ArchiveKey:
+    """The key that a start of an archive's model would compute for one backend of its ladder."""
+
+    model: str
+    backend: str
+    key: CacheKey
+
+
+def archive_keys(
+    archive: str | Path,
+    *,
+    device: str | None = None,
+    config: Mapping[str, Any] | str | Path | None = None,
+    model_name: str | None = None,
+) -> list[ArchiveKey]:
+    """The keys of an archive on this machine, one for each backend that keeps artifacts, in the ladder's order.
+
+    The archive's handler is imported into this process and run up to the moment at which it starts its model. Number of
+    threads (``OMP_NUM_THREADS``) and torch must be those of the server: they are part of the key. The parameters are
+    those of `ts_handlers.servers.torchserve.prewarm.prewarm`.
+
+    Raises
+    ------
+    ModelError, SettingsError
+        It is no model archive, or its handler starts no model.
+    """
+    with unpacked(archive) as directory:
+        made = make_source(archive_recipe(directory, device, config, model_name))
+        if made.settings is None or made.device is None:
+            raise ModelError(f"{archive}: its handler starts no model")
+        made.source.begin_digest(weights_digester(made.settings))
+        target = Target(made.source, made.settings, made.device)
+        ladder = [get_backend(backend) for backend in made.settings.backends]
+        return [
+            ArchiveKey(made.source.name, backend.name, compute_key(backend, target))
+            for backend in ladder
+            if backend.persistent
+        ]
+
+
+def nearest_entry(wanted: ArchiveKey, entries: list[EntryInfo]) -> EntryInfo | None:
+    """The readable entry of the same model and backend that differs in the fewest parts, or None."""
+
+    def distance(entry: EntryInfo) -> int:
+        assert entry.manifest is not None
+        return len(explain(wanted.key, entry.manifest.cache_key))
+
+    own = [entry for entry in entries if entry.model == wanted.model and entry.backend == wanted.backend]
+    return min((entry for entry in own if entry.manifest is not None), key=distance, default=None)

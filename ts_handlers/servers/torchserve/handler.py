@@ -1,0 +1,395 @@
+"""TorchServe's lifecycle: `CompiledHandler`, and a mixin that turns any handler class into one.
+
+The mixin takes the place of the two moments at which TorchServe's `BaseHandler` turns an archive into a model: it
+answers `_load_pickled_model` with a model that comes from the store, and it hides the ``pt2`` section while
+`BaseHandler.initialize` runs, since the compilation is ours then. Everything else stays the base class's.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import os
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# What torch has made by now stays. Otherwise the next imports make Python's cycle collector walk all of it once more,
+# see docs/decisions/0020-warm-torch-compile.md.
+gc.freeze()
+
+from ts_handlers.compiled_model import CompiledModel
+from ts_handlers.errors import BusyError, InputError, ModelError, SettingsError
+from ts_handlers.model.archive import ArchiveSource
+from ts_handlers.model.base import ModelSource
+from ts_handlers.model.exported import ExportedSource
+from ts_handlers.model.module import ModuleSource
+from ts_handlers.servers.json_tensors import NOT_BY_ROW, have_rows, join_rows, read_tensors, rows_of, split_rows
+from ts_handlers.servers.torchserve.base_handler import BaseHandler
+from ts_handlers.servers.torchserve.metrics import Emitter
+from ts_handlers.servers.torchserve.micro_batching import MicroBatches, check_contexts, read_section
+from ts_handlers.servers.torchserve.recipes import handler_recipe
+from ts_handlers.servers.torchserve.request_batch import REFUSALS, CurrentBatch, RequestBatch
+from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS, SECTION, Settings, parse_settings
+from ts_handlers.start import start_model
+from ts_handlers.system.cycle_collector import exempt_from_collection
+
+logger = logging.getLogger(__name__)
+
+_EXPORTED = "exported program"
+
+
+class CompiledHandlerMixin:
+    """Serves the model from the artifact store. Put it before the handler class it turns into a compiled one::
+
+        class Handler(CompiledHandlerMixin, TheirHandler):
+            pass
+
+    `preprocess`, `inference`, `postprocess`, `initialize` and `handle` can be overridden as before. `load_model` can be
+    overridden to build the eager model in another way than from the archive's model file.
+
+    With TorchServe's section ``micro_batching`` in model-config.yaml, parts of a batch pass `preprocess`, `inference`
+    and `postprocess` in threads of their own. What belongs to a batch must then stand in `batch_state` and not on
+    `self`.
+    """
+
+    model: Any
+    _current: CurrentBatch
+    _micro_batches: MicroBatches | None = None
+    _last_context: Any = None
+    _gpu: torch.device | None = None
+    _emitter: Emitter
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Works for handlers that do not call their base class's constructor."""
+        made = super().__new__(cls)
+        made._current = CurrentBatch()
+        return made
+
+    @property
+    def context(self) -> Any:
+        """TorchServe's context of the requests that this thread works on; the first of them has index 0."""
+        batch = self._current.batch
+        return self._last_context if batch is None else batch.context
+
+    @context.setter
+    def context(self, value: Any) -> None:
+        if self._current.batch is None:
+            self._last_context = value
+        else:
+            self._current.batch.context = value
+
+    @property
+    def batch_state(self) -> types.SimpleNamespace:
+        """A place for values that go from `preprocess` to `postprocess`: each batch, or part of one, has its own."""
+        return self._current.state
+
+    def initialize(self, context: Any) -> None:
+        """Make the model ready: from the store, or by building and publishing it.
+
+        Raises
+        ------
+        SettingsError, ModelError
+            With what was expected, what was found and what to do; TorchServe logs it and serves its other models.
+        """
+        config = getattr(context, "model_yaml_config", None) or {}
+        self.settings: Settings = parse_settings(config)
+        self._context = context
+        self._config = config
+        self._recipe = handler_recipe(type(self), context, config)
+        manifest = context.manifest["model"]
+        serialized = manifest.get("serializedFile", "")
+        without_model_file = not manifest.get("modelFile")
+        if without_model_file and serialized.endswith((".pth", ".safetensors")):
+            raise ModelError(
+                f"the archive holds weights ({serialized}) but no model file; name the file of its class with "
+                "--model-file when the archive is built"
+            )
+        if without_model_file and serialized.endswith(".pt2"):
+            manifest["modelFile"] = _EXPORTED  # sends BaseHandler to _load_pickled_model
+        properties = context.system_properties
+        gpu = properties.get("gpu_id")
+        self._gpu = None if gpu is None or not torch.cuda.is_available() else torch.device("cuda", int(gpu))
+        across_workers = self.settings.contexts.across_workers
+        if across_workers:
+            properties["gpu_id"] = (
+                None  # the model's process has it; a CUDA context in each worker would be for nothing
+            )
+        elif self._gpu is not None:
+            torch.cuda.set_device(self._gpu)
+        context.model_yaml_config = {key: value for key, value in config.items() if key != "pt2"}
+        try:
+            super().initialize(context)  # type: ignore[misc]
+        finally:
+            properties["gpu_id"] = gpu
+            context.model_yaml_config = config
+            self.model_yaml_config = config
+            if manifest.get("modelFile") == _EXPORTED:
+                del manifest["modelFile"]
+        model = self.model
+        if isinstance(model, torch.nn.Module) and not isinstance(model, torch.jit.ScriptModule):
+            # The handler below built the model in a way of its own.
+            self.model = self._start(ModuleSource(context.model_name, model.eval(), recipe=self._recipe))
+        if across_workers and not isinstance(self.model, CompiledModel):
+            raise SettingsError(
+                f"{SECTION}.contexts.across_workers: a TorchScript model is served as it is, in each worker; archive "
+                "the model file and its weights, or remove the setting"
+            )
+        micro_batching = read_section(config)
+        if micro_batching is not None:
+            size, parallelism = micro_batching
+            if not across_workers:
+                check_contexts(parallelism, self.settings.contexts.count)
+            device = self.device  # type: ignore[attr-defined]
+            self._micro_batches = MicroBatches(self, self._current, torch.device(device), size, parallelism)
+        if isinstance(self.model, CompiledModel):
+            self._check_startup_timeout()
+            self._emitter = Emitter(self.model.metrics)
+            self._emitter.emit(getattr(context, "metrics", None))
+            outcome = self.model.outcome
+            exempt_from_collection(outcome.result == "built" or bool(outcome.fallbacks))
+            if self.model.background is not None:
+                self.model.background.when_done(lambda: self._after_swap(context))
+
+    def _after_swap(self, context: Any) -> None:
+        self._emitter.emit(getattr(context, "metrics", None))
+        background = self.model.background
+        background.wait_for_idle_window()  # a full pass holds the interpreter; a call under way holds the eager module
+        exempt_from_collection(background.left_module)
+
+    @property
+    def model_device(self) -> torch.device:
+        """Where the model runs. `device` is where `preprocess` puts its tensors, the CPU with
+        ``contexts: {across_workers: true}``."""
+        device: torch.device = self._gpu or self.device  # type: ignore[attr-defined]
+        return device
+
+    def _start(self, source: ModelSource) -> CompiledModel:
+        return start_model(source, self.settings, self.model_device)
+
+    def _load_pickled_model(self, model_dir: str, model_file: str, model_pt_path: str | None) -> Any:
+        """Answer `BaseHandler.initialize` with a model from the store."""
+        name = self._context.model_name
+        if model_file == _EXPORTED:
+            assert model_pt_path is not None
+            return self._start(ExportedSource(name, model_pt_path))
+        directory = Path(model_dir)
+        weights = None if model_pt_path is None else os.path.relpath(model_pt_path, model_dir)
+        build, extra = self._custom_build(model_dir, model_file, model_pt_path)
+        handler_file = self._handler_file(directory)
+        ignored = [*self.settings.key_files_ignored]
+        if handler_file is not None and not extra:
+            ignored.append(handler_file)
+        source = ArchiveSource(
+            name,
+            directory,
+            model_file,
+            weights,
+            build=build,
+            ignored_files=ignored,
+            mmap=self._may_map(directory),
+            recipe=self._recipe,
+        )
+        return self._start(source)
+
+    def load_model(self, model_dir: str, model_file: str, weights_path: str | None) -> torch.nn.Module:
+        """Build the eager model. Override to build it in another way; called only when an artifact is built or checked.
+
+        Parameters
+        ----------
+        model_dir, model_file, weights_path:
+            The unpacked archive, the name of its model file, and the path of its weights or None.
+
+        Returns
+        -------
+        The module with its weights loaded.
+        """
+        raise NotImplementedError
+
+    def _custom_build(self, model_dir: str, model_file: str, weights_path: str | None) -> tuple[Any, bool]:
+        """The user's way of building the model, if there is one, and whether the handler file shapes the model."""
+        if type(self).load_model is not CompiledHandlerMixin.load_model:
+            return lambda: self.load_model(model_dir, model_file, weights_path), True
+        below: Any = super()
+        if below._load_pickled_model.__func__ is not BaseHandler._load_pickled_model:
+            return lambda: below._load_pickled_model(model_dir, model_file, weights_path), True
+        return None, False
+
+    def _handler_file(self, directory: Path) -> str | None:
+        """The archive's handler file: the one that defines this class."""
+        file = getattr(sys.modules.get(type(self).__module__), "__file__", None)
+        if file is None:
+            return None
+        path = Path(os.path.realpath(file))
+        root = Path(os.path.realpath(directory))
+        return path.relative_to(root).as_posix() if path.is_relative_to(root) else None
+
+    def _may_map(self, directory: Path) -> bool:
+        if self.settings.mmap != "auto":
+            return self.settings.mmap == "always"
+        # With a no-archive model TorchServe links the user's own folder: a file overwritten in place would change
+        # under the mapping.
+        return not os.path.islink(str(directory).rstrip("/"))
+
+    def _check_startup_timeout(self) -> None:
+        """Warn when building takes longer than TorchServe waits for a worker."""
+        limit = self._config.get("startupTimeout", DEFAULT_STARTUP_TIMEOUT_SECONDS)
+        took = sum(self.model.metrics.build_ms.values()) / 1000
+        if isinstance(limit, (int, float)) and took > 0.8 * limit:
+            logger.warning(
+                "building took %.0f s of the %s s that TorchServe waits for a worker (startupTimeout); set "
+                "startupTimeout: %d in model-config.yaml",
+                *(took, limit, int(took * 3) + 60),
+            )
+
+    def preprocess(self, data: Any) -> Any:
+        """The wrapped handler's preprocess; a ValueError in it refuses the request."""
+        return super().preprocess(data)  # type: ignore[misc]
+
+    def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the model: a tensor or a tuple of tensors by position, a dict by name."""
+        if not isinstance(self.model, CompiledModel):
+            return super().inference(data, *args, **kwargs)  # type: ignore[misc]
+        if isinstance(data, dict):
+            return self.model(*args, **data, **kwargs)
+        if isinstance(data, (tuple, list)):
+            return self.model(*data, *args, **kwargs)
+        return self.model(data, *args, **kwargs)
+
+    def handle(self, data: Any, context: Any) -> Any:
+        """Answer a batch. A request that the model cannot answer gets HTTP 400 and leaves the others alone; requests
+        for which no execution context came free get HTTP 503."""
+        self.context = context
+        compiled = isinstance(self.model, CompiledModel)
+        if compiled:
+            self.model.answering += 1
+        try:
+            return self._answer(RequestBatch(data, context))
+        finally:
+            if compiled:
+                self.model.answering -= 1
+                torchserve_metrics = getattr(context, "metrics", None)
+                self._emitter.emit(torchserve_metrics)
+                self._emitter.emit_contexts(torchserve_metrics, self.model.context_stats())
+
+    def _answer(self, batch: RequestBatch) -> Any:
+        data, context = batch.rows, batch.context
+        if self._micro_batches is not None and data and not self._asks_for_more():
+            started = time.perf_counter()
+            answers = self._micro_batches.answer(batch, self._answer_one_by_one)
+            context.metrics.add_time("HandlerTime", round((time.perf_counter() - started) * 1000, 2), None, "ms")
+            return answers
+        try:
+            return self._answer_below(batch)
+        except BusyError as error:
+            return batch.refuse(error)
+        except InputError as error:
+            if data is None or len(data) == 1:
+                return batch.refuse(error)
+        return self._answer_one_by_one(batch)
+
+    def _asks_for_more(self) -> bool:
+        """Whether the base class has to answer: describe, explain, or a run under its profiler."""
+        below: Any = self
+        return bool(os.environ.get("ENABLE_TORCH_PROFILER")) or below._is_describe() or below._is_explain()
+
+    def _answer_below(self, batch: RequestBatch) -> Any:
+        with self._current.use(batch):
+            return super().handle(batch.rows, batch.context)  # type: ignore[misc]
+
+    def _answer_one_by_one(self, batch: RequestBatch) -> list[Any]:
+        """Answer each request alone, so that only the bad ones are refused."""
+        answers: list[Any] = []
+        busy: BusyError | None = None
+        for part in batch.split():
+            try:
+                # Behind one that found no context the others would wait as long again.
+                answers.extend(part.refuse(busy) if busy is not None else self._answer_below(part))
+            except REFUSALS as error:
+                busy = error if isinstance(error, BusyError) else None
+                answers.extend(part.refuse(error))
+        return answers
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "preprocess" in cls.__dict__:
+            cls.preprocess = _refusing(cls.__dict__["preprocess"])  # type: ignore[method-assign]
+
+    def request_body(self, row: Any) -> Any:
+        """The body of one request: bytes, text or what TorchServe parsed from JSON.
+
+        Raises
+        ------
+        InputError
+            There is no body, or it is empty.
+        """
+        body = row.get("data", row.get("body")) if isinstance(row, dict) else row
+        if body is None or (isinstance(body, (bytes, bytearray, str)) and not body):
+            raise InputError(
+                "the request has no body; send one with a Content-Type that TorchServe passes on, such as "
+                "application/json or application/octet-stream"
+            )
+        return body
+
+    def describe_handle(self) -> dict[str, Any]:
+        """What TorchServe's describe API shows as ``customizedMetadata``."""
+        if isinstance(self.model, CompiledModel):
+            facts = self.model.describe()
+        else:
+            facts = {"backend": "torchscript" if isinstance(self.model, torch.jit.ScriptModule) else "other"}
+        facts["pid"] = os.getpid()
+        return facts
+
+
+def _refusing(preprocess: Any) -> Any:
+    """Make every ValueError of a preprocess (broken JSON, bad text, a wrong shape) a refusal of the request."""
+
+    @functools.wraps(preprocess)
+    def wrapped(self: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return preprocess(self, data, *args, **kwargs)
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(f"the request cannot be read: {error}") from error
+
+    return wrapped
+
+
+CompiledHandlerMixin.preprocess = _refusing(CompiledHandlerMixin.preprocess)  # type: ignore[method-assign]
+
+
+class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
+    """A TorchServe handler for tensors as JSON.
+
+    A request is ``{input name: nested list}`` with the batch dimension included, or the bare nested list when the model
+    has one input. Requests are joined along dimension 0 and their answers split again; where an input or output has no
+    row for each row of a request, they are answered one by one. Answers have the output's structure, tensors as lists.
+    """
+
+    _answers_alone = False
+
+    def preprocess(self, data: Any) -> Any:
+        """JSON bodies to input tensors, concatenated along dimension 0."""
+        specs = self.settings.inputs
+        if not specs:
+            raise SettingsError(f"{SECTION}.inputs: needed by the default preprocess; declare them or override it")
+        if len(data) > 1 and (self._answers_alone or not have_rows(specs)):
+            raise InputError(NOT_BY_ROW)
+        rows = [read_tensors(self.request_body(row), specs) for row in data]
+        joined, self.batch_state.counts = join_rows(rows, specs)
+        return joined
+
+    def postprocess(self, data: Any) -> list[Any]:
+        """One answer per request: the model's output for its rows, tensors as nested lists."""
+        answers = split_rows(data, self.batch_state.counts)
+        if answers is None:
+            self._answers_alone = True
+            if len(self.batch_state.counts) > 1:
+                raise InputError(NOT_BY_ROW)
+        return answers or [rows_of(data)]

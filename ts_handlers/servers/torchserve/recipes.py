@@ -1,0 +1,179 @@
+"""Recipes of kind ``handler`` and ``torchserve``: a handler class with its context, and an unpacked archive.
+
+Both run the handler's `initialize` up to the moment at which it starts its model, and no further. See
+`ts_handlers.model.recipes`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ts_handlers.errors import ModelError
+from ts_handlers.model.recipes import Made
+from ts_handlers.servers.torchserve.unpacking import MANIFEST
+from ts_handlers.start import captured_start
+
+
+def handler_recipe(kind: type, context: Any, config: dict[str, Any]) -> dict[str, Any] | None:
+    """How another process makes a handler, to take its model from it; None when it cannot import the class.
+
+    Parameters
+    ----------
+    kind:
+        The handler's class.
+    context:
+        What TorchServe gave it.
+    config:
+        The parsed model-config.yaml.
+    """
+    if kind.__module__ == "__main__" or "<locals>" in kind.__qualname__:
+        return None
+    properties = context.system_properties
+    return {
+        "kind": "handler",
+        "module": kind.__module__,
+        "class": kind.__qualname__,
+        "model_name": context.model_name,
+        "model_dir": os.path.abspath(properties.get("model_dir")),
+        "manifest": copy.deepcopy(context.manifest),
+        "gpu_id": properties.get("gpu_id"),
+        "batch_size": properties.get("batch_size"),
+        "config": config,
+    }
+
+
+def from_handler(
+    module: str,
+    model_name: str,
+    model_dir: str,
+    manifest: dict[str, Any],
+    gpu_id: int | None,
+    batch_size: int | None,
+    config: dict[str, Any],
+    **names: str,
+) -> Made:
+    """What a handler class starts when it is initialised with a context; the arguments are `handler_recipe`'s.
+
+    Raises
+    ------
+    ModelError
+        It starts no model.
+    """
+    import ts
+    from ts.context import Context
+
+    kind: Any = functools.reduce(getattr, names["class"].split("."), importlib.import_module(module))
+    context = Context(
+        model_name,
+        model_dir,
+        manifest,
+        batch_size,
+        gpu_id,
+        ts.__version__,
+        metrics=_metrics(model_name),
+        model_yaml_config=config,
+    )
+    handler: Any = kind()
+    with captured_start() as found:
+        handler.initialize(context)
+    return _only(found, model_name)
+
+
+def from_unpacked_archive(
+    model_name: str, model_dir: str, gpu_id: int | None, config: dict[str, Any] | None, require_gpu: bool = False
+) -> Made:
+    """What an unpacked archive starts when TorchServe's worker loads it; the arguments are `archive_recipe`'s.
+
+    Raises
+    ------
+    ModelError
+        It starts no model, or there is no GPU and one is required.
+    """
+    from ts import service
+    from ts.model_loader import TsModelLoader
+
+    if require_gpu and not torch.cuda.is_available():
+        raise ModelError("there is no CUDA GPU here; build where the model will run, or with the device cpu")
+    with open(os.path.join(model_dir, "MAR-INF", "MANIFEST.json"), encoding="utf-8") as file:
+        handler = json.load(file)["model"]["handler"]
+    if model_dir not in sys.path:
+        sys.path.insert(0, model_dir)
+    if config is not None:
+        service.get_yaml_config = lambda path: config
+    # The batch size is the frontend's, and no part of the model.
+    with captured_start() as found:
+        TsModelLoader().load(model_name, model_dir, handler, gpu_id, 1, None, True, _metrics(model_name))
+    return _only(found, model_name)
+
+
+def _only(found: list[Made], model_name: str) -> Made:
+    if not found:
+        raise ModelError(
+            f"{model_name}: the handler starts no model that could be built ahead; it must be a CompiledHandlerMixin, "
+            "and its archive must hold a model file or an exported program"
+        )
+    return found[0]
+
+
+def _metrics(model_name: str) -> Any:
+    """TorchServe's metrics with its own declarations; what a handler adds goes to this process's log."""
+    import ts
+    from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
+
+    metrics = MetricsCacheYamlImpl(os.path.join(os.path.dirname(ts.__file__), "configs", "metrics.yaml"))
+    metrics.initialize_cache()
+    metrics.model_name = model_name
+    return metrics
+
+
+def archive_recipe(
+    directory: Path, device: str | None, config: Mapping[str, Any] | str | Path | None, model_name: str | None
+) -> dict[str, Any]:
+    """How another process loads an unpacked archive as TorchServe would; see `ts_handlers.servers.torchserve.recipes`.
+
+    The arguments are those of `prewarm`. Raises `ModelError` when the folder or the device is none.
+    """
+    gpu = _gpu_id(device)
+    return {
+        "kind": "torchserve",
+        "model_name": model_name or _model_name(directory),
+        "model_dir": str(directory),
+        "gpu_id": gpu,
+        "require_gpu": device is not None and gpu is not None,
+        "config": _read_config(config),
+    }
+
+
+def _model_name(directory: Path) -> str:
+    try:
+        return str(json.loads((directory / MANIFEST).read_text("utf-8"))["model"]["modelName"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{MANIFEST} names no model: {type(error).__name__}: {error}") from error
+
+
+def _gpu_id(device: str | None) -> int | None:
+    """The GPU that TorchServe would give the worker; without a GPU the handler takes the CPU whatever this says."""
+    kind, _, index = (device or "cuda").partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ModelError(f"device {device!r}: expected cpu, cuda or cuda:<index>")
+    return None if kind == "cpu" else int(index or 0)
+
+
+def _read_config(config: Mapping[str, Any] | str | Path | None) -> dict[str, Any] | None:
+    if config is None:
+        return None
+    if isinstance(config, Mapping):
+        return dict(config)
+    import yaml
+
+    return dict(yaml.safe_load(Path(config).read_text("utf-8")) or {})

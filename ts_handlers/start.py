@@ -1,0 +1,98 @@
+"""The front door of every server: makes a model ready, in this process or in one that all workers share."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import torch
+
+from ts_handlers.compiled_model import CompiledModel
+from ts_handlers.model.base import ModelSource
+from ts_handlers.model.recipes import Made
+from ts_handlers.settings import Settings
+from ts_handlers.startup.fallback import Progress, start_here
+
+_captured: contextvars.ContextVar[list[Made] | None] = contextvars.ContextVar("ts_handlers_captured", default=None)
+
+
+def start_model(
+    source: ModelSource,
+    settings: Settings,
+    device: torch.device | str = "cpu",
+    *,
+    progress: Progress | None = None,
+    retry_failed: bool = False,
+    event: str = "start",
+) -> CompiledModel:
+    """Make a model ready: load it from the store, or build and publish it first.
+
+    With ``contexts: {across_workers: true}`` that happens in another process, which is started if need be, and this one
+    gets a model on the CPU that calls it there; see `ts_handlers.model_process`.
+
+    Parameters
+    ----------
+    source:
+        Where the model comes from; see `ts_handlers.model.base`.
+    settings:
+        See `ts_handlers.settings.parse_settings`.
+    device:
+        Where it runs. Call `torch.cuda.set_device` before, as the handler does.
+    progress:
+        Called when a phase begins, with its name and the seconds that the build took the last time, if that is known.
+    retry_failed:
+        Build what has failed a short time ago, too, as with `strict: true`.
+    event:
+        How the log calls it.
+
+    Raises
+    ------
+    ModelError, SettingsError
+        The model or the settings are wrong.
+    MissError
+        `on_miss: fail` and there is no entry.
+    WarmStartError
+        `strict: true` and a backend failed.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> from ts_handlers import ModuleSource, Settings, start_model
+    >>> model = start_model(ModuleSource("linear", torch.nn.Linear(2, 1)), Settings(backends=("eager",)))
+    >>> model(torch.zeros(3, 2)).shape, model.outcome.backend
+    (torch.Size([3, 1]), 'eager')
+    """
+    captured = _captured.get()
+    if captured is not None:
+        captured.append(Made(source, settings, torch.device(device)))
+        raise _Captured
+    if settings.contexts.across_workers:
+        from ts_handlers.model_process.shared_model import join_model
+
+        return join_model(source, settings, torch.device(device))
+    return start_here(source, settings, device, progress=progress, retry_failed=retry_failed, event=event)
+
+
+class _Captured(BaseException):
+    """Ends whoever called `start_model`; no Exception, so that nobody takes it for a failure."""
+
+
+@contextlib.contextmanager
+def captured_start() -> Iterator[list[Made]]:
+    """Inside the block, `start_model` starts nothing: it adds what it was called with to the list, and ends the block.
+
+    So another process finds out what a server's handler would start, without starting it. An error that the handler
+    raises after that is of no interest.
+    """
+    found: list[Made] = []
+    token = _captured.set(found)
+    try:
+        yield found
+    except _Captured:
+        pass
+    except Exception:
+        if not found:
+            raise
+    finally:
+        _captured.reset(token)

@@ -1,0 +1,286 @@
+"""One backend's turn in a start: find its entry, or build it, and check what is to be served.
+
+Native code runs under the crash guard, see `ts_handlers.guard.guard`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from ts_handlers.backends.base import Backend, Target, Workspace
+from ts_handlers.errors import (
+    FINAL,
+    CanaryError,
+    FailedBeforeError,
+    QuarantinedError,
+    RefitError,
+    StoreError,
+    one_line,
+)
+from ts_handlers.execution.base import Loaded
+from ts_handlers.execution.slots import ModuleSlots
+from ts_handlers.guard.guard import Guard
+from ts_handlers.metrics import Metrics
+from ts_handlers.startup.canary import check_canary
+from ts_handlers.startup.preparation import Prepared, prepare
+from ts_handlers.startup.warmup import run_warmup
+from ts_handlers.store.address import Address
+from ts_handlers.store.base import Corrupt, Hit, Miss, Store
+from ts_handlers.store.entry import Manifest, new_manifest, read_manifest
+from ts_handlers.store.local.lease import Lease
+from ts_handlers.system.cycle_collector import collection_paused
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """An artifact that has loaded and answered rightly; `result` is as of `ts_handlers.compiled_model.Outcome`."""
+
+    loaded: Loaded
+    result: str
+    canary: dict[str, object] | None
+
+
+@dataclasses.dataclass
+class _Made:
+    """A build that has loaded; `live` when the backend handed over what it had in memory. Nobody else holds `loaded`,
+    so that two artifacts are never in memory at once."""
+
+    manifest: Manifest
+    loaded: Loaded
+    canary: dict[str, object]
+    live: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What the attempts of one start share.
+
+    Attributes
+    ----------
+    target:
+        The model, its settings and its device.
+    metrics:
+        Phases and counters.
+    slots:
+        Where a model runs whose backend has no execution contexts of its own.
+    store:
+        Where entries are looked up and published.
+    notes:
+        Gets what `describe` shall say.
+    retry_since:
+        See `ts_handlers.guard.guard.Guard`.
+    before_run:
+        Returns when a step of the artifact's native code may begin: loading, and each run. None when nothing is served
+        meanwhile.
+    """
+
+    target: Target
+    metrics: Metrics
+    slots: ModuleSlots
+    store: Store
+    notes: list[str]
+    retry_since: float | None = None
+    before_run: Callable[[], None] | None = None
+
+
+class Attempt:
+    """A backend, the key that it gives, and what has become of them so far.
+
+    Attributes
+    ----------
+    missed:
+        The key parts that kept the nearest entry from being a hit.
+    """
+
+    def __init__(self, start: Start, backend: Backend, address: Address) -> None:
+        self.missed: tuple[str, ...] = ()
+        self._start = start
+        self._target = start.target
+        self._metrics = start.metrics
+        self._store = start.store
+        self._backend = backend
+        self._address = address
+        target = start.target
+        digest = target.source.weights_digest
+        self._guard = Guard(start.store.root, target.settings, address.key, address.model, digest, start.retry_since)
+
+    def find(self) -> Served | None:
+        """Serve the entry that is there; one that does not load although its bytes are right is moved aside.
+
+        Raises
+        ------
+        QuarantinedError
+            The entry is quarantined.
+        """
+        with self._metrics.phase("lookup"):
+            found = self._store.lookup(self._address)
+        return self._serve(found, "hit")
+
+    def _serve(self, found: Hit | Miss | Corrupt, result: str) -> Served | None:
+        served = self._from_entry(found, result) if isinstance(found, Hit) else found
+        if isinstance(served, Served):
+            return served
+        self._metrics.count("miss")
+        if isinstance(served, Corrupt):
+            self._metrics.count("corrupt")
+            self._start.notes.append(f"damaged entry: {served.reason}")
+            self.missed = ("corrupt",)
+        else:
+            self.missed = served.parts
+        return None
+
+    def _from_entry(self, hit: Hit, result: str) -> Served | Corrupt:
+        seal = hit.manifest.seal
+        self._refuse(seal)
+        try:
+            # Beside a model that serves the collector goes on, for what its requests leave behind.
+            with collection_paused() if self._start.before_run is None else contextlib.nullcontext():
+                loaded, canary = self._load(hit.directory, hit.manifest, seal, None)
+        except FINAL:
+            raise
+        except Exception as error:
+            if not _is_damage(error):
+                raise
+            self._store.discard(self._address, f"{type(error).__name__}: {one_line(error)}")
+            return Corrupt(one_line(error))
+        self._metrics.count("hit")
+        return Served(loaded, result, canary)
+
+    def refuse_build(self) -> None:
+        """Raise `QuarantinedError` or `FailedBeforeError` when this key is not to be built now."""
+        self._refuse("")
+
+    def _refuse(self, seal: str) -> None:
+        try:
+            self._guard.refuse(seal)
+        except QuarantinedError:
+            self._metrics.count("quarantined")
+            raise
+        except FailedBeforeError:
+            self._metrics.count("build_skipped")
+            raise
+
+    def build(self, estimate: float | None) -> Served:
+        """Build and publish, or serve what another process has published while this one waited for its turn.
+
+        Parameters
+        ----------
+        estimate:
+            Seconds that it took the last time, None when unknown.
+        """
+        with contextlib.ExitStack() as stack:
+            with self._metrics.phase("wait"):
+                lease = stack.enter_context(self._store.lease(self._address, estimate))
+            found = self._store.lookup(self._address)  # somebody may have published while this process waited
+            if isinstance(found, Hit):
+                served = self._serve(found, "waited")
+                if served is not None:
+                    return served
+            self.refuse_build()
+            expected = f", about {estimate:.0f} s" if estimate else ""
+            logger.info("%s: building with %s%s", self._target.source.name, self._backend.name, expected)
+            with self._store.staging(self._address) as staging:
+                return self._publish(lease, staging, self._make(lease, staging))
+
+    def _make(self, lease: Lease, staging: Path) -> _Made:
+        """Build into `staging`, load and check; a failure is remembered for later starts."""
+        try:
+            with self._guard.remembered():
+                try:
+                    return self._compile(lease, staging)
+                except Exception as error:
+                    from ts_handlers.guard.failures import is_disk_full
+
+                    if not is_disk_full(error):
+                        raise
+                    from ts_handlers.startup.disk_full import make_room_for_build
+
+                    space, model = self._target.settings.space, self._address.model
+                    make_room_for_build(self._store.root, staging, space, model, self._metrics, error)
+                self._target.source.release()
+                return self._compile(lease, staging)
+        except Exception:
+            self._metrics.count("build_failed")
+            raise
+
+    def _compile(self, lease: Lease, staging: Path) -> _Made:
+        self._target.check_source()
+        lease.report(phase="build")
+        with self._metrics.phase("build"), self._guard.marked("build"):
+            workspace = Workspace(staging, self._metrics.build_phase, self._store.root / "shared")
+            built = self._backend.build(self._target, workspace)
+        self._metrics.count("build")
+        manifest = new_manifest(self._address.key, built.description, staging, self._metrics.build_ms)
+        lease.report(phase="load")
+        loaded, canary = self._load(staging, manifest, "", built.loaded)
+        return _Made(manifest, loaded, canary, live=built.loaded is not None)
+
+    def _publish(self, lease: Lease, staging: Path, made: _Made) -> Served:
+        """Publish what has loaded and answered rightly."""
+        lease.report(phase="publish")
+        directory = staging
+        with self._metrics.phase("publish"):
+            try:
+                directory = self._store.publish(self._address, staging, made.manifest)
+            except StoreError as error:
+                logger.warning("%s; serving it unpublished", error)
+                self._metrics.count("publish_failed")
+                self._start.notes.append(one_line(error))
+        if directory != staging and not made.live:
+            # What was loaded may open further files of its directory later, and that has moved.
+            del made.loaded
+            manifest = read_manifest(directory)  # another process may have published the same key first
+            made.loaded, _ = self._load(directory, manifest, manifest.seal, None)
+        return Served(made.loaded, "built", made.canary)
+
+    def _load(
+        self, directory: Path, manifest: Manifest, seal: str, live: Loaded | None
+    ) -> tuple[Loaded, dict[str, object]]:
+        """Load an artifact unless it is live already, check and warm it up, all of it guarded.
+
+        `seal` is what a quarantine names: the entry, or nothing while it is not published.
+        """
+        loaded = live
+        guard = self._guard
+        with guard.marked("load", seal, sum(manifest.build_ms.values()) / 1000):
+            if guard.problem is not None and guard.problem not in self._start.notes:
+                self._start.notes.append(guard.problem)
+            if loaded is None:
+                if self._start.before_run is not None:
+                    self._start.before_run()
+                with self._metrics.phase("load"), guard.limited():
+                    loaded = self._backend.load(self._target, directory, manifest.artifact)
+            prepared = self._prepare(loaded)
+            with self._metrics.phase("canary"):
+                try:
+                    canary = check_canary(self._store, self._address, self._target, prepared.checked)
+                except CanaryError as error:
+                    guard.quarantine_canary(seal, error)
+                    raise
+            with self._metrics.phase("warmup"):
+                run_warmup(self._target, prepared.checked, canary["cases"])
+        if canary["source"] == "eager":
+            self._metrics.count("canary_recorded")
+        prepared.served.end_warmup()
+        return prepared.served, canary
+
+    def _prepare(self, loaded: Loaded) -> Prepared:
+        """Its runs before READY go under the guard's limits, or wait for idle windows of the model that serves."""
+        declared, slots, before_run = self._target.signature, self._start.slots, self._start.before_run
+        if before_run is None:
+            return prepare(loaded, declared, slots, self._guard.limit)
+        from ts_handlers.startup.background.idle_window import in_idle_windows
+
+        around = in_idle_windows(before_run, loaded.frees_interpreter)
+        return prepare(loaded, declared, slots, around, yields=True)
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error while loading a verified entry says that the entry is at fault, not the model or the weights."""
+    return not isinstance(error, (CanaryError, MemoryError, RefitError))

@@ -1,0 +1,1 @@
+"""Serve eagerly while a child process builds, then swap."""

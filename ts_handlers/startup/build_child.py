@@ -1,0 +1,139 @@
+"""A process that builds artifacts into the store and serves nothing: ``python -m ts_handlers.startup.build_child``.
+
+Standard input holds one JSON object:
+
+- ``parent``: the process with which this one ends
+- ``nice``, ``memory_mb``: limits, the latter None for no bound on what each process of the build may allocate
+- what `ts_handlers.model.recipes.restore` takes
+- ``retry_failed``: whether to build what has failed a short time ago
+- ``keys``: the parts of the keys that the parent computed, by backend; building under another key would be in vain
+
+Answers as `ts_handlers.startup.build_process` says. Everything that anybody prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+WATCH_SECONDS = 0.2
+TERM_SECONDS = 2.0
+
+Send = Callable[[dict[str, Any]], None]
+
+
+def main() -> int:
+    """Read the specification, build, answer; the exit status is 0 when there is a result."""
+    send = _take_standard_output()
+    spec = json.load(sys.stdin)
+    _end_with(int(spec["parent"]))
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    try:
+        _limit(int(spec["nice"]), spec["memory_mb"])
+        result = _build(spec, send)
+    except MemoryError:
+        send(
+            {"error": f"MemoryError: a process of the build needs more than background.memory_mb: {spec['memory_mb']}"}
+        )
+        return 1
+    except Exception as error:
+        logging.getLogger(__name__).debug("details", exc_info=error)
+        send({"error": f"{type(error).__name__}: {error}"})
+        return 1
+    send({"result": result})
+    return 0
+
+
+def _take_standard_output() -> Send:
+    """Keep standard output for answers; what others print goes to standard error."""
+    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")  # a copy is not inherited by what this process starts
+    os.dup2(2, 1)
+
+    def send(message: dict[str, Any]) -> None:
+        stream.write(json.dumps(message) + "\n")
+        stream.flush()
+
+    return send
+
+
+def _end_with(parent: int) -> None:
+    """Lead a process group of its own, and end it when the parent has died, however it died.
+
+    A group, not a session: where the kernel groups processes by session to schedule them, niceness would have no
+    effect against the parent's.
+    """
+    os.setpgid(0, 0)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_SECONDS)
+        # By SIGTERM the crash guard knows that nothing was wrong with what this process did.
+        os.killpg(0, signal.SIGTERM)
+        time.sleep(TERM_SECONDS)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True, name="ts_handlers-parent").start()
+
+
+def _limit(nice: int, memory_mb: int | None) -> None:
+    os.nice(nice)
+    if memory_mb is None:
+        return
+    import resource
+
+    # Memory that the process could write to; its address space would count what a GPU driver merely reserves.
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = memory_mb << 20
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _build(spec: dict[str, Any], send: Send) -> dict[str, Any]:
+    from ts_handlers.backends.base import Target
+    from ts_handlers.model.recipes import restore
+    from ts_handlers.startup.fallback import start_here
+    from ts_handlers.store.opening import weights_digester
+    from ts_handlers.store.upkeep.space import wait_for_room
+
+    made = restore(spec)
+    made.source.begin_digest(weights_digester(made.settings))
+    _check_keys(Target(*made), spec["keys"])
+    model = start_here(
+        *made,
+        progress=lambda phase, estimate: send({"phase": phase, "estimate": estimate}),
+        retry_failed=spec["retry_failed"],
+        event="build",
+    )
+    wait_for_room()
+    facts = model.describe()
+    wanted = ("backend", "key", "result", "missed", "fallbacks", "notes", "counters", "build_ms", "phases_ms", "device")
+    return {"model": made.source.name, **{name: facts[name] for name in wanted}}
+
+
+def _check_keys(target: Any, expected: dict[str, list[list[str]]]) -> None:
+    from ts_handlers.backends import get_backend
+    from ts_handlers.errors import BuildError
+    from ts_handlers.key.cache_key import CacheKey, explain
+    from ts_handlers.key.parts import compute_key
+
+    for backend, parts in expected.items():
+        theirs = CacheKey(tuple((name, value) for name, value in parts))
+        different = explain(theirs, compute_key(get_backend(backend), target))
+        if different:
+            found = "; ".join(f"{name}: {left!r} there, {right!r} here" for name, left, right in different)
+            raise BuildError(
+                f"the build process computes another key than the server ({found}), so its artifact would not be "
+                "found; the model or torch's state depends on something that only the server has set up"
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

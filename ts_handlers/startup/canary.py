@@ -1,0 +1,84 @@
+"""TODO: canary.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ts_handlers.backends.base import Target
+from ts_handlers.backends.compare import _compare_constants, compare_outputs
+from ts_handlers.backends.eager import eager_run
+from ts_handlers.execution.base import Loaded
+from ts_handlers.model.structure import constants_of, flatten
+from ts_handlers.startup.warmup import _declared_sizes, few_threads
+from ts_handlers.store.address import Address
+from ts_handlers.store.base import Store
+
+
+def check_canary(store: Store, address: Address, target: Target, loaded: Loaded) -> dict[str, Any]:
+    """Compare an artifact with the recorded eager output for these weights, or with eager itself the first time.
+
+    Returns
+    -------
+    ``{"source": "record" | "eager", "error": largest relative error}`` for `describe`.
+
+    Raises
+    ------
+    CanaryError
+        The artifact must not be served with these weights.
+    """
+    weights = target.source.weights_digest()
+    record = store.read_canary(address, weights)
+    source = "record"
+    with few_threads(loaded):
+        if record is None or not _is_complete(record):
+            source = "eager"
+            record = _record(target, loaded)
+            cases = record["cases"]
+            error = _run_cases(cases, target, loaded)
+            store.write_canary(address, weights, record)
+        else:
+            cases = record["cases"] if loaded.variants > 1 else [_one_case(record["cases"], target, loaded)]
+            error = _run_cases(cases, target, loaded)
+    return {"source": source, "error": error, "cases": [case["sizes"] for case in cases]}
+
+
+def _one_case(cases: list[dict[str, Any]], target: Target, loaded: Loaded) -> dict[str, Any]:
+    """The case that is also the first warm-up, so that it need not run twice; otherwise the smallest one."""
+    wanted = _declared_sizes(target, loaded)[:1]
+    return next((case for case in cases if case["sizes"] in wanted), cases[0])
+
+
+def _is_complete(record: dict[str, Any]) -> bool:
+    cases = record.get("cases")
+    if not isinstance(cases, list) or not cases:
+        return False
+    return all(isinstance(case, dict) and {"sizes", "inputs", "outputs", "constants"} <= set(case) for case in cases)
+
+
+def _run_cases(cases: list[dict[str, Any]], target: Target, loaded: Loaded) -> float:
+    worst = 0.0
+    for case in cases:
+        found = loaded.run([tensor.to(target.device) for tensor in case["inputs"]])
+        leaves, structure = flatten(found)
+        _compare_constants(constants_of(structure), case["constants"])
+        worst = max(worst, compare_outputs(tuple(leaves), tuple(case["outputs"]), target.settings.canary.tolerance))
+    return worst
+
+
+def _record(target: Target, loaded: Loaded) -> dict[str, Any]:
+    """Run the eager model on canary inputs: the smallest sizes, the example sizes and those of the first warm-up."""
+    signature = loaded.signature
+    eager = eager_run(target, signature.names)
+    wanted = [signature.example_sizes()]
+    if target.settings.inputs:
+        smallest = {name: dimension.min for name, dimension in signature.dimensions.items()}
+        wanted = [smallest, *wanted, *_declared_sizes(target, loaded)[:1]]
+        wanted = [sizes for position, sizes in enumerate(wanted) if sizes not in wanted[:position]]
+    cases = []
+    for index, sizes in enumerate(wanted if loaded.sizes is None else loaded.sizes):
+        inputs = signature.generate(sizes, seed=target.settings.canary.seed + index)
+        outputs, structure = flatten(eager([tensor.to(target.device) for tensor in inputs]))
+        kept = [tensor.detach().cpu().clone() for tensor in outputs]
+        constants = constants_of(structure)
+        cases.append({"sizes": dict(sizes), "inputs": inputs, "outputs": kept, "constants": constants})
+    return {"cases": cases}

@@ -1,0 +1,221 @@
+"""From settings to a model that is ready: key, lookup, load or build, canary, warm-up, and the fallback order.
+
+One way through::
+
+    settings -> key -> lookup --+-- hit --> load --> canary --> warm-up --> ready
+                                +-- miss -> lease --> build --> load --> canary --> publish --> load ...
+
+One backend's attempt is `ts_handlers.startup.attempt`; here is the order in which they are tried.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import torch
+
+from ts_handlers.backends import get_backend
+from ts_handlers.backends.base import Backend, Target
+from ts_handlers.compiled_model import CompiledModel, Outcome, log_outcome
+from ts_handlers.errors import FINAL, MissError, RefitError, one_line
+from ts_handlers.execution.slots import ModuleSlots
+from ts_handlers.execution.torch_device import begin_cuda
+from ts_handlers.key import fingerprint
+from ts_handlers.key.parts import compute_key
+from ts_handlers.metrics import Metrics
+from ts_handlers.model.base import ModelSource
+from ts_handlers.settings import Settings
+from ts_handlers.settings.sections import GuardSettings
+from ts_handlers.startup.attempt import Attempt, Served, Start
+from ts_handlers.startup.preparation import prepare
+from ts_handlers.store.address import Address
+from ts_handlers.store.base import Store
+from ts_handlers.store.opening import open_store, weights_digester
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, "float | None"], None]
+
+
+def start_here(
+    source: ModelSource,
+    settings: Settings,
+    device: torch.device | str = "cpu",
+    *,
+    progress: Progress | None = None,
+    retry_failed: bool = False,
+    event: str = "start",
+) -> CompiledModel:
+    """Make a model ready in this process; the arguments and errors are those of `ts_handlers.start.start_model`."""
+    metrics = Metrics.of_this_process()
+    target = Target(source, settings, torch.device(device))
+    begin_cuda(target.device)
+    start = _Starter(target, metrics, retry_failed)
+    if progress is not None:
+        metrics.observer = lambda phase: progress(phase, start.estimate)
+    model = start.run()
+    log_outcome(event, source.name, model)
+    if model.store is not None and (metrics.counters["build"] or metrics.counters["canary_recorded"]):
+        from ts_handlers.store.upkeep.space import make_room_in_background
+
+        root, space = model.store.root, settings.space
+        make_room_in_background(root, space, lambda report: metrics.count("evicted", report.evicted))
+    return model
+
+
+class _Starter:
+    """One start: tries one backend after the other and remembers what happened."""
+
+    def __init__(
+        self,
+        target: Target,
+        metrics: Metrics,
+        retry_failed: bool = False,
+        before_run: Callable[[], None] | None = None,
+    ) -> None:
+        self._target = target
+        self._metrics = metrics
+        self._settings = target.settings
+        self._retry_since = time.time() if retry_failed or target.settings.strict else None
+        self._fallbacks: list[dict[str, str]] = []
+        self._notes: list[str] = []
+        self._before_run = before_run
+        self._store: Store | None = None
+        self._slots = ModuleSlots(target.settings.contexts, target.device)
+        self.estimate: float | None = None
+
+    def run(self) -> CompiledModel:
+        remaining = [get_backend(name) for name in self._settings.backends]
+        if any(backend.persistent for backend in remaining):
+            self._target.source.begin_digest(weights_digester(self._settings))
+            if self._target.source.weights_by_name:
+                self._target.require_signature()
+        last: Exception | None = None
+        while remaining:
+            backend = remaining.pop(0)
+            try:
+                return self._try(backend)
+            except Exception as error:
+                # A miss is final with `on_miss: fail`, unless the backend substitutes a quarantined one.
+                substitutes = isinstance(error, MissError) and self._metrics.counters["quarantined"] > 0
+                strict = self._settings.strict and not isinstance(error, RefitError)  # which the same backend mends
+                if strict or (isinstance(error, FINAL) and not substitutes):
+                    raise
+                logger.debug("details", exc_info=error)
+                instead = backend.substitute(self._settings, error)
+                if instead is not None:
+                    remaining.insert(0, instead)
+                last = error.with_traceback(None)  # whose frames hold what failed
+                reason = f"{type(error).__name__}: {one_line(error)}"
+                logger.warning("%s: backend %s failed: %s", self._target.source.name, backend.name, reason)
+                self._fallbacks.append({"backend": backend.name, "reason": reason})
+                self._metrics.count("fallback")
+                self._target.source.release()  # a failed build may have run the module and changed its state
+        assert last is not None
+        if "eager" in self._settings.backends:
+            raise last
+        logger.warning("%s: every backend failed; serving eagerly", self._target.source.name)
+        return self._try(get_backend("eager"))
+
+    def _try(self, backend: Backend) -> CompiledModel:
+        if not backend.persistent:
+            with self._metrics.phase("load"):
+                loaded = backend.load(self._target, Path(), {})
+            return self._ready(backend, Served(loaded, "eager", None))
+        with self._metrics.phase("key"):
+            key = compute_key(backend, self._target)
+            address = Address(
+                model=self._target.source.name,
+                model_digest=self._target.model_digest,
+                device=fingerprint.device_slug(self._target.device),
+                key=key,
+            )
+        store = self._open_store()
+        start = Start(self._target, self._metrics, self._slots, store, self._notes, self._retry_since, self._before_run)
+        attempt = Attempt(start, backend, address)
+        served = attempt.find()
+        if served is not None:
+            return self._ready(backend, served, key.digest)
+        if self._settings.on_miss == "fail":
+            raise MissError(
+                f"no entry for {self._target.source.name} with backend {backend.name} (key {key.digest}) in "
+                f"{store.root}, and on_miss is 'fail'; missed: {', '.join(attempt.missed) or 'everything'}. Build it "
+                "where on_miss is 'compile' with the same archive, device and toolchain"
+            )
+        if self._settings.on_miss == "eager":
+            return self._try(get_backend("eager"))
+        attempt.refuse_build()
+        if self._settings.on_miss == "background":
+            return self._serve_eagerly_meanwhile(backend, store, address, attempt.missed)
+        self.estimate = store.build_estimate(address)
+        return self._ready(backend, attempt.build(self.estimate), key.digest, attempt.missed)
+
+    def _open_store(self) -> Store:
+        if self._store is None:
+            self._store, problem = open_store(self._settings, self._metrics)
+            if problem is not None:
+                self._metrics.count("fallback")
+                self._fallbacks.append({"backend": "store", "reason": problem})
+        return self._store
+
+    def _serve_eagerly_meanwhile(
+        self, backend: Backend, store: Store, address: Address, missed: tuple[str, ...]
+    ) -> CompiledModel:
+        """Serve eagerly while a child process builds, and then what it has built."""
+        from ts_handlers.startup.background.build import BackgroundBuild
+
+        def load(built: str, before_run: Callable[[], None]) -> CompiledModel:
+            """An ordinary start from the entry that is there now, and nothing else.
+
+            Without limits, which hold for the whole process and would end or fail requests: the child has loaded and
+            checked the artifact under them. And without CUDA graphs: recording them would disturb requests.
+            """
+            settings = msgspec.structs.replace(
+                self._settings,
+                backends=(built,),
+                on_miss="fail",
+                strict=True,
+                guard=GuardSettings(load_seconds=None),
+                contexts=msgspec.structs.replace(self._settings.contexts, cuda_graphs=False),
+            )
+            start = _Starter(
+                Target(self._target.source, settings, self._target.device), Metrics(), before_run=before_run
+            )
+            start._store = store
+            if self._settings.contexts.cuda_graphs:
+                start._notes.append("without CUDA graphs until the next start")
+            return start.run()
+
+        self._target.source.prepare()
+        model = self._try(get_backend("eager"))
+        model.outcome = dataclasses.replace(model.outcome, result="background", missed=missed)
+        retry_failed = self._retry_since is not None
+        model.background = BackgroundBuild(model, self._target, backend, store, address, load, retry_failed)
+        model.background.begin()
+        return model
+
+    def _ready(
+        self, backend: Backend, served: Served, key: str | None = None, missed: tuple[str, ...] = ()
+    ) -> CompiledModel:
+        outcome = Outcome(
+            backend=backend.name,
+            key=key,
+            result=served.result,
+            missed=missed,
+            fallbacks=tuple(self._fallbacks),
+            canary=served.canary,
+            notes=(*self._notes, *(self._store.notes if self._store is not None else ())),
+        )
+        if not backend.needs_eager_module:
+            self._target.source.release()
+            if served.result == "built" and self._target.device.type == "cuda":
+                torch.cuda.empty_cache()  # what the build leaves in torch's allocator
+        loaded = prepare(served.loaded, None, self._slots).served
+        model = CompiledModel(self._target, loaded, outcome, self._metrics, self._slots)
+        model.store = self._store  # keeps the entry from being evicted while the model is served
+        return model

@@ -1,0 +1,54 @@
+"""Warm-up before READY, and the canary: an artifact is served only after it reproduced the eager model's output."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from ts_handlers.backends.base import Target
+from ts_handlers.execution.base import Loaded
+from ts_handlers.model.signature import Sizes
+from ts_handlers.system.processors import idle_processors
+
+
+def _declared_sizes(target: Target, loaded: Loaded) -> list[Sizes]:
+    example = loaded.signature.example_sizes()
+    return [{**example, **sizes} for sizes in target.settings.warmup]
+
+
+@contextlib.contextmanager
+def few_threads(loaded: Loaded) -> Iterator[None]:
+    """Run torch's own operators on as many threads as there are idle processors, where that compiles nothing anew.
+
+    Workers of a server start together, each with as many threads as there are processors, and OpenMP threads spin
+    while they wait for a descheduled one: the canaries of two workers on two processors then take many times as long as
+    one alone.
+    """
+    threads = torch.get_num_threads()
+    few = min(threads, max(1, idle_processors()))
+    if not loaded.adjusts_threads or few == threads:
+        yield
+        return
+    torch.set_num_threads(few)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run_warmup(target: Target, loaded: Loaded, done: Sequence[Sizes] = ()) -> int:
+    """Run the declared warm-up sizes on each slot, except those in `done`, which ran on one; returns the runs."""
+    if not target.settings.inputs or loaded.warmed_up:
+        return 0
+    wanted = _declared_sizes(target, loaded)
+    # A GPU's first run in each context allocates and may compile kernels. The pool lends its slots in turn.
+    slots = loaded.pool.size if loaded.pool is not None and target.device.type == "cuda" else 1
+    remaining = [sizes for sizes in wanted if slots > 1 or sizes not in done]
+    with few_threads(loaded):
+        for sizes in remaining:
+            tensors = [tensor.to(target.device) for tensor in loaded.signature.generate(sizes)]
+            for _ in range(slots):
+                loaded.run(tensors)
+    return len(remaining) * slots

@@ -1,1 +1,0 @@
-"""The libraries through which a remote store's objects are reached; see `ts_handlers.store.clients.base`."""

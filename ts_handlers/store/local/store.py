@@ -1,0 +1,344 @@
+"""A store in a local folder.
+
+Layout::
+
+    <root>/entries/<model>/<model digest>/<device>/<key>/   published entries (see store/entry.py)
+    <root>/canaries/<key>/<weights digest>                  canary records (see store/canaries.py)
+    <root>/leases/<key>.lock, <key>.json                    build leases and what their holders are doing
+    <root>/leases/<key>.fetch.lock                          held by the process that asks the remote store
+    <root>/remote/<service>.json                            why the host goes on alone (see store/breaker.py)
+    <root>/remote/unsent-<key>                              entries that the remote store lacks (see store/sender.py)
+    <root>/remote/unsent-<key>.<weights digest>             canary records that it lacks
+    <root>/staging/<key>-<random>/                          entries being built; locked by the builder while it lives
+    <root>/trash/<key>-<random>/                            damaged entries, moved aside with the reason
+    <root>/trash/evicted-<key>-<random>/                    evicted entries on their way out (see store/eviction.py)
+    <root>/usage/<key>                                      one byte per use (see store/usage.py)
+    <root>/pins/<key>                                       keys that are never evicted; the file holds a note
+    <root>/verified/<name>                                  digests computed before (see store/verified.py)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import weakref
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from ts_handlers.errors import StoreError
+from ts_handlers.key.cache_key import explain
+from ts_handlers.store.address import Address, entry_path, safe_name
+from ts_handlers.store.base import Corrupt, Hit, Miss
+from ts_handlers.store.canaries import check_canary_bytes, encode_canary, load_record, record_canary_use
+from ts_handlers.store.entry import MANIFEST, Manifest, fsync, read_manifest, verify_files, write_manifest
+from ts_handlers.store.local.lease import Lease, hold_lease
+from ts_handlers.store.local.ownership import check_path, is_inside
+from ts_handlers.store.local.trash import move_aside
+from ts_handlers.store.local.usage import InUse, record_use
+from ts_handlers.store.local.verified import KnownDigests
+from ts_handlers.system.locked_directory import collect_directories, make_locked_directory
+
+logger = logging.getLogger(__name__)
+
+PUBLISH_ATTEMPTS = 3
+_DAMAGE = (errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+"""Errors that say something about an entry; others, as of missing permissions, say something about this process."""
+
+
+class LocalStore:
+    """Entries below `root`, which is made if it does not exist.
+
+    The entries that a store object has found or published stay locked against eviction until it is garbage-collected,
+    so keep it for as long as their files may be read.
+
+    Parameters
+    ----------
+    root:
+        The folder.
+    verify:
+        ``changed`` hashes a file again only when it may have changed since its digest was computed; ``always`` hashes
+        every file at every lookup.
+
+    Raises
+    ------
+    StoreError
+        The root cannot be made or read, or it or a folder above it belongs to another user or is writable by others
+        (see `ts_handlers.store.local.ownership`): an entry is code, so whoever can write here can run code in the
+        worker.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        trusted_folders: Collection[str] = (),
+        *,
+        verify: Literal["always", "changed"] = "changed",
+    ) -> None:
+        self.notes: list[str] = []
+        self.keep_alive: Any = None  # what removes a temporary root when the store is dropped
+        self.root = Path(root).expanduser().absolute()
+        self._verify = verify
+        self._in_use = InUse()
+        weakref.finalize(self, self._in_use.close)
+        try:
+            for folder in [*reversed(self.root.parents), self.root]:
+                if not folder.exists():
+                    folder.mkdir(mode=0o700, exist_ok=True)
+            os.listdir(self.root)
+        except OSError as error:
+            raise StoreError(
+                f"the store {self.root} cannot be used: {error.strerror or error}; make it a readable folder, or name "
+                "another with handler.ts_handlers.store or TS_HANDLERS_CACHE"
+            ) from error
+        check_path(self.root, trusted_folders)
+
+    def _entry(self, address: Address) -> Path:
+        return self.root / "entries" / entry_path(address)
+
+    def has(self, address: Address) -> bool:
+        """Whether there is an entry, right or damaged; reads none of its files."""
+        return os.path.exists(self._entry(address) / MANIFEST)
+
+    def lookup(self, address: Address) -> Hit | Miss | Corrupt:
+        """Find an entry and verify every byte of it; a damaged one is moved aside.
+
+        A hit is locked against eviction, and its use recorded. An entry that goes meanwhile is a miss.
+        """
+        directory = self._entry(address)
+        if not is_inside(self.root, directory):
+            return Corrupt(f"{directory} leads out of the store by a symbolic link; remove the link")
+        try:
+            if not self._in_use.acquire(directory):
+                # Published by one rename, so a folder without a manifest was never complete here.
+                if _is_folder(directory) and not _has_manifest(directory) and self.discard(address, "no manifest"):
+                    return Corrupt("the entry has no manifest")
+                return Miss(self._nearest(address))
+            manifest = read_manifest(directory)
+            if manifest.cache_key != address.key:
+                raise ValueError("the manifest's key is another one than its folder's")
+            self._verify_files(directory, manifest)
+        except ValueError as error:
+            if not self.discard(address, str(error)):
+                return Miss(self._nearest(address))
+            return Corrupt(str(error))
+        except OSError as error:
+            # It has been evicted, or a folder above may not be entered.
+            if isinstance(error, (FileNotFoundError, PermissionError)) and not self.has(address):
+                return Miss(self._nearest(address))
+            if error.errno in _DAMAGE:
+                self.discard(address, f"cannot be read: {error}")
+            self._in_use.release(directory)
+            return Corrupt(f"the entry cannot be read: {error}")
+        record_use(self.root, address.key.digest)
+        return Hit(directory, manifest)
+
+    def _verify_files(self, directory: Path, manifest: Manifest) -> None:
+        if self._verify == "always":
+            verify_files(directory, manifest)
+            return
+        known = KnownDigests(self.root, directory)
+        verify_files(directory, manifest, known.digest_file)
+        known.save()
+
+    def _manifests(self, address: Address) -> list[Path]:
+        """Manifests of every entry of this model, as far as they can be read."""
+        try:
+            return list(self.root.joinpath("entries", safe_name(address.model)).glob(f"*/*/*/{MANIFEST}"))
+        except OSError:
+            return []
+
+    def _nearest(self, address: Address) -> tuple[str, ...]:
+        """Names of the parts in which the most similar entry of this model differs."""
+        best: tuple[str, ...] = ()
+        for path in self._manifests(address):
+            try:
+                other = read_manifest(path.parent)
+            except (OSError, ValueError):
+                continue
+            if other.backend != address.key["backend"]:
+                continue
+            parts = tuple(name for name, _, _ in explain(address.key, other.cache_key))
+            if not best or len(parts) < len(best):
+                best = parts
+        return best
+
+    def build_estimate(self, address: Address) -> float | None:
+        """Seconds that the latest build of this model and backend took, or None."""
+        latest: tuple[float, float] | None = None
+        for path in self._manifests(address):
+            try:
+                manifest, modified = read_manifest(path.parent), path.stat().st_mtime
+            except (OSError, ValueError):
+                continue
+            if manifest.backend == address.key["backend"] and (latest is None or modified > latest[0]):
+                latest = (modified, sum(manifest.build_ms.values()) / 1000)
+        return latest[1] if latest else None
+
+    @contextlib.contextmanager
+    def staging(self, address: Address) -> Iterator[Path]:
+        """A private directory inside the store, or in the temporary folder when the store cannot be written.
+
+        In the latter case the entry cannot be published, but it can be served by this process.
+        """
+        base = self.root / "staging"
+        descriptor = -1
+        try:
+            base.mkdir(mode=0o700, exist_ok=True)
+            collect_directories(base)
+            directory, descriptor = make_locked_directory(base, f"{address.key.digest}-")
+        except OSError as error:
+            logger.warning("the store %s cannot be written (%s); building in the temporary folder", self.root, error)
+            directory = Path(tempfile.mkdtemp(prefix="ts_handlers-staging-"))
+        try:
+            yield directory
+        finally:
+            if directory.exists():
+                shutil.rmtree(directory, ignore_errors=True)
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def publish(self, address: Address, staging: Path, manifest: Manifest) -> Path:
+        """Write the manifest, flush everything to the disk, and rename the staged directory into place.
+
+        Returns
+        -------
+        The published entry's directory. When another process has published the same key meanwhile, that entry stays
+        and this one is dropped.
+
+        Raises
+        ------
+        StoreError
+            The disk is full or the store cannot be written; the staged directory is still usable.
+        """
+        target = self._entry(address)
+        try:
+            write_manifest(staging, manifest)
+            self._in_use.acquire(staging)  # from its first moment no eviction takes it from this process
+            for attempt in range(PUBLISH_ATTEMPTS):
+                try:
+                    _make_private(target.parent, self.root)
+                    os.rename(staging, target)
+                    break
+                except OSError:
+                    # What stands there was written by somebody else and may be damaged: it is used as any entry is.
+                    found = self.lookup(address)
+                    if isinstance(found, Hit):
+                        self._in_use.release(staging)
+                        return found.directory
+                    # What stood there has been moved aside now, or an eviction has taken it or the empty folders above.
+                    if attempt + 1 == PUBLISH_ATTEMPTS:
+                        raise
+        except OSError as error:
+            self._in_use.release(staging)
+            raise StoreError(f"the entry could not be published in {self.root}: {error}") from error
+        with contextlib.suppress(OSError):  # it is visible and complete; only its survival of a power cut is open
+            fsync(target.parent)
+        return target
+
+    def discard(self, address: Address, reason: str) -> bool:
+        """Move an entry aside, with its reason, so that it is not found again.
+
+        Only the entry that this store object has found, or one without a readable manifest, is moved.
+
+        Returns
+        -------
+        False when it is gone already; another process may have published a new one, which stays.
+        """
+        directory = self._entry(address)
+        if not self._is_judged(directory):
+            return False
+        logger.warning("entry %s is not used: %s", address.key.digest, reason)
+        try:
+            directory = move_aside(self.root, directory, reason, self._is_judged)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            logger.warning("entry %s cannot be moved aside: %s", address.key.digest, error)
+        self._in_use.release(directory)
+        return True
+
+    def _is_judged(self, directory: Path) -> bool:
+        """Whether an entry is what this object has found damaged, and not what others have published since."""
+        return self._in_use.holds(directory) or not _has_manifest(directory)
+
+    @contextlib.contextmanager
+    def lease(self, address: Address, estimate: float | None) -> Iterator[Lease]:
+        """The right to build this key; see `ts_handlers.store.local.lease`."""
+        with hold_lease(self.root / "leases", address.key.digest, estimate) as lease:
+            yield lease
+
+    def _canary(self, address: Address, weights_digest: str) -> Path:
+        return self.root / "canaries" / address.key.digest / safe_name(weights_digest)
+
+    def read_canary(self, address: Address, weights_digest: str) -> dict[str, Any] | None:
+        """The recorded canary, or None when there is none or it is damaged; its use is recorded."""
+        record = self._load_canary(address, weights_digest)
+        if record is not None:
+            record_canary_use(self._canary(address, weights_digest))
+        return record
+
+    def _load_canary(self, address: Address, weights_digest: str) -> dict[str, Any] | None:
+        path = self._canary(address, weights_digest)
+        try:
+            return load_record(check_canary_bytes(f"{path.parent.name}/{path.name}", path.read_bytes()))
+        except OSError:
+            return None
+        except ValueError as error:
+            logger.warning("the canary of %s will be recorded again: %s", address.key.digest, error)
+            return None
+
+    def canaries(self, address: Address) -> list[str]:
+        """The weights digests for which there is a readable canary record."""
+        try:
+            names = sorted(path.name for path in self._canary(address, "").parent.iterdir())
+        except OSError:
+            return []
+        return [name for name in names if name[0] != "." and self._load_canary(address, name) is not None]
+
+    def write_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> bool:
+        """Record a canary by writing beside and renaming; False when the store cannot be written."""
+        path = self._canary(address, weights_digest)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            _make_private(path.parent, self.root)
+            temporary.write_bytes(encode_canary(f"{path.parent.name}/{path.name}", record))
+            fsync(temporary)
+            os.replace(temporary, path)
+        except OSError as error:
+            logger.warning("the canary of %s could not be recorded: %s", address.key.digest, error)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            return False
+        return True
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _has_manifest(directory: Path) -> bool:
+    """Whether there is a plain manifest; True also where that cannot be told."""
+    try:
+        return stat.S_ISREG(os.lstat(directory / MANIFEST).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+
+
+def _make_private(directory: Path, root: Path) -> None:
+    """Make the folders from `root` down to `directory`, each closed to others whatever the umask is."""
+    for part in directory.relative_to(root).parts:
+        root = root / part
+        root.mkdir(mode=0o700, exist_ok=True)
+        if root.is_symlink():
+            raise OSError(f"{root} is a symbolic link; folders of the store are not followed out of it")

@@ -1,0 +1,1 @@
+"""The store that hosts share: objects, their signatures, leases between hosts."""

@@ -1,0 +1,225 @@
+"""Objects in a folder that hosts share: a mounted folder, S3 and its kin, GCS, Azure.
+
+Objects below the URL (see `ts_handlers.store.remote.sealed` for their format)::
+
+    entries/<model>/<model digest>/<device>/<key>.<generation>    sealed entries
+    canaries/<key>/<weights digest>.<generation>                  sealed canary records
+    leases/<key>/...                                              see ts_handlers.store.remote.object_lease
+
+Sealed objects are written once, by a create that fails when the object exists, and never replaced or removed by this
+package. Only file systems whose create is atomic are written to; others are read.
+
+How the objects are reached is `ts_handlers.store.remote.clients`; what a slow, dead or lying server may cost is here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+from ts_handlers.errors import StoreError
+from ts_handlers.settings.sections import RemoteSettings
+from ts_handlers.store.remote.breaker import Breaker
+from ts_handlers.store.remote.clients.base import FILE_SYSTEMS, LOCAL, open_client, protocol_of
+
+if TYPE_CHECKING:
+    from ts_handlers.store.remote.clients.base import ObjectClient
+
+_PROBE = "exclusive-create"
+_PROBE_TEXT = b"This object shows that a second create of it fails.\n"
+_SECRET = re.compile(r"key|secret|token|pass|cred|sas|conn|auth", re.IGNORECASE)
+T = TypeVar("T")
+
+
+class Remote:
+    """The objects below a URL. Nothing is imported or connected before the first call.
+
+    Parameters
+    ----------
+    settings:
+        URL, options and timeout.
+    state:
+        Folder for the circuit breaker's state; None keeps it in this object.
+
+    Every method raises `RemoteError` when the remote does not answer in time or not as it should, and at once while
+    the breaker is open.
+    """
+
+    def __init__(self, settings: RemoteSettings, state: Path | None) -> None:
+        self.settings = settings
+        self.name = redact_url(settings.url)
+        identity = hashlib.sha256(settings.url.encode()).hexdigest()[:16]
+        file = None if state is None else state / f"{identity}.json"
+        self.breaker = Breaker(file, self.name, settings.timeout_seconds, self._clean)
+        self._protocol = protocol_of(settings.url)
+        self._client: ObjectClient | None = None
+        self._exclusive: bool | None = None
+        self._lock = threading.Lock()
+        if settings.client == "obstore":  # `auto` takes what understands the options
+            from ts_handlers.store.remote.clients.obstore_options import translate
+
+            translate(settings.url, settings.options)
+
+    def _clean(self, text: str) -> str:
+        return redact(text, self.settings.url, self.settings.options)
+
+    def _open(self) -> ObjectClient:
+        with self._lock:
+            if self._client is None:
+                self._client = open_client(self.settings)
+            return self._client
+
+    def read(self, name: str, consume: Callable[[BinaryIO], T], *, charged: bool = True) -> T | None:
+        """What `consume` makes of an object's bytes, or None when there is no such object.
+
+        `consume` runs in another thread and gets a stream that ends with an error once nobody waits any more.
+        """
+
+        def run(given_up: threading.Event) -> T | None:
+            try:
+                stream = self._open().open(name)
+            except FileNotFoundError:
+                return None
+            with stream:
+                return consume(_Watched(stream, given_up))  # type: ignore[arg-type]
+
+        return self.breaker.call(f"reading {name}", run, charged=charged)
+
+    def read_small(self, name: str, *, charged: bool = True) -> bytes | None:
+        """All bytes of an object that its writer overwrites, in one request; None when there is no such object."""
+
+        def run(_: threading.Event) -> bytes | None:
+            try:
+                return self._open().read(name)
+            except FileNotFoundError:
+                return None
+
+        return self.breaker.call(f"reading {name}", run, charged=charged)
+
+    def exists(self, name: str, *, charged: bool = True) -> bool:
+        """Whether there is such an object."""
+        return self.breaker.call(f"looking for {name}", lambda _: self._open().exists(name), charged=charged)
+
+    def list(self, folder: str, *, charged: bool = True, recursive: bool = False) -> list[str]:
+        """Names of the objects below a folder, relative to it."""
+        return self.breaker.call(
+            f"listing {folder}", lambda _: sorted(self._open().list(folder, recursive)), charged=charged
+        )
+
+    def create(self, name: str, source: Path | bytes, *, charged: bool = False) -> bool:
+        """Make an object of bytes, or of a file's, unless it exists; False when it does."""
+        return self.breaker.call(f"writing {name}", lambda _: self._create(name, source), charged=charged)
+
+    def _create(self, name: str, source: Path | bytes) -> bool:
+        client = self._open()
+        try:
+            client.create(name, source)
+        except StoreError:
+            raise
+        except Exception:
+            if client.exists(name):  # each library has an error of its own for this; and an answer may have been lost
+                return False
+            raise
+        return True
+
+    def overwrite(self, name: str, data: bytes, *, charged: bool = False) -> None:
+        """Write an object of which there is one writer; readers see the old bytes or the new ones."""
+        self.breaker.call(f"writing {name}", lambda _: self._open().overwrite(name, data), charged=charged)
+
+    def remove(self, name: str) -> None:
+        """Remove an object, if it is there."""
+
+        def run(_: threading.Event) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self._open().remove(name)
+
+        self.breaker.call(f"removing {name}", run, charged=False)
+
+    def require_exclusive_create(self, *, charged: bool = False) -> None:
+        """Make sure that two hosts cannot both create an object, where that is not known beforehand.
+
+        Raises
+        ------
+        StoreError
+            They could, so this file system must not be written to.
+        """
+        if self._protocol in LOCAL:
+            return
+        if self._protocol not in FILE_SYSTEMS:
+            raise StoreError(
+                f"{self.name}: {self._protocol} has no atomic create, so entries are read from it and not written; "
+                f"use a mounted folder or one of {', '.join(FILE_SYSTEMS)} where entries are built"
+            )
+        if self._exclusive is None:
+
+            def run(_: threading.Event) -> bool:
+                # The first may be the one that makes it; the second must fail.
+                return not (self._create(_PROBE, _PROBE_TEXT) and self._create(_PROBE, _PROBE_TEXT))
+
+            self._exclusive = self.breaker.call("trying exclusive create", run, charged=charged)
+        if not self._exclusive:
+            raise StoreError(
+                f"{self.name}: the server overwrites an object in spite of If-None-Match, so two hosts could replace "
+                "each other's entries; entries are read from it and not written. Use a server that supports "
+                "conditional writes"
+            )
+
+
+class _Watched:
+    """A binary stream whose reads fail once nobody waits for them any more."""
+
+    def __init__(self, stream: BinaryIO, given_up: threading.Event) -> None:
+        self._stream = stream
+        self._given_up = given_up
+
+    def read(self, count: int) -> bytes:
+        if self._given_up.is_set():
+            raise TimeoutError("nobody waits for this any more")
+        return self._stream.read(count)
+
+
+def redact_url(url: str) -> str:
+    """A URL without user, password and query.
+
+    Examples
+    --------
+    >>> redact_url("redis://me:secret@host:6379/0?password=x")
+    'redis://host:6379/0'
+    """
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def redact(text: str, url: str, options: Mapping[str, Any]) -> str:
+    """A message without the secrets of a URL and of storage options."""
+    parts = urlsplit(url)
+    secrets = {parts.username, parts.password, parts.query, *_secrets(options)}
+    for secret in sorted((item for item in secrets if item and len(item) > 3), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    text = re.sub(r"(https?://[^\s?\"']*)\?[^\s\"',)]*", r"\1?***", text)  # Azure's SAS tokens are part of the query
+    return re.sub(r"//[^/\s@]*@", "//***@", text)
+
+
+def _secrets(options: Mapping[str, Any]) -> list[str]:
+    """Strings below names that speak of credentials; an endpoint or a region stays readable."""
+    found = []
+    for name, value in options.items():
+        if _SECRET.search(str(name)):
+            found += _strings(value)
+        elif isinstance(value, Mapping):
+            found += _secrets(value)
+    return found
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        return [text for item in value.values() for text in _strings(item)]
+    if isinstance(value, (list, tuple)):
+        return [text for item in value for text in _strings(item)]
+    return [value] if isinstance(value, str) else []

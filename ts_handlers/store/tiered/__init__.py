@@ -1,0 +1,1 @@
+"""A local store in front of a remote one."""

@@ -1,0 +1,214 @@
+"""Sending what this host has published to the remote store, in a thread, without losing any of it silently.
+
+The first writer wins: when another host's valid object is there, nothing is sent, and this host keeps its own entry,
+which has passed its own canary under the same key. A holder whose lease was taken over sends nothing.
+
+While an entry is not sent, ``<root>/remote/unsent-<key>`` exists, while a canary record is not,
+``<root>/remote/unsent-<key>.<weights digest>``. So what was built or recorded while the remote was away, or was not
+done when the process was killed, is sent by the next start on this host that finds the entry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ts_handlers.errors import RemoteError, StoreError
+from ts_handlers.metrics import Metrics
+from ts_handlers.store.address import Address, entry_path, safe_name
+from ts_handlers.store.local.store import LocalStore
+from ts_handlers.store.remote import exchange
+from ts_handlers.store.remote.exchange import canary_name, entry_name
+from ts_handlers.store.remote.lease import HeldLease
+from ts_handlers.store.remote.objects import Remote
+from ts_handlers.store.remote.signing import Trust
+from ts_handlers.store.tiered.write_back import WriteBack
+
+logger = logging.getLogger(__name__)
+
+
+class Sender:
+    """The writing side of a `TieredStore`.
+
+    Attributes
+    ----------
+    notes: what `describe` shall say.
+    held: the leases that this process holds, by key.
+    trust: reads the keys when they are first needed.
+    """
+
+    def __init__(self, local: LocalStore, remote: Remote, trust: Callable[[], Trust], metrics: Metrics) -> None:
+        self.notes: list[str] = []
+        self.held: dict[str, HeldLease] = {}
+        self.trust = trust
+        self.write_back = WriteBack(remote.settings.timeout_seconds, self._failed)
+        self._local = local
+        self._remote = remote
+        self._metrics = metrics
+        self._resumed: set[str] = set()
+
+    def note(self, text: str) -> None:
+        """Add a note, once."""
+        text = re.sub(r"\s+", " ", text).strip()[:400]
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def alone(self) -> bool:
+        """Whether this host goes on without the remote for now."""
+        if not self._remote.breaker.is_open:
+            return False
+        self.note(f"going on alone: {self._remote.name}: {self._remote.breaker.reason}")
+        return True
+
+    def _publishes(self) -> bool:
+        """Whether this host sends anything at all."""
+        if self._remote.settings.read_only:
+            return False
+        if not self.trust().may_publish:
+            self.note("nothing is sent to the remote: trust.public_keys is set and trust.signing_key is not")
+            return False
+        return True
+
+    def may_write(self) -> bool:
+        """Whether something can be sent now."""
+        return self._publishes() and not self.alone()
+
+    def send(self, address: Address, directory: Path) -> None:
+        """Send a published entry."""
+        if not self._publishes():
+            return
+        self._mark(self._marker(address))
+        if not self.alone():
+            self.write_back.submit(entry_name(address), lambda: self._send_entry(address, directory))
+
+    def send_staged(self, address: Address, staging: Path) -> None:
+        """Send an entry that could not be published here; its files are about to go."""
+        if not self.may_write():
+            return
+        name = entry_name(address)
+        try:
+            sealed = self._seal_entry(address, staging)
+        except (OSError, ValueError) as error:
+            self._failed(name, error)
+        else:
+            self.write_back.submit(name, lambda: self._send_sealed_entry(address, sealed))
+
+    def resume(self, address: Address, directory: Path) -> None:
+        """Send an entry of this host, or canary records of it, if an earlier start could not."""
+        key = address.key.digest
+        if key in self._resumed or self._remote.settings.read_only:
+            return
+        unsent = self._unsent(key)
+        if not unsent:
+            return
+        self._resumed.add(key)
+        whole = "" in unsent
+
+        def send() -> None:
+            if not self.may_write():
+                return
+            for weights_digest in sorted(self._local.canaries(address) if whole else unsent):
+                record = self._local.read_canary(address, weights_digest)
+                if record is not None:
+                    self._send_canary(address, weights_digest, record)
+                else:
+                    self._marker(address, weights_digest).unlink(missing_ok=True)
+            if whole:
+                self._send_entry(address, directory)
+
+        self.write_back.submit(entry_name(address) if whole else f"canaries/{key}", send)
+
+    def send_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> None:
+        """Send a canary record."""
+        if not self._publishes():
+            return
+        self._mark(self._marker(address, weights_digest))
+        if not self.alone():
+            name = canary_name(address.key.digest, weights_digest)
+            self.write_back.submit(name, lambda: self._send_canary(address, weights_digest, record))
+
+    def _marker(self, address: Address, weights_digest: str = "") -> Path:
+        """The file that says that an entry, or one of its canary records, is not sent."""
+        suffix = f".{safe_name(weights_digest)}" if weights_digest else ""
+        return self._local.root / "remote" / f"unsent-{address.key.digest}{suffix}"
+
+    def _mark(self, marker: Path) -> None:
+        with contextlib.suppress(OSError):
+            marker.parent.mkdir(mode=0o700, exist_ok=True)
+            marker.touch(mode=0o600)
+
+    def _unsent(self, key: str) -> set[str]:
+        """What is not sent of a key: weights digests of canary records; empty text stands for the entry."""
+        try:
+            names = os.listdir(self._local.root / "remote")
+        except OSError:
+            return set()
+        return {name.partition(".")[2] for name in names if name.partition(".")[0] == f"unsent-{key}"}
+
+    @contextlib.contextmanager
+    def _marked(self, marker: Path) -> Iterator[None]:
+        """Send what a marker stands for: it goes unless the remote has failed and may answer the next time."""
+        try:
+            yield
+        except StoreError as error:
+            if not isinstance(error, RemoteError):
+                marker.unlink(missing_ok=True)
+            raise
+        marker.unlink(missing_ok=True)
+
+    def _send_entry(self, address: Address, directory: Path) -> None:
+        with self._marked(self._marker(address)):
+            self._send_sealed_entry(address, self._seal_entry(address, directory))
+
+    def _send_sealed_entry(self, address: Address, sealed: Path) -> None:
+        subject, trust = entry_path(address), self.trust()
+        check: Callable[[BinaryIO], object] = lambda stream: exchange.verify_entry(stream, subject, trust)  # noqa: E731
+        self._send(entry_name(address), sealed, address.key.digest, check)
+
+    def _seal_entry(self, address: Address, directory: Path) -> Path:
+        return self._sealed(lambda file: exchange.seal_entry(file, directory, entry_path(address), self.trust()))
+
+    def _send_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> None:
+        key, trust = address.key.digest, self.trust()
+        subject = f"{key}/{weights_digest}"
+        check: Callable[[BinaryIO], object] = lambda stream: exchange.unseal_canary(stream, subject, trust)  # noqa: E731
+        with self._marked(self._marker(address, weights_digest)):
+            sealed = self._sealed(lambda file: exchange.seal_canary(file, record, key, weights_digest, trust))
+            self._send(canary_name(key, weights_digest), sealed, key, check)
+
+    def _sealed(self, write: Callable[[BinaryIO], None]) -> Path:
+        """A file that `_send` removes; in the temporary folder, as the store may be read-only."""
+        with tempfile.NamedTemporaryFile(prefix="ts_handlers-sealed-", delete=False) as file:
+            try:
+                write(file)  # type: ignore[arg-type]
+            except BaseException:
+                os.unlink(file.name)
+                raise
+        return Path(file.name)
+
+    def _send(self, name: str, sealed: Path, key: str, check: Callable[[BinaryIO], object]) -> None:
+        try:
+            held = self.held.get(key)
+            if held is not None and not held.confirm():
+                self.note(f"{name} is not sent: another host has taken the lease over")
+                logger.warning("%s is not sent: another host has taken the lease over", name)
+                return
+            self._remote.require_exclusive_create()
+            if exchange.send(self._remote, name, sealed, check):
+                self._metrics.count("write_back")
+            else:
+                logger.info("%s is in %s already; it stays as it is", name, self._remote.name)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(sealed)
+
+    def _failed(self, name: str, error: BaseException) -> None:
+        self._metrics.count("write_back_failed")
+        logger.warning("%s was not sent to %s: %s", name, self._remote.name, error)
+        self.note(f"{name} was not sent: {error}")

@@ -1,0 +1,274 @@
+"""A local store in front of a remote one: read-through, write-back after publishing, one builder among hosts.
+
+Lookup asks the remote only when the local store has no entry, and one process of a host at a time: the others wait for
+its answer and then look here. What is fetched is verified (signature, key, digests) and published in the local store
+like a build, so every later start is a local hit that imports nothing for the remote.
+
+Publishing here comes first; a thread sends the canary record and the entry, and gives the lease back last, so that the
+next holder finds both (see `ts_handlers.store.tiered.sender`).
+
+Whatever the remote does, a start goes on: it is a miss, or a build without a lease, and a note says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ts_handlers.errors import RemoteError, StoreError
+from ts_handlers.metrics import Metrics
+from ts_handlers.store.address import Address, entry_path
+from ts_handlers.store.base import Corrupt, Hit, Miss
+from ts_handlers.store.entry import Manifest
+from ts_handlers.store.local.lease import Lease
+from ts_handlers.store.local.store import LocalStore
+from ts_handlers.store.remote import exchange
+from ts_handlers.store.remote.exchange import canary_name, entry_name
+from ts_handlers.store.remote.lease import HeldLease, LeaseService, wait_for_lease
+from ts_handlers.store.remote.objects import Remote
+from ts_handlers.store.remote.signing import Trust
+from ts_handlers.store.tiered.sender import Sender
+from ts_handlers.system.locked_directory import empty_folder
+
+logger = logging.getLogger(__name__)
+
+
+class TieredStore:
+    """See `ts_handlers.store.base.Store`.
+
+    Parameters
+    ----------
+    local, remote:
+        The two tiers.
+    trust:
+        Reads the keys; called at the first contact with the remote.
+    leases:
+        Where hosts agree on one builder, or None.
+    metrics:
+        Counts what the remote does.
+    """
+
+    def __init__(
+        self,
+        local: LocalStore,
+        remote: Remote,
+        trust: Callable[[], Trust],
+        leases: LeaseService | None,
+        metrics: Metrics,
+    ) -> None:
+        self.root = local.root
+        self._sender = Sender(local, remote, functools.cache(trust), metrics)
+        self.notes = self._sender.notes
+        self.write_back = self._sender.write_back
+        self._local = local
+        self._remote = remote
+        self._leases = leases
+        self._metrics = metrics
+        self._stepped_over: dict[str, int] = {}
+        self._discarded: set[str] = set()
+        self._kept: list[tempfile.TemporaryDirectory[str]] = []
+
+    def lookup(self, address: Address) -> Hit | Miss | Corrupt:
+        """Find an entry here, or fetch it; an entry of the remote that must not be used is a miss."""
+        found = self._local.lookup(address)
+        if isinstance(found, Hit):
+            self._sender.resume(address, found.directory)
+            return found
+        if address.key.digest in self._discarded or self._sender.alone():
+            return found
+        began = time.monotonic()
+        with self._metrics.phase("fetch"), self._one_fetcher(address) as asked_by_another:
+            if asked_by_another:
+                again = self._local.lookup(address)
+                return again if isinstance(again, Hit) else found
+            hit = self._fetch(address, began)
+        if hit is not None and isinstance(found, Corrupt):
+            self._metrics.count("corrupt")
+            self._sender.note(f"damaged entry, fetched anew: {found.reason}")
+        return hit or found
+
+    @contextlib.contextmanager
+    def _one_fetcher(self, address: Address) -> Iterator[bool]:
+        """Be the only process of the host that asks for this key; True when another one asked in the meantime."""
+        from filelock import FileLock, Timeout
+
+        folder, waited = self.root / "leases", False
+        lock = FileLock(folder / f"{address.key.digest}.fetch.lock")
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                waited = True
+                lock.acquire(timeout=self._remote.breaker.left, poll_interval=0.02)
+        except Timeout:
+            yield True
+            return
+        except (OSError, NotImplementedError):  # a read-only store: each process asks for itself
+            yield False
+            return
+        try:
+            yield waited
+        finally:
+            lock.release()
+
+    def _fetch(self, address: Address, began: float) -> Hit | None:
+        trust = self._sender.trust()  # here: mistakes in its settings are no failure of the remote
+        with self._local.staging(address) as staging:
+
+            def consume(stream: BinaryIO) -> Manifest:
+                empty_folder(staging)  # of what an earlier generation left
+                return exchange.unseal_entry(stream, staging, entry_path(address), trust)[1]
+
+            self._remote.breaker.charge(time.monotonic() - began)
+            manifest = self._ask(entry_name(address), consume, "remote_miss")
+            if manifest is None:
+                return None
+            if manifest.cache_key != address.key:
+                self._refused((f"{entry_name(address)}: its key is another one with the same digest",))
+                return None
+            self._metrics.count("remote_hit")
+            logger.info("fetched %s from %s", address.key.digest, self._remote.name)
+            try:
+                return Hit(self._local.publish(address, staging, manifest), manifest)
+            except StoreError as error:
+                logger.warning("%s; serving what was fetched unpublished", error)
+                self._metrics.count("publish_failed")
+                kept = tempfile.TemporaryDirectory(prefix="ts_handlers-fetched-")
+                self._kept.append(kept)
+                shutil.copytree(staging, kept.name, dirs_exist_ok=True)
+                return Hit(Path(kept.name), manifest)
+
+    def _ask(self, name: str, consume: Callable[[BinaryIO], Any], absent: str | None = None) -> Any:
+        """What `consume` makes of the first acceptable object; None when there is none or the remote fails.
+
+        `absent` is counted where there is none.
+        """
+        try:
+            fetched = exchange.fetch(self._remote, name, consume)
+        except RemoteError as error:
+            self._failed(error)
+            return None
+        except StoreError as error:  # no room for it here
+            logger.warning("%s could not be fetched: %s", name, error)
+            self._sender.note(str(error))
+            return None
+        self._refused(fetched.refused)
+        self._stepped_over[name] = len(fetched.refused)
+        if fetched.value is None and absent is not None:
+            self._metrics.count(absent)
+        return fetched.value
+
+    def _refused(self, reasons: tuple[str, ...]) -> None:
+        for reason in reasons:
+            self._metrics.count("remote_refused")
+            logger.warning("refused from %s: %s", self._remote.name, reason)
+            self._sender.note(f"refused from the remote: {reason}")
+
+    def _failed(self, error: RemoteError) -> None:
+        if error.first:
+            self._metrics.count("remote_failed")
+        self._sender.note(f"going on alone: {error}")
+
+    def build_estimate(self, address: Address) -> float | None:
+        """The local store's."""
+        return self._local.build_estimate(address)
+
+    def staging(self, address: Address) -> contextlib.AbstractContextManager[Path]:
+        """The local store's."""
+        return self._local.staging(address)
+
+    def discard(self, address: Address, reason: str) -> bool:
+        """Move an entry of the local store aside, and do not fetch it again; the remote's objects stay as they are."""
+        self._discarded.add(address.key.digest)
+        return self._local.discard(address, reason)
+
+    def publish(self, address: Address, staging: Path, manifest: Manifest) -> Path:
+        """Publish in the local store, and send the entry to the remote afterwards.
+
+        Raises
+        ------
+        StoreError
+            The local store cannot be written; the entry is sent nevertheless.
+        """
+        try:
+            directory = self._local.publish(address, staging, manifest)
+        except StoreError:
+            self._sender.send_staged(address, staging)
+            raise
+        self._sender.send(address, directory)
+        return directory
+
+    @contextlib.contextmanager
+    def lease(self, address: Address, estimate: float | None) -> Iterator[Lease]:
+        """The right to build this key, among the processes of this host and then among hosts."""
+        with self._local.lease(address, estimate) as lease:
+            held = None if self._local.has(address) else self._acquire(address, lease)
+            if held is None:
+                yield lease
+                return
+            key = address.key.digest
+            self._sender.held[key] = held
+            try:
+                yield lease
+            finally:
+                # Behind the entry and the canary, which the next holder looks for.
+                self._sender.write_back.submit(f"lease {key}", lambda: self._sender.held.pop(key).release())
+
+    def _acquire(self, address: Address, lease: Lease) -> HeldLease | None:
+        if self._leases is None or not self._sender.may_write():
+            return None
+        key, name = address.key.digest, entry_name(address)
+        awaited = f"{name}.{self._stepped_over.get(name, 0)}"
+
+        def report(text: str) -> None:
+            lease.report(phase=text)
+            logger.info("%s: %s", key, text)
+
+        try:
+            self._remote.require_exclusive_create(charged=True)
+            held = wait_for_lease(
+                self._leases,
+                key,
+                self._remote.settings.heartbeat_seconds,
+                lambda: self._remote.exists(awaited, charged=False),
+                report,
+            )
+        except RemoteError as error:
+            self._failed(error)
+            return None
+        except StoreError as error:
+            self._sender.note(str(error))
+            return None
+        if held is not None and held.grant.took_over:
+            self._metrics.count("takeover")
+        return held
+
+    def read_canary(self, address: Address, weights_digest: str) -> dict[str, Any] | None:
+        """The canary recorded here, or the remote's, which is then recorded here too."""
+        record = self._local.read_canary(address, weights_digest)
+        if record is not None or self._sender.alone():
+            return record
+        name = canary_name(address.key.digest, weights_digest)
+        subject, trust = f"{address.key.digest}/{weights_digest}", self._sender.trust()
+        with self._metrics.phase("fetch"):
+            found: tuple[str, str, dict[str, Any]] | None = self._ask(
+                name, lambda stream: exchange.unseal_canary(stream, subject, trust)
+            )
+            if found is None:
+                return None
+            self._local.write_canary(address, weights_digest, found[2])
+            return found[2]
+
+    def write_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> bool:
+        """Record a canary here, and send it afterwards."""
+        written = self._local.write_canary(address, weights_digest, record)
+        self._sender.send_canary(address, weights_digest, record)
+        return written

@@ -1,0 +1,1 @@
+"""Listing, verifying, evicting and tidying what a local store holds."""

@@ -1,0 +1,183 @@
+"""What crashes and evictions leave behind: found first, removed afterwards.
+
+Everything here may be removed at any moment without harm, whatever other processes do; ages keep apart what has been
+forgotten from what is just being made. Quarantine records are never garbage, those of failed builds are some day.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ts_handlers.guard.quarantine import LONGEST_HOLD_SECONDS, MARKERS, RECORDS, quarantine_files
+from ts_handlers.store.canaries import last_use
+from ts_handlers.store.entry import MANIFEST
+from ts_handlers.store.local.verified import FOLDER as VERIFIED
+from ts_handlers.store.local.verified import REHASH_SECONDS, read_record
+from ts_handlers.store.upkeep.eviction import EVICTED, remove_entry
+from ts_handlers.store.upkeep.scan import measure, scan_entries, scan_trash
+
+ORPHAN_SECONDS = 86400.0  # records of keys that have no entry; a new build of the key would use them again
+MARKER_SECONDS = 7 * 86400.0  # crash markers, from which the next start of the key would learn
+DAMAGED_SECONDS = 7 * 86400.0  # damaged entries, kept for whoever wants to know what happened
+
+CANARIES_PER_KEY = 64  # one for each of the weights that were served lately; others are recorded again when needed
+
+_LEASE_FILE = re.compile(r"(?P<lease>(?P<key>[0-9a-f]{32})(\.background)?)\.(fetch\.lock|lock|json|outcome)")
+_LEASE_TEMPORARY = re.compile(r"[0-9a-f]{32}(\.background)?\.(json|outcome)\.\w+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Garbage:
+    """One file or folder that is to go, and why; `remove` returns None when it is gone, otherwise why it is not."""
+
+    path: Path
+    bytes: int
+    inodes: int
+    reason: str
+    remove: Callable[[], str | None]
+
+
+def find_garbage(root: Path, now: float | None = None) -> list[Garbage]:
+    """Everything in the store that nobody needs any more; `now` is in seconds since the epoch."""
+    now = time.time() if now is None else now
+    entries = scan_entries(root)
+    keys = {entry.key for entry in entries}
+    found = [
+        Garbage(path, *measure(path), reason, functools.partial(_remove, path, locked))
+        for path, locked, reason in (*_unfinished(root, now), *_orphans(root, keys, now), *_surplus(root))
+        if locked is None or not _is_locked(locked)
+    ]
+    for entry in entries:
+        if not (entry.directory / MANIFEST).exists():
+            reason = "no manifest: it was never complete"
+            remove = functools.partial(remove_entry, root, entry.directory)
+            found.append(Garbage(entry.directory, entry.bytes, entry.inodes, reason, remove))
+    return found
+
+
+Found = tuple[Path, Path | None, str]  # what to remove, what its owner would hold locked, why
+
+
+def _unfinished(root: Path, now: float) -> Iterator[Found]:
+    """What interrupted work has left."""
+    for item in scan_trash(root):
+        if item.name.startswith(EVICTED):
+            yield item.path, None, "left by an eviction that did not finish"
+        elif now - item.modified > DAMAGED_SECONDS:
+            yield item.path, None, f"damaged, moved aside {(now - item.modified) / 86400:.0f} days ago"
+    for path in _children(root / "staging"):
+        yield path, path, "left by a builder that died"
+    for path in _temporary_files(root):
+        if _is_older(path, ORPHAN_SECONDS, now):
+            yield path, None, "a temporary file left by a process that died"
+
+
+def _orphans(root: Path, keys: set[str], now: float) -> Iterator[Found]:
+    """Records of what does not exist any more."""
+    for folder in ("canaries", "usage"):
+        for path in _children(root / folder):
+            if path.name not in keys and _is_older(path, ORPHAN_SECONDS, now):
+                yield path, None, f"{folder}: its key has no entry"
+    for path in _children(root / "remote"):
+        unsent, _, key = path.name.partition(".")[0].partition("-")
+        if unsent == "unsent" and key not in keys and _is_older(path, ORPHAN_SECONDS, now):
+            yield path, None, "remote: its key has no entry"
+    for path in _children(root / "leases"):
+        match = _LEASE_FILE.fullmatch(path.name)
+        if match and match["key"] not in keys and _is_older(path, ORPHAN_SECONDS, now):
+            yield path, path.with_name(f"{match['lease']}.lock"), "leases: its key has no entry"
+    for path in _children(root / MARKERS):
+        if path.name.partition(".")[0] not in keys and _is_older(path, MARKER_SECONDS, now):
+            yield path, path, "guards: left by a process that died long ago, and its key has no entry"
+    for path, failure in quarantine_files(root):
+        if failure.kind and _is_older(path, LONGEST_HOLD_SECONDS + MARKER_SECONDS, now):
+            yield path, None, "quarantine: a build that failed long ago"
+    for path in _children(root / VERIFIED):
+        record = read_record(path)
+        gone = record is None or not os.path.exists(record.subject)
+        if _is_older(path, ORPHAN_SECONDS if gone else REHASH_SECONDS, now):
+            yield path, None, "digests of files that are gone, or too old to be used"
+
+
+def _surplus(root: Path) -> Iterator[Found]:
+    """Canary records of weights that have not been served for the longest time."""
+    for folder in _children(root / "canaries"):
+        records = [path for path in _children(folder) if not path.name.startswith(".")]
+        if len(records) > CANARIES_PER_KEY:
+            for path in sorted(records, key=last_use)[:-CANARIES_PER_KEY]:
+                yield path, None, f"canaries: its key has {CANARIES_PER_KEY} that were used since"
+
+
+def _remove(path: Path, locked: Path | None) -> str | None:
+    try:
+        with _lock(locked) as held:
+            if not held:
+                return "in use"
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                # A lease's lock file goes while it is held: who has opened it before and locks it afterwards finds
+                # that it has no name any more and opens a new one (filelock looks after locking).
+                path.unlink()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"cannot be removed: {error.strerror or error}"
+    return None
+
+
+@contextlib.contextmanager
+def _lock(path: Path | None) -> Iterator[bool]:
+    """Hold the lock that the owner of a file or folder would hold, without waiting; yields whether it is held."""
+    if path is None or not path.exists():
+        yield True
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with _lock(path) as held:
+            return not held
+    except OSError:
+        return True
+
+
+def _temporary_files(root: Path) -> Iterator[Path]:
+    """Files written beside their target and never renamed into place."""
+    for key in _children(root / "canaries"):
+        yield from (path for path in _children(key) if path.name.startswith("."))
+    yield from (path for path in _children(root / "leases") if _LEASE_TEMPORARY.fullmatch(path.name))
+    yield from (path for path in _children(root / RECORDS) if path.name.startswith("."))
+
+
+def _children(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _is_older(path: Path, seconds: float, now: float) -> bool:
+    try:
+        return now - path.stat().st_mtime > seconds
+    except OSError:
+        return False

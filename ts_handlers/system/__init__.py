@@ -1,0 +1,1 @@
+"""Files, processes, processors and interpreter: what the operating system offers."""
