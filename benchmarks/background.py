@@ -19,11 +19,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import archives
 import command_line
 import environment
 from measure import READY_INTERVAL_SECONDS, TIMEOUT_SECONDS, Host, check_answer, clean, settle
 
-from tests.support import torchserve_archives as archives
 from ts_handlers.testing import TorchServe
 
 STEADY_SECONDS = 10.0

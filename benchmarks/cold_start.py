@@ -16,13 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import archives
 import command_line
 import environment
 import report
 from measure import Bench, Run
 from rows import ROWS, Row, select
-
-from tests.support import torchserve_archives as archives
 
 
 def run(model: str, archive_format: str, rows: list[Row], rounds: int, directory: Path) -> dict[str, Any]:

@@ -19,13 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import archives
 import command_line
 import environment
 import torch
 from measure import TOLERANCE, Host
 from start_child import LAUNCHED
-
-from tests.support import torchserve_archives as archives
 
 HERE = Path(__file__).resolve().parent
 MODES = ("eager", "aot_inductor", "inductor", "compile")

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from archives import Archives, relative_error
 from rows import Claim, Row, Seeds
 
-from tests.support.torchserve_archives import Archives, relative_error
 from ts_handlers.testing import TorchServe
 
 TOLERANCE = 2e-3

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from start_child import build_eager, read_inputs, start_ours
 
-from ts_handlers.backends.aot_inductor import backend as aot_inductor
+from ts_handlers.backends.aot_inductor import load
 from ts_handlers.backends.aot_inductor.container import TorchRunner
 from ts_handlers.store.entry import read_manifest
 
@@ -31,7 +31,7 @@ def open_runner(model: Any) -> Callable[[list[torch.Tensor]], Any]:
     (manifest,) = Path(os.environ["TS_HANDLERS_CACHE"], "entries").rglob("manifest.json")
     description = read_manifest(manifest.parent).artifact
     request = model._request
-    constants = aot_inductor._constants(request, manifest.parent, description)
+    constants = load._constants(request, manifest.parent, description)
     (variant,) = description["variants"]
     runner = TorchRunner(manifest.parent / variant["name"] / variant["library"], request.device, 1)
     runner.use_constants({name: constants[fqn] for name, fqn in runner.constant_names().items()})

@@ -157,7 +157,7 @@ def memory(folder: Path) -> Figures:
 
 def prepare_initialization(folder: Path) -> None:
     """Weights of BERT-base."""
-    from tests.support import torchserve_archives as archives
+    import archives
 
     archives.prepare("bert_base", folder / "model")
 
@@ -191,10 +191,9 @@ def initialization(folder: Path) -> Figures:
 
 def prepare_artifacts(model: str, backends: list[str], folder: Path) -> None:
     """A model, its request, and an entry of each of the backends in the store."""
+    import archives
     from in_process import write_work
     from start_child import start_ours
-
-    from tests.support import torchserve_archives as archives
 
     files = archives.prepare(model, folder / "model")
     work = write_work(files, folder / "work")
@@ -326,11 +325,11 @@ def forked(function: Callable[..., Figures], *arguments: Any) -> Figures:
 
 def start_and_collect(folder: Path, pause: bool) -> Figures:
     """One warm start; see `collector`."""
-    import ts_handlers.startup.fallback
+    import ts_handlers.startup.attempt
     from ts_handlers.system.cycle_collector import exempt_from_collection
 
     if not pause:
-        ts_handlers.startup.fallback.collection_paused = contextlib.nullcontext
+        ts_handlers.startup.attempt.collection_paused = contextlib.nullcontext
     model = start_hit(folder, "inductor")  # kept: what it holds is no garbage
     found: Figures = {"start_s": time.thread_time(), "objects": len(gc.get_objects())}
     started = time.perf_counter()
@@ -421,7 +420,7 @@ def threads(folder: Path) -> Figures:
 
 def prepare_linears(folder: Path) -> None:
     """The models, and an artifact of each with merged linear layers and one without."""
-    from tests.support import torchserve_archives as archives
+    import archives
 
     for model in LINEARS:
         archives.prepare(model, folder / model)

@@ -25,13 +25,13 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+import archives
 import command_line
 import environment
 import torch
 from measure import Bench, Run
 from rows import AOT_HIT, EAGER, Row
 
-from tests.support import torchserve_archives as archives
 from ts_handlers.settings.sections import RemoteSettings
 from ts_handlers.store.remote.lease import SIGNS_PER_HEARTBEAT, wait_for_lease
 from ts_handlers.store.remote.object_lease import ObjectLeases
