@@ -23,6 +23,8 @@ import report
 from measure import Bench, Run
 from rows import ROWS, Row, select
 
+AGAINST = "measure each row of ours with the package of another checkout too, on the same stores, interleaved"
+
 
 def run(model: str, archive_format: str, rows: list[Row], rounds: int, directory: Path) -> dict[str, Any]:
     """Build the archives, prepare, and measure `rounds` interleaved rounds; returns JSON-compatible data."""
@@ -57,6 +59,20 @@ def run(model: str, archive_format: str, rows: list[Row], rounds: int, directory
     }
 
 
+def beside(rows: list[Row], checkout: Path) -> list[Row]:
+    """Each row that uses the package twice: with this tree's, and as ``NAME@before`` with that of another checkout."""
+    ours = str(Path(__file__).resolve().parent.parent)
+    both: list[Row] = []
+    for row in rows:
+        if row.cache != "store":
+            both.append(row)
+            continue
+        title = f"{row.title}, other checkout"
+        both.append(dataclasses.replace(row, name=f"{row.name}@before", title=title, package=str(checkout)))
+        both.append(dataclasses.replace(row, package=ours))
+    return both
+
+
 def _progress(run: Run, row: Row) -> str:
     if run.problems:
         return f"{row.name}: FAILED: {run.problems[0][:2000]}"
@@ -74,9 +90,12 @@ def main() -> int:
     parser.add_argument("--archive-format", choices=sorted(archives.FORMATS), default="zip")
     parser.add_argument("--rows", help=f"comma-separated; default: all of {', '.join(row.name for row in ROWS)}")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a bar chart (.png or .svg; needs matplotlib)")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help=AGAINST)
     command_line.add_options(parser, "archives, caches and logs of failed runs")
     arguments = parser.parse_args()
     rows = select(arguments.rows)
+    if arguments.against is not None:
+        rows = beside(rows, arguments.against.resolve())
     with command_line.work_folder("cold_start", arguments.workdir) as directory:
         result = run(arguments.model, arguments.archive_format, rows, arguments.n, directory)
     command_line.write(result, arguments, report.markdown)

@@ -145,11 +145,14 @@ class Bench:
         file = archives.file(row.archive)
         directory = self._new_directory("server")
         settle(archives.model_store / file)
+        env = host.env(row.cache)
+        if row.package is not None:
+            env["PYTHONPATH"] = row.package
         server = TorchServe(
             archives.model_store,
             {model: file},
             config={"default_workers_per_model": str(row.workers)},
-            env=host.env(row.cache),
+            env=env,
             directory=directory,
         )
         try:

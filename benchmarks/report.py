@@ -74,6 +74,9 @@ def _summarise_row(runs: Sequence[Run], row: Row, rows: Mapping[str, Row]) -> di
     for reference in references:
         if reference in rows:
             summary["ratios"][reference] = ratio(runs, row.name, reference, row.metric)
+    before = f"{row.name}@before"
+    if before in rows:
+        summary["ratios"]["before"] = ratio(runs, row.name, before, row.metric)
     return summary
 
 
@@ -118,6 +121,10 @@ def markdown(result: Mapping[str, Any]) -> str:
         lines.append(
             _line([summary["title"], _seconds(summary["first_200_s"]), _seconds(summary["ready_s"]), *ratios, runs])
         )
+    beside = {name: each["ratios"]["before"] for name, each in result["rows"].items() if "before" in each["ratios"]}
+    if beside:
+        lines += ["", _line(["row", "x the other checkout"]), _line(["---", "---:"])]
+        lines += [_line([name, "" if value is None else f"{value:.3f}"]) for name, value in beside.items()]
     if result["bars"]:
         lines += ["", _line(["bar", "measured", "limit", "met"]), _line(["---", "---:", "---:", "---"])]
         for bar in result["bars"]:

@@ -40,6 +40,8 @@ class Row:
     host:
         "fresh": everything empty. "same": the very folders that the seeds used. "copy": a copy of all of them.
         "new": a copy of the cache alone under another path; temporary folder and home empty.
+    package:
+        A checkout of the project from which the workers import the package; None takes what is installed.
     workers:
         Workers of the model. With more than one the row's time is that until all are READY.
     """
@@ -52,6 +54,7 @@ class Row:
     seeds: Seeds = ()
     host: str = "fresh"
     workers: int = 1
+    package: str | None = None
 
     @property
     def metric(self) -> str:
