@@ -29,8 +29,9 @@ from ts_handlers.key.fingerprint import runtime_identity
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest
 from ts_handlers.store.local.pins import pin
 from ts_handlers.store.local.verified import RACY_SECONDS
-from ts_handlers.store.remote.breaker import PAUSE_SECONDS, _boot_id
+from ts_handlers.store.remote.breaker import PAUSE_SECONDS
 from ts_handlers.store.upkeep.audit import audit
+from ts_handlers.system.processes import boot_id
 
 BATCH = 40
 Change = Callable[[Path], None]
@@ -55,7 +56,7 @@ def prepare(subject: Subject, root: Path) -> Path:
     (root / "leases" / f"{key}.json").write_text(json.dumps({"pid": 1, "started": time.time(), "phase": "build"}))
     (root / "remote").mkdir(mode=0o700, exist_ok=True)
     (root / "remote" / f"unsent-{key}").touch()
-    state = {"boot": _boot_id(), "until": time.monotonic() + PAUSE_SECONDS, "reason": "soak"}
+    state = {"boot": boot_id(), "until": time.monotonic() + PAUSE_SECONDS, "reason": "soak"}
     (root / "remote" / "0123456789abcdef.json").write_text(json.dumps(state))
     write_quarantine(root, _record(key, manifest.seal, {"torch": "another"}))
     forks.call(functools.partial(_die_loading, root, key, manifest.seal))  # leaves a marker, which is forgiven

@@ -25,10 +25,11 @@ from ts_handlers.store.local.lease import _describe, read_status
 from ts_handlers.store.local.pins import pinned_keys
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.local.verified import KnownDigests, record_name
-from ts_handlers.store.remote.breaker import Breaker, _boot_id
+from ts_handlers.store.remote.breaker import Breaker
 from ts_handlers.store.remote.signing import generate_keys
 from ts_handlers.store.upkeep.audit import audit
 from ts_handlers.store.upkeep.garbage import find_garbage
+from ts_handlers.system.processes import boot_id
 
 
 def records(folder: Path) -> Example:
@@ -47,7 +48,7 @@ def records(folder: Path) -> Example:
     stamp = {"stamp": [1, 2, 3, 4, 5], "sha256": "0" * 64, "computed": time.time()}
     written: dict[str, Any] = {
         f"leases/{key}.json": {"pid": 1, "started": time.time(), "phase": "build", "estimate": 3.0},
-        "remote/state": {"boot": _boot_id(), "until": time.monotonic() + 5, "reason": "r"},
+        "remote/state": {"boot": boot_id(), "until": time.monotonic() + 5, "reason": "r"},
         f"pins/{key}": "note",
         f"guards/{key}.aa": msgspec.to_builtins(marker),
         f"quarantine/{key}-aa.json": msgspec.to_builtins(record),

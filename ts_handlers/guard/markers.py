@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import os
 import platform
 import re
@@ -26,6 +25,7 @@ import msgspec
 
 from ts_handlers.errors import UNDECODABLE
 from ts_handlers.guard.quarantine import marker_paths, open_dead_marker
+from ts_handlers.system.files import lock
 from ts_handlers.system.process_limits import oom_kills
 
 FORGOTTEN_SECONDS = 24 * 3600.0
@@ -112,7 +112,7 @@ def write_marker(directory: Path, key: str, header: bytes) -> tuple[Path, int]:
     path = directory / f"{key}.{uuid.uuid4().hex[:12]}"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # a reader, who finds it empty and ignores it, holds it for a moment
+        lock(descriptor, path, wait=True)  # a reader, who finds it empty and ignores it, holds it for a moment
         if os.write(descriptor, header + b"\n") != len(header) + 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError:

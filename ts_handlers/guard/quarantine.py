@@ -24,6 +24,7 @@ import msgspec
 from ts_handlers.errors import UNDECODABLE
 from ts_handlers.key.digests import digest_text
 from ts_handlers.system.durations import span
+from ts_handlers.system.files import is_temporary, open_locked, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -145,15 +146,11 @@ def write_quarantine(root: Path, record: Quarantine) -> bool:
     payload = msgspec.json.format(msgspec.json.encode(record), indent=1)
     for home in writable_homes(root):
         path = home / RECORDS / record.file_name
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(mode=0o700, exist_ok=True)
-            temporary.write_bytes(payload)
-            os.replace(temporary, path)
+            write_atomically(path, payload)
         except OSError as error:
             logger.debug("no quarantine record in %s: %s", home, error)
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             continue
         what = f"failed, tried again {record.retry}" if record.kind else "quarantined"
         logger.warning("%s: %s, %s of key %s: %s", what, record.model, record.phase, record.key, record.reason)
@@ -218,7 +215,7 @@ def _paths(root: Path, folder: str, key: str) -> list[Path]:
     for home in existing_homes(root):
         with contextlib.suppress(OSError):
             names = sorted(os.listdir(home / folder))
-            found += [home / folder / name for name in names if name.startswith(key) and not name.startswith(".")]
+            found += [home / folder / name for name in names if name.startswith(key) and not is_temporary(name)]
     return found
 
 
@@ -239,11 +236,8 @@ def open_dead_marker(path: Path) -> Iterator[int]:
     OSError
         It is gone, or its process lives.
     """
-    import fcntl
-
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = open_locked(path, shared=True)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield descriptor
     finally:
         os.close(descriptor)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from ts_handlers.store.remote.objects import Remote
 from ts_handlers.store.remote.sealed import SealedReader, check_name, seal
 from ts_handlers.store.remote.signing import Trust
 from ts_handlers.store.upkeep.scan import ENTRY_DEPTH, EntryInfo
+from ts_handlers.system.files import atomic_file
 
 _BUNDLE = "bundle"
 
@@ -162,13 +162,8 @@ def export_bundle(store: LocalStore, entries: Iterable[EntryInfo], path: Path, t
                 _seal_canary(file, store, address, weights, trust)
                 files[file.name] = file
             moved.append(Moved(entry_path(address), "done", canaries=len(weights_digests)))
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with open(part, "xb") as target:
-                seal(target, _BUNDLE, _BUNDLE, files, trust)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with atomic_file(path) as target:
+            seal(target, _BUNDLE, _BUNDLE, files, trust)
     return moved
 
 
@@ -244,7 +239,7 @@ def _seal_entry(target: Path, directory: Path, trust: Trust) -> Address:
 
 def _seal_canary(target: Path, store: LocalStore, address: Address, weights: str, trust: Trust) -> None:
     record = store.read_canary(address, weights)
-    assert record is not None  # `_canaries` has just read it
+    assert record is not None  # `LocalStore.canaries` has just read it
     with open(target, "wb") as file:
         exchange.seal_canary(file, record, address.key.digest, weights, trust)
 

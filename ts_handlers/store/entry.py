@@ -27,6 +27,7 @@ from ts_handlers.errors import UNDECODABLE
 from ts_handlers.key import fingerprint
 from ts_handlers.key.cache_key import FORMAT, CacheKey
 from ts_handlers.key.digests import digest_file, digest_text
+from ts_handlers.system.files import fsync
 from ts_handlers.version import __version__
 
 MANIFEST = "manifest.json"
@@ -132,15 +133,6 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     )
     for path in [*directory.rglob("*"), directory]:
         fsync(path)
-
-
-def fsync(path: Path) -> None:
-    """Flush one file or directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ts_handlers.errors import StoreError
+from ts_handlers.errors import StoreError, one_line
 from ts_handlers.key.digests import DigestFile, digest_file
 from ts_handlers.metrics import Metrics
 from ts_handlers.settings import Settings, default_store_root
@@ -81,4 +80,4 @@ def _open_local(settings: Settings) -> tuple[LocalStore, str | None]:
         # Whoever can replace this folder can also replace the model's Python files, which the server unpacks beside it.
         store = LocalStore(temporary.name, [str(folder) for folder in Path(temporary.name).parents])
         store.keep_alive = temporary
-        return store, re.sub(r"\s+", " ", str(error)).strip()[:400]
+        return store, one_line(error)

@@ -21,6 +21,7 @@ from ts_handlers.store.upkeep.garbage import CANARIES_PER_KEY, find_garbage
 from ts_handlers.store.upkeep.space import make_room
 
 KEY = "0f" * 16
+WRITER = "17.0123456789abcdef"  # process and random part of a temporary name
 DAY = 86400.0
 
 
@@ -66,13 +67,18 @@ LEFT: dict[str, tuple[Callable[[LocalStore], Path], float]] = {  # what, and fro
     "damaged entry": (aside, 7 * DAY),
     "canaries of no entry": (lambda store: write(store.root / "canaries" / KEY / "w").parent, DAY),
     "unsent canary of no entry": (lambda store: write(store.root / "remote" / f"unsent-{KEY}.w"), DAY),
-    "half-written canary": (lambda store: write(store.root / "canaries" / KEY / ".w.17"), DAY),
+    "half-written canary": (lambda store: write(store.root / "canaries" / KEY / f".w.{WRITER}"), DAY),
+    "half-written canary of old": (lambda store: write(store.root / "canaries" / KEY / ".w.17"), DAY),
     "uses of no entry": (lambda store: write(store.root / "usage" / KEY), DAY),
     "lease of no entry": (lambda store: write(store.root / "leases" / f"{KEY}.lock"), DAY),
     "status of a lease of no entry": (lambda store: write(store.root / "leases" / f"{KEY}.json"), DAY),
-    "half-written status": (lambda store: write(store.root / "leases" / f"{KEY}.json.17"), DAY),
+    "half-written status": (lambda store: write(store.root / "leases" / f".{KEY}.json.{WRITER}"), DAY),
+    "half-written status of old": (lambda store: write(store.root / "leases" / f"{KEY}.json.17"), DAY),
+    "half-written outcome of old": (lambda store: write(store.root / "leases" / f"{KEY}.background.outcome.17"), DAY),
+    "half-written breaker": (lambda store: write(store.root / "remote" / f".objects.json.{WRITER}"), DAY),
     "crash marker of no entry": (lambda store: write(store.root / "guards" / f"{KEY}.abc"), 7 * DAY),
-    "half-written quarantine": (lambda store: write(store.root / "quarantine" / f".{KEY}-1.json.17"), DAY),
+    "half-written quarantine": (lambda store: write(store.root / "quarantine" / f".{KEY}-1.json.{WRITER}"), DAY),
+    "half-written quarantine of old": (lambda store: write(store.root / "quarantine" / f".{KEY}-1.json.17"), DAY),
     "unreadable digests": (lambda store: write(store.root / "verified" / KEY), DAY),
 }
 

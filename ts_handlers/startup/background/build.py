@@ -37,7 +37,7 @@ import torch
 from ts_handlers.backends import get_backend
 from ts_handlers.backends.base import Backend, Target
 from ts_handlers.compiled_model import CompiledModel, log_outcome
-from ts_handlers.errors import UNDECODABLE, BuildError
+from ts_handlers.errors import UNDECODABLE, BuildError, one_line
 from ts_handlers.guard.guard import remember_death
 from ts_handlers.key.parts import compute_key
 from ts_handlers.startup.background.idle_window import wait_for_idle_window
@@ -45,6 +45,7 @@ from ts_handlers.startup.build_process import BuildProcess
 from ts_handlers.store.address import Address
 from ts_handlers.store.base import Hit, Store
 from ts_handlers.store.local.lease import hold_lease, read_status
+from ts_handlers.system.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +202,7 @@ class BackgroundBuild:
                 raise BuildError(ended.reason or "nothing was built")
             self._swap(ended.backend, ended.fallbacks)
         except Exception as error:
-            self._reason = " ".join(f"{type(error).__name__}: {error}".split())[:1000]
+            self._reason = one_line(f"{type(error).__name__}: {error}", 1000)
             self._model.metrics.count("background_failed")
             logger.warning("%s: stays eager: %s", self._target.source.name, self._reason)
             logger.debug("details", exc_info=error)
@@ -323,8 +324,6 @@ class BackgroundBuild:
             return None
 
     def _write_outcome(self, ended: Ended) -> None:
-        path = self._leases / f"{self._name}.outcome"
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        facts = {"time": time.time(), **dataclasses.asdict(ended)}
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps({"time": time.time(), **dataclasses.asdict(ended)}), "utf-8")
-            os.replace(temporary, path)
+            write_atomically(self._leases / f"{self._name}.outcome", json.dumps(facts))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ts_handlers.errors import UNDECODABLE
+from ts_handlers.system.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +41,7 @@ class Lease:
         if self._status is None:
             return
         with contextlib.suppress(OSError):
-            temporary = self._status.with_name(f"{self._status.name}.{os.getpid()}")
-            temporary.write_text(json.dumps(self._facts))
-            os.replace(temporary, self._status)
+            write_atomically(self._status, json.dumps(self._facts))
 
 
 @contextlib.contextmanager

@@ -36,12 +36,13 @@ from ts_handlers.key.cache_key import explain
 from ts_handlers.store.address import Address, entry_path, safe_name
 from ts_handlers.store.base import Corrupt, Hit, Miss
 from ts_handlers.store.canaries import check_canary_bytes, encode_canary, load_record, record_canary_use
-from ts_handlers.store.entry import MANIFEST, Manifest, fsync, read_manifest, verify_files, write_manifest
+from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest, verify_files, write_manifest
 from ts_handlers.store.local.lease import Lease, hold_lease
 from ts_handlers.store.local.ownership import check_path, is_inside
 from ts_handlers.store.local.trash import move_aside
 from ts_handlers.store.local.usage import InUse, record_use
 from ts_handlers.store.local.verified import KnownDigests
+from ts_handlers.system.files import fsync, is_temporary, write_atomically
 from ts_handlers.system.locked_directory import collect_directories, make_locked_directory
 
 logger = logging.getLogger(__name__)
@@ -299,21 +300,16 @@ class LocalStore:
             names = sorted(path.name for path in self._canary(address, "").parent.iterdir())
         except OSError:
             return []
-        return [name for name in names if name[0] != "." and self._load_canary(address, name) is not None]
+        return [name for name in names if not is_temporary(name) and self._load_canary(address, name) is not None]
 
     def write_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> bool:
         """Record a canary by writing beside and renaming; False when the store cannot be written."""
         path = self._canary(address, weights_digest)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             _make_private(path.parent, self.root)
-            temporary.write_bytes(encode_canary(f"{path.parent.name}/{path.name}", record))
-            fsync(temporary)
-            os.replace(temporary, path)
+            write_atomically(path, encode_canary(f"{path.parent.name}/{path.name}", record), durable=True)
         except OSError as error:
             logger.warning("the canary of %s could not be recorded: %s", address.key.digest, error)
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             return False
         return True
 

@@ -16,13 +16,14 @@ import hashlib
 import os
 import stat
 import time
-import uuid
 from pathlib import Path
 
 import msgspec
 
 from ts_handlers.errors import UNDECODABLE
 from ts_handlers.key.digests import digest_stream, digest_text
+from ts_handlers.system.files import write_atomically
+from ts_handlers.system.processes import boot_id
 
 RACY_SECONDS = 2.0  # a file changed so recently could change again within the same tick of its clock
 REHASH_SECONDS = 7 * 86400.0  # after this a file is hashed again although it looks unchanged, because disks rot
@@ -65,7 +66,7 @@ class KnownDigests:
         self._folder = root / FOLDER
         self._subject = os.path.realpath(subject)
         self._name = record_name(self._subject)
-        self._boot = _boot_id()
+        self._boot = boot_id()  # empty where there is none, and then nothing is remembered
         self._changed = False
         self._files: dict[str, KnownDigest] = {}
         record = read_record(self._folder / self._name) if _is_private(self._folder) else None
@@ -99,18 +100,12 @@ class KnownDigests:
         if not self._changed:
             return
         payload = msgspec.json.encode(Record(self._boot, self._subject, self._files))
-        temporary = self._folder / f".{self._name}.{uuid.uuid4().hex[:8]}"
+        data = hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload
         with contextlib.suppress(OSError):
             self._folder.mkdir(mode=0o700, exist_ok=True)
             if not _is_private(self._folder):
                 return
-            try:
-                with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                    file.write(hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
-                os.replace(temporary, self._folder / self._name)
-            except OSError:
-                temporary.unlink(missing_ok=True)
-                raise
+            write_atomically(self._folder / self._name, data, mode=0o600)
         self._changed = False
 
 
@@ -156,14 +151,6 @@ def _is_private(folder: Path) -> bool:
 
 def _is_ours(status: os.stat_result) -> bool:
     return status.st_uid in (os.geteuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
-def _boot_id() -> str:
-    """The kernel's boot id; empty where there is none, and then nothing is remembered."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
 
 
 def _is_local(descriptor: int) -> bool:

@@ -13,13 +13,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ts_handlers.errors import RemoteError, StoreError
+from ts_handlers.errors import RemoteError, StoreError, one_line
 from ts_handlers.metrics import Metrics
 from ts_handlers.store.address import Address, entry_path, safe_name
 from ts_handlers.store.local.store import LocalStore
@@ -55,7 +54,7 @@ class Sender:
 
     def note(self, text: str) -> None:
         """Add a note, once."""
-        text = re.sub(r"\s+", " ", text).strip()[:400]
+        text = one_line(text)
         if text not in self.notes:
             self.notes.append(text)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import os
 import re
@@ -24,6 +23,7 @@ from ts_handlers.store.local.verified import FOLDER as VERIFIED
 from ts_handlers.store.local.verified import REHASH_SECONDS, read_record
 from ts_handlers.store.upkeep.eviction import EVICTED, remove_entry
 from ts_handlers.store.upkeep.scan import measure, scan_entries, scan_trash
+from ts_handlers.system.files import is_temporary, open_locked
 
 ORPHAN_SECONDS = 86400.0  # records of keys that have no entry; a new build of the key would use them again
 MARKER_SECONDS = 7 * 86400.0  # crash markers, from which the next start of the key would learn
@@ -32,7 +32,8 @@ DAMAGED_SECONDS = 7 * 86400.0  # damaged entries, kept for whoever wants to know
 CANARIES_PER_KEY = 64  # one for each of the weights that were served lately; others are recorded again when needed
 
 _LEASE_FILE = re.compile(r"(?P<lease>(?P<key>[0-9a-f]{32})(\.background)?)\.(fetch\.lock|lock|json|outcome)")
-_LEASE_TEMPORARY = re.compile(r"[0-9a-f]{32}(\.background)?\.(json|outcome)\.\w+")
+# Of versions that named temporary files ``<name>.<process>``, without the leading dot.
+_OLD_LEASE_TEMPORARY = re.compile(r"[0-9a-f]{32}(\.background)?\.(json|outcome)\.\w+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ def _orphans(root: Path, keys: set[str], now: float) -> Iterator[Found]:
 def _surplus(root: Path) -> Iterator[Found]:
     """Canary records of weights that have not been served for the longest time."""
     for folder in _children(root / "canaries"):
-        records = [path for path in _children(folder) if not path.name.startswith(".")]
+        records = [path for path in _children(folder) if not is_temporary(path.name)]
         if len(records) > CANARIES_PER_KEY:
             for path in sorted(records, key=last_use)[:-CANARIES_PER_KEY]:
                 yield path, None, f"canaries: its key has {CANARIES_PER_KEY} that were used since"
@@ -141,13 +142,12 @@ def _lock(path: Path | None) -> Iterator[bool]:
     if path is None or not path.exists():
         yield True
         return
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+        descriptor = open_locked(path)
+    except BlockingIOError:
+        yield False
+        return
+    try:
         yield True
     finally:
         os.close(descriptor)
@@ -163,10 +163,9 @@ def _is_locked(path: Path) -> bool:
 
 def _temporary_files(root: Path) -> Iterator[Path]:
     """Files written beside their target and never renamed into place."""
-    for key in _children(root / "canaries"):
-        yield from (path for path in _children(key) if path.name.startswith("."))
-    yield from (path for path in _children(root / "leases") if _LEASE_TEMPORARY.fullmatch(path.name))
-    yield from (path for path in _children(root / RECORDS) if path.name.startswith("."))
+    for folder in (*_children(root / "canaries"), root / "leases", root / "remote", root / RECORDS):
+        yield from (path for path in _children(folder) if is_temporary(path.name))
+    yield from (path for path in _children(root / "leases") if _OLD_LEASE_TEMPORARY.fullmatch(path.name))
 
 
 def _children(folder: Path) -> list[Path]:

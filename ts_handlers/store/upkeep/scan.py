@@ -15,6 +15,7 @@ from pathlib import Path
 from ts_handlers.store.entry import Manifest, read_manifest
 from ts_handlers.store.local.pins import is_pinned
 from ts_handlers.store.local.usage import read_use
+from ts_handlers.system.files import is_temporary
 
 ENTRY_DEPTH = 4  # entries/<model>/<model digest>/<device>/<key>
 
@@ -132,7 +133,7 @@ def scan_trash(root: Path) -> list[TrashInfo]:
 def canaries_of(root: Path, key: str) -> list[Path]:
     """The canary records of a key."""
     with contextlib.suppress(OSError):
-        return sorted(path for path in (root / "canaries" / key).iterdir() if not path.name.startswith("."))
+        return sorted(path for path in (root / "canaries" / key).iterdir() if not is_temporary(path.name))
     return []
 
 
