@@ -21,7 +21,8 @@ from ts_handlers.errors import QuarantinedError
 from ts_handlers.guard import guard as guard_module
 from ts_handlers.guard import markers as markers_module
 from ts_handlers.guard.guard import FORGIVEN, Guard
-from ts_handlers.guard.quarantine import fallback_home, lift_quarantine, read_quarantines
+from ts_handlers.guard.quarantine import lift_quarantine, read_quarantines
+from ts_handlers.guard.state_directory import fallback_directory
 from ts_handlers.key.cache_key import CacheKey
 from ts_handlers.settings import CanarySettings
 from ts_handlers.settings.sections import GuardSettings
@@ -239,16 +240,16 @@ def test_a_store_that_cannot_be_written_is_guarded_from_the_temporary_folder(roo
     assert die(root, "segmentation fault") == -signal.SIGSEGV
     assert die(root, "segmentation fault") == 42
     (record,) = read_quarantines(root)
-    assert (fallback_home(root) / "quarantine" / record.file_name).exists()
+    assert (fallback_directory(root) / "quarantine" / record.file_name).exists()
     assert lift_quarantine(root, "") == [record]
     assert die(root, "segmentation fault") == -signal.SIGSEGV
 
 
 def test_without_any_place_for_a_marker_the_model_is_served_and_not_limited(root: Path) -> None:
-    for folder in (root, fallback_home(root)):
+    for folder in (root, fallback_directory(root)):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "guards").write_text("in the way")
-    fallback_home(root).parent.chmod(0o700)
+    fallback_directory(root).parent.chmod(0o700)
     guard = guard_of(root, GuardSettings(load_seconds=0.01, load_memory_mb=1))
     with guard.marked("load", SEAL), guard.limited():
         assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
@@ -259,8 +260,8 @@ def test_without_any_place_for_a_marker_the_model_is_served_and_not_limited(root
 
 def test_a_temporary_folder_that_others_can_write_is_not_used(root: Path) -> None:
     (root / "guards").write_text("in the way")
-    fallback_home(root).parent.mkdir(mode=0o777)
-    fallback_home(root).parent.chmod(0o777)
+    fallback_directory(root).parent.mkdir(mode=0o777)
+    fallback_directory(root).parent.chmod(0o777)
     guard = guard_of(root)
     with guard.marked("load", SEAL):
         assert guard.problem is not None

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.soak.tally import Tally
+from ts_handlers.store.local.layout import EVICTED
 from ts_handlers.store.upkeep.audit import audit
-from ts_handlers.store.upkeep.eviction import EVICTED, Limits
+from ts_handlers.store.upkeep.eviction import Limits
 from ts_handlers.store.upkeep.garbage import find_garbage
 from ts_handlers.store.upkeep.scan import scan_entries
 from ts_handlers.store.upkeep.space import make_room

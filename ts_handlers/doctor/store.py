@@ -19,8 +19,9 @@ from ts_handlers.guard.quarantine import read_quarantines
 from ts_handlers.key.fingerprint import runtime_identity
 from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS
 from ts_handlers.store.entry import Manifest
-from ts_handlers.store.upkeep.eviction import EVICTED
+from ts_handlers.store.local.layout import EVICTED
 from ts_handlers.store.upkeep.scan import scan_entries, scan_trash
+from ts_handlers.system.ownership import is_ours_or_roots, others_may_write
 
 FREE_BYTES = 2 << 30
 
@@ -40,10 +41,10 @@ def check_root(question: Question) -> Iterator[Finding]:
     me = os.geteuid()
     if not stat.S_ISDIR(status.st_mode) or not os.access(root, os.R_OK | os.X_OK):
         yield Finding("store", "fail", f"{root} is no folder that uid {me} can read", "name another, or chmod u+rx it")
-    elif status.st_uid not in (me, 0):
+    elif not is_ours_or_roots(status):
         found = f"{root} belongs to uid {status.st_uid}, this process runs as uid {me}"
         yield Finding("store", "fail", found, f"chown -R {me} {root}, or name another store")
-    elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    elif others_may_write(status):
         found = f"{root} is writable by others (mode {stat.S_IMODE(status.st_mode):04o}), and an entry is code"
         yield Finding("store", "fail", found, f"chmod go-w {root}")
     elif not os.access(root, os.W_OK):

@@ -31,7 +31,8 @@ import msgspec
 
 from ts_handlers.errors import FINAL, BuildError, CanaryError, FailedBeforeError, QuarantinedError, one_line
 from ts_handlers.guard.markers import Death, Marker, read_deaths, write_marker
-from ts_handlers.guard.quarantine import MARKERS, Quarantine, read_quarantines, writable_homes, write_quarantine
+from ts_handlers.guard.quarantine import Quarantine, read_quarantines, write_quarantine
+from ts_handlers.guard.state_directory import MARKERS, writable_directories
 from ts_handlers.key.cache_key import CacheKey
 from ts_handlers.key.fingerprint import runtime_identity
 from ts_handlers.settings import Settings
@@ -241,9 +242,9 @@ class Guard:
         before = [death.marker.generation + 1 for death in self._dead() if death.marker.same_attempt(marker)]
         marker = msgspec.structs.replace(marker, generation=max(before, default=0))
         reason: OSError | None = None
-        for home in writable_homes(self._root):
+        for directory in writable_directories(self._root):
             try:
-                return *write_marker(home / MARKERS, self._key.digest, msgspec.json.encode(marker)), marker
+                return *write_marker(directory / MARKERS, self._key.digest, msgspec.json.encode(marker)), marker
             except OSError as error:
                 reason = error
         self.problem = f"no crash guard: neither the store nor the temporary folder can be written ({reason})"

@@ -24,7 +24,8 @@ from pathlib import Path
 import msgspec
 
 from ts_handlers.errors import UNDECODABLE
-from ts_handlers.guard.quarantine import marker_paths, open_dead_marker
+from ts_handlers.guard.quarantine import open_dead_marker
+from ts_handlers.guard.state_directory import MARKERS, files_in
 from ts_handlers.system.files import lock
 from ts_handlers.system.process_limits import oom_kills
 
@@ -90,7 +91,7 @@ class Death:
 def read_deaths(root: Path, key: str = "") -> list[Death]:
     """What dead processes left for a key, or for all keys."""
     found = []
-    for path in marker_paths(root, key):
+    for path in files_in(root, MARKERS, key):
         with contextlib.suppress(OSError), open_dead_marker(path) as descriptor:
             header, _, words = os.read(descriptor, 1 << 20).partition(b"\n")
             began = os.fstat(descriptor).st_mtime

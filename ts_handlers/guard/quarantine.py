@@ -13,8 +13,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,14 +20,13 @@ from pathlib import Path
 import msgspec
 
 from ts_handlers.errors import UNDECODABLE
+from ts_handlers.guard.state_directory import MARKERS, RECORDS, files_in, writable_directories
 from ts_handlers.key.digests import digest_text
 from ts_handlers.system.durations import span
-from ts_handlers.system.files import is_temporary, open_locked, write_atomically
+from ts_handlers.system.files import open_locked, write_atomically
 
 logger = logging.getLogger(__name__)
 
-RECORDS = "quarantine"
-MARKERS = "guards"
 BUILD = "build-"
 LONGEST_HOLD_SECONDS = 86400.0
 """No build that failed with an exception is held back for longer."""
@@ -108,49 +105,16 @@ class Quarantine(msgspec.Struct, frozen=True):
         return f"{self.key}-{'' if self.seal else BUILD}{digest_text(identity)[:12]}.json"
 
 
-def fallback_home(root: Path) -> Path:
-    """Where the guard of a store that cannot be written keeps its files: a folder of this user and this store."""
-    name = digest_text(str(root))[:12]
-    return Path(tempfile.gettempdir()) / f"ts_handlers-guard-{os.geteuid()}" / name
-
-
-def existing_homes(root: Path) -> list[Path]:
-    """The folders that may hold markers and records of a store, as far as they can be trusted."""
-    fallback = fallback_home(root)
-    return [root, fallback] if _is_ours(fallback.parent) else [root]
-
-
-def writable_homes(root: Path) -> Iterator[Path]:
-    """The same folders, the fallback made if it does not exist."""
-    yield root
-    fallback = fallback_home(root)
-    with contextlib.suppress(OSError):
-        fallback.parent.mkdir(mode=0o700, exist_ok=True)
-        if _is_ours(fallback.parent):
-            fallback.mkdir(mode=0o700, exist_ok=True)
-            yield fallback
-
-
-def _is_ours(directory: Path) -> bool:
-    """Whether nobody else can write here: the temporary folder is everybody's."""
-    try:
-        status = os.lstat(directory)
-    except OSError:
-        return False
-    closed = not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and closed
-
-
 def write_quarantine(root: Path, record: Quarantine) -> bool:
     """Keep a record; False when neither the store nor the fallback folder can be written."""
     payload = msgspec.json.format(msgspec.json.encode(record), indent=1)
-    for home in writable_homes(root):
-        path = home / RECORDS / record.file_name
+    for directory in writable_directories(root):
+        path = directory / RECORDS / record.file_name
         try:
             path.parent.mkdir(mode=0o700, exist_ok=True)
             write_atomically(path, payload)
         except OSError as error:
-            logger.debug("no quarantine record in %s: %s", home, error)
+            logger.debug("no quarantine record in %s: %s", directory, error)
             continue
         what = f"failed, tried again {record.retry}" if record.kind else "quarantined"
         logger.warning("%s: %s, %s of key %s: %s", what, record.model, record.phase, record.key, record.reason)
@@ -180,7 +144,7 @@ def read_quarantines(root: str | Path, key: str = "", *, builds: bool = True) ->
 def quarantine_files(root: Path, key: str = "", *, builds: bool = True) -> list[tuple[Path, Quarantine]]:
     """The same records with the files that hold them."""
     found = []
-    for path in _paths(root, RECORDS, key):
+    for path in files_in(root, RECORDS, key):
         if not builds and f"-{BUILD}" in path.name:
             continue
         try:
@@ -202,26 +166,12 @@ def lift_quarantine(root: str | Path, key: str) -> list[Quarantine]:
     """
     root = Path(root)
     lifted = read_quarantines(root, key)
-    for path in _paths(root, RECORDS, key):
+    for path in files_in(root, RECORDS, key):
         path.unlink(missing_ok=True)
-    for path in _paths(root, MARKERS, key):
+    for path in files_in(root, MARKERS, key):
         with contextlib.suppress(OSError), open_dead_marker(path):
             path.unlink()
     return lifted
-
-
-def _paths(root: Path, folder: str, key: str) -> list[Path]:
-    found = []
-    for home in existing_homes(root):
-        with contextlib.suppress(OSError):
-            names = sorted(os.listdir(home / folder))
-            found += [home / folder / name for name in names if name.startswith(key) and not is_temporary(name)]
-    return found
-
-
-def marker_paths(root: Path, key: str) -> list[Path]:
-    """Markers of a key, of living and of dead processes."""
-    return _paths(root, MARKERS, key)
 
 
 @contextlib.contextmanager

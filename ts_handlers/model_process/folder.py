@@ -29,6 +29,7 @@ import msgspec
 
 from ts_handlers.errors import UNDECODABLE, StoreError
 from ts_handlers.system.files import open_locked, write_atomically
+from ts_handlers.system.ownership import is_private_folder
 
 SWEPT_AFTER_SECONDS = 600.0
 
@@ -153,7 +154,7 @@ def _private_folder() -> Path:
     path = Path(tempfile.gettempdir()) / f"ts_handlers-{os.geteuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
     status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+    if not is_private_folder(path) or status.st_mode & 0o077:
         raise StoreError(
             f"{path} must be a folder of uid {os.geteuid()} with mode 0700, found uid {status.st_uid} and mode "
             f"{stat.S_IMODE(status.st_mode):04o}: whoever can write there could take the model process's place; remove "

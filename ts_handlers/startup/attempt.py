@@ -31,6 +31,7 @@ from ts_handlers.startup.warmup import run_warmup
 from ts_handlers.store.address import Address
 from ts_handlers.store.base import Corrupt, Hit, Miss, Store
 from ts_handlers.store.entry import Manifest, new_manifest, read_manifest
+from ts_handlers.store.local.layout import SHARED
 from ts_handlers.store.local.lease import Lease
 from ts_handlers.system.cycle_collector import collection_paused
 
@@ -213,7 +214,7 @@ class Attempt:
         self._target.check_source()
         lease.report(phase="build")
         with self._metrics.phase("build"), self._guard.marked("build"):
-            workspace = Workspace(staging, self._metrics.build_phase, self._store.root / "shared")
+            workspace = Workspace(staging, self._metrics.build_phase, self._store.root / SHARED)
             built = self._backend.build(self._target, workspace)
         self._metrics.count("build")
         manifest = new_manifest(self._address.key, built.description, staging, self._metrics.build_ms)

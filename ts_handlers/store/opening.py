@@ -14,6 +14,7 @@ from ts_handlers.key.digests import DigestFile, digest_file
 from ts_handlers.metrics import Metrics
 from ts_handlers.settings import Settings, default_store_root
 from ts_handlers.store.base import Store
+from ts_handlers.store.local.layout import REMOTE
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.local.verified import known_digest
 
@@ -48,7 +49,7 @@ def open_store(settings: Settings, metrics: Metrics) -> tuple[Store, str | None]
     from ts_handlers.store.remote.signing import load_trust
     from ts_handlers.store.tiered.store import TieredStore
 
-    state = local.root / "remote"
+    state = local.root / REMOTE
     remote = Remote(settings.remote, state)
     leases = _open_leases(settings.remote, remote, state)
     store = TieredStore(local, remote, lambda: load_trust(settings.trust), leases, metrics)

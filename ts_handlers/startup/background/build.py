@@ -44,6 +44,7 @@ from ts_handlers.startup.background.idle_window import wait_for_idle_window
 from ts_handlers.startup.build_process import BuildProcess
 from ts_handlers.store.address import Address
 from ts_handlers.store.base import Hit, Store
+from ts_handlers.store.local.layout import BACKGROUND, LEASES, OUTCOME
 from ts_handlers.store.local.lease import hold_lease, read_status
 from ts_handlers.system.files import write_atomically
 
@@ -105,8 +106,8 @@ class BackgroundBuild:
         self._address = address
         self._load = load
         self._retry_failed = retry_failed
-        self._leases = store.root / "leases"
-        self._name = f"{address.key.digest}.background"
+        self._leases = store.root / LEASES
+        self._name = f"{address.key.digest}{BACKGROUND}"
         self._state = "waiting"
         self._phase: str | None = None
         self._reason: str | None = None
@@ -316,7 +317,7 @@ class BackgroundBuild:
     def _read_outcome(self) -> Ended | None:
         """How a build ended that another process finished after this one had missed."""
         try:
-            facts = json.loads((self._leases / f"{self._name}.outcome").read_text("utf-8"))
+            facts = json.loads((self._leases / f"{self._name}{OUTCOME}").read_text("utf-8"))
             if float(facts.pop("time")) < self._began:
                 return None
             return Ended(**facts)
@@ -326,4 +327,4 @@ class BackgroundBuild:
     def _write_outcome(self, ended: Ended) -> None:
         facts = {"time": time.time(), **dataclasses.asdict(ended)}
         with contextlib.suppress(OSError):
-            write_atomically(self._leases / f"{self._name}.outcome", json.dumps(facts))
+            write_atomically(self._leases / f"{self._name}{OUTCOME}", json.dumps(facts))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ts_handlers.errors import UNDECODABLE
+from ts_handlers.store.local.layout import LEASE_LOCK, LEASE_STATUS
 from ts_handlers.system.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -60,11 +61,11 @@ def hold_lease(directory: Path, name: str, estimate: float | None) -> Iterator[L
     """
     from filelock import FileLock, Timeout
 
-    status = directory / f"{name}.json"
+    status = directory / f"{name}{LEASE_STATUS}"
     started = time.monotonic()
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = FileLock(directory / f"{name}.lock")
+        lock = FileLock(directory / f"{name}{LEASE_LOCK}")
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -98,7 +99,7 @@ def hold_lease(directory: Path, name: str, estimate: float | None) -> Iterator[L
 def read_status(directory: Path, name: str) -> dict[str, Any]:
     """What the holder of a lease last reported; empty when there is no holder or its report cannot be read."""
     try:
-        facts = json.loads((directory / f"{name}.json").read_text())
+        facts = json.loads((directory / f"{name}{LEASE_STATUS}").read_text())
     except (OSError, *UNDECODABLE):
         return {}
     return facts if isinstance(facts, dict) else {}

@@ -1,21 +1,4 @@
-"""A store in a local folder.
-
-Layout::
-
-    <root>/entries/<model>/<model digest>/<device>/<key>/   published entries (see store/entry.py)
-    <root>/canaries/<key>/<weights digest>                  canary records (see store/canaries.py)
-    <root>/leases/<key>.lock, <key>.json                    build leases and what their holders are doing
-    <root>/leases/<key>.fetch.lock                          held by the process that asks the remote store
-    <root>/remote/<service>.json                            why the host goes on alone (see store/breaker.py)
-    <root>/remote/unsent-<key>                              entries that the remote store lacks (see store/sender.py)
-    <root>/remote/unsent-<key>.<weights digest>             canary records that it lacks
-    <root>/staging/<key>-<random>/                          entries being built; locked by the builder while it lives
-    <root>/trash/<key>-<random>/                            damaged entries, moved aside with the reason
-    <root>/trash/evicted-<key>-<random>/                    evicted entries on their way out (see store/eviction.py)
-    <root>/usage/<key>                                      one byte per use (see store/usage.py)
-    <root>/pins/<key>                                       keys that are never evicted; the file holds a note
-    <root>/verified/<name>                                  digests computed before (see store/verified.py)
-"""
+"""A store in a local folder; `ts_handlers.store.local.layout` names what lies in it."""
 
 from __future__ import annotations
 
@@ -37,6 +20,7 @@ from ts_handlers.store.address import Address, entry_path, safe_name
 from ts_handlers.store.base import Corrupt, Hit, Miss
 from ts_handlers.store.canaries import check_canary_bytes, encode_canary, load_record, record_canary_use
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest, verify_files, write_manifest
+from ts_handlers.store.local.layout import CANARIES, ENTRIES, LEASES, STAGING
 from ts_handlers.store.local.lease import Lease, hold_lease
 from ts_handlers.store.local.ownership import check_path, is_inside
 from ts_handlers.store.local.trash import move_aside
@@ -100,7 +84,7 @@ class LocalStore:
         check_path(self.root, trusted_folders)
 
     def _entry(self, address: Address) -> Path:
-        return self.root / "entries" / entry_path(address)
+        return self.root / ENTRIES / entry_path(address)
 
     def has(self, address: Address) -> bool:
         """Whether there is an entry, right or damaged; reads none of its files."""
@@ -150,7 +134,7 @@ class LocalStore:
     def _manifests(self, address: Address) -> list[Path]:
         """Manifests of every entry of this model, as far as they can be read."""
         try:
-            return list(self.root.joinpath("entries", safe_name(address.model)).glob(f"*/*/*/{MANIFEST}"))
+            return list(self.root.joinpath(ENTRIES, safe_name(address.model)).glob(f"*/*/*/{MANIFEST}"))
         except OSError:
             return []
 
@@ -187,7 +171,7 @@ class LocalStore:
 
         In the latter case the entry cannot be published, but it can be served by this process.
         """
-        base = self.root / "staging"
+        base = self.root / STAGING
         descriptor = -1
         try:
             base.mkdir(mode=0o700, exist_ok=True)
@@ -271,11 +255,11 @@ class LocalStore:
     @contextlib.contextmanager
     def lease(self, address: Address, estimate: float | None) -> Iterator[Lease]:
         """The right to build this key; see `ts_handlers.store.local.lease`."""
-        with hold_lease(self.root / "leases", address.key.digest, estimate) as lease:
+        with hold_lease(self.root / LEASES, address.key.digest, estimate) as lease:
             yield lease
 
     def _canary(self, address: Address, weights_digest: str) -> Path:
-        return self.root / "canaries" / address.key.digest / safe_name(weights_digest)
+        return self.root / CANARIES / address.key.digest / safe_name(weights_digest)
 
     def read_canary(self, address: Address, weights_digest: str) -> dict[str, Any] | None:
         """The recorded canary, or None when there is none or it is damaged; its use is recorded."""

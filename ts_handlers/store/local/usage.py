@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ts_handlers.store.entry import MANIFEST
+from ts_handlers.store.local.layout import USAGE
 from ts_handlers.system.files import is_at, lock
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ def in_use(directory: Path) -> bool:
 
 def record_use(root: Path, key: str) -> None:
     """Remember that an entry was used now."""
-    path = root / "usage" / key
+    path = root / USAGE / key
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     with contextlib.suppress(OSError):
         try:
@@ -157,7 +158,7 @@ def record_use(root: Path, key: str) -> None:
 
 def touch_use(root: Path, key: str) -> None:
     """Remember that an entry is still in use, without counting a use."""
-    path = root / "usage" / key
+    path = root / USAGE / key
     with contextlib.suppress(OSError):
         if not path.exists():
             path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -168,7 +169,7 @@ def touch_use(root: Path, key: str) -> None:
 def read_use(root: Path, key: str) -> tuple[float | None, int]:
     """Time of the last use in seconds since the epoch (None: never) and the number of uses."""
     try:
-        status = (root / "usage" / key).stat()
+        status = (root / USAGE / key).stat()
     except OSError:
         return None, 0
     return status.st_mtime, status.st_size

@@ -22,12 +22,13 @@ import msgspec
 
 from ts_handlers.errors import UNDECODABLE
 from ts_handlers.key.digests import digest_stream, digest_text
+from ts_handlers.store.local.layout import VERIFIED
 from ts_handlers.system.files import write_atomically
+from ts_handlers.system.ownership import only_we_write
 from ts_handlers.system.processes import boot_id
 
 RACY_SECONDS = 2.0  # a file changed so recently could change again within the same tick of its clock
 REHASH_SECONDS = 7 * 86400.0  # after this a file is hashed again although it looks unchanged, because disks rot
-FOLDER = "verified"
 
 # File systems whose change time tells every change at once. On network file systems it may be cached for a minute.
 LOCAL_FILE_SYSTEMS = frozenset({"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"})
@@ -63,7 +64,7 @@ class KnownDigests:
     """
 
     def __init__(self, root: Path, subject: Path) -> None:
-        self._folder = root / FOLDER
+        self._folder = root / VERIFIED
         self._subject = os.path.realpath(subject)
         self._name = record_name(self._subject)
         self._boot = boot_id()  # empty where there is none, and then nothing is remembered
@@ -127,7 +128,7 @@ def read_record(path: Path) -> Record | None:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         with open(descriptor, "rb") as file:
-            if not _is_ours(os.fstat(descriptor)):
+            if not only_we_write(os.fstat(descriptor)):
                 return None
             digest, _, payload = file.read().partition(b"\n")
         if hashlib.sha256(payload).hexdigest().encode() != digest:
@@ -143,14 +144,10 @@ def _stamp(status: os.stat_result) -> Stamp:
 
 def _is_private(folder: Path) -> bool:
     try:
-        status = os.stat(folder, follow_symlinks=False)
+        status = os.lstat(folder)
     except OSError:
         return False
-    return stat.S_ISDIR(status.st_mode) and _is_ours(status)
-
-
-def _is_ours(status: os.stat_result) -> bool:
-    return status.st_uid in (os.geteuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISDIR(status.st_mode) and only_we_write(status)
 
 
 def _is_local(descriptor: int) -> bool:

@@ -27,6 +27,7 @@ from ts_handlers.metrics import Metrics
 from ts_handlers.store.address import Address, entry_path
 from ts_handlers.store.base import Corrupt, Hit, Miss
 from ts_handlers.store.entry import Manifest
+from ts_handlers.store.local.layout import FETCH_LOCK, LEASES
 from ts_handlers.store.local.lease import Lease
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.remote import exchange
@@ -99,8 +100,8 @@ class TieredStore:
         """Be the only process of the host that asks for this key; True when another one asked in the meantime."""
         from filelock import FileLock, Timeout
 
-        folder, waited = self.root / "leases", False
-        lock = FileLock(folder / f"{address.key.digest}.fetch.lock")
+        folder, waited = self.root / LEASES, False
+        lock = FileLock(folder / f"{address.key.digest}{FETCH_LOCK}")
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
             try:

@@ -20,14 +20,11 @@ from pathlib import Path
 
 from ts_handlers.settings.quantities import parse_bytes
 from ts_handlers.settings.sections import Quota
+from ts_handlers.store.local.layout import CANARIES, EVICTED, TRASH, USAGE, VERIFIED
 from ts_handlers.store.local.pins import is_pinned
-from ts_handlers.store.local.trash import FOLDER as TRASH
 from ts_handlers.store.local.usage import exclusive, in_use, read_use, touch_use
-from ts_handlers.store.local.verified import FOLDER as VERIFIED
 from ts_handlers.store.local.verified import record_name
 from ts_handlers.store.upkeep.scan import EntryInfo, entry_folders, scan_entries
-
-EVICTED = "evicted-"  # prefix in the trash of what is on its way out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,9 +193,9 @@ def _forget(root: Path, directory: Path) -> None:
     with contextlib.suppress(OSError):
         (root / VERIFIED / record_name(os.path.realpath(directory))).unlink(missing_ok=True)
     if all(other.name != key for other in entry_folders(root)):
-        shutil.rmtree(root / "canaries" / key, ignore_errors=True)
+        shutil.rmtree(root / CANARIES / key, ignore_errors=True)
         with contextlib.suppress(OSError):
-            (root / "usage" / key).unlink(missing_ok=True)
+            (root / USAGE / key).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty; a publisher that loses its folder here makes it again
         for folder in list(directory.parents)[:3]:
             folder.rmdir()

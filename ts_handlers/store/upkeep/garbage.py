@@ -16,12 +16,28 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ts_handlers.guard.quarantine import LONGEST_HOLD_SECONDS, MARKERS, RECORDS, quarantine_files
+from ts_handlers.guard.quarantine import LONGEST_HOLD_SECONDS, quarantine_files
 from ts_handlers.store.canaries import last_use
 from ts_handlers.store.entry import MANIFEST
-from ts_handlers.store.local.verified import FOLDER as VERIFIED
+from ts_handlers.store.local.layout import (
+    BACKGROUND,
+    CANARIES,
+    EVICTED,
+    FETCH_LOCK,
+    LEASE_LOCK,
+    LEASE_STATUS,
+    LEASES,
+    MARKERS,
+    OUTCOME,
+    RECORDS,
+    REMOTE,
+    STAGING,
+    UNSENT,
+    USAGE,
+    VERIFIED,
+)
 from ts_handlers.store.local.verified import REHASH_SECONDS, read_record
-from ts_handlers.store.upkeep.eviction import EVICTED, remove_entry
+from ts_handlers.store.upkeep.eviction import remove_entry
 from ts_handlers.store.upkeep.scan import measure, scan_entries, scan_trash
 from ts_handlers.system.files import is_temporary, open_locked
 
@@ -31,9 +47,10 @@ DAMAGED_SECONDS = 7 * 86400.0  # damaged entries, kept for whoever wants to know
 
 CANARIES_PER_KEY = 64  # one for each of the weights that were served lately; others are recorded again when needed
 
-_LEASE_FILE = re.compile(r"(?P<lease>(?P<key>[0-9a-f]{32})(\.background)?)\.(fetch\.lock|lock|json|outcome)")
+_LEASE = rf"(?P<lease>(?P<key>[0-9a-f]{{32}})({re.escape(BACKGROUND)})?)"
+_LEASE_FILE = re.compile(_LEASE + f"({'|'.join(map(re.escape, (FETCH_LOCK, LEASE_LOCK, LEASE_STATUS, OUTCOME)))})")
 # Of versions that named temporary files ``<name>.<process>``, without the leading dot.
-_OLD_LEASE_TEMPORARY = re.compile(r"[0-9a-f]{32}(\.background)?\.(json|outcome)\.\w+")
+_OLD_LEASE_TEMPORARY = re.compile(_LEASE + rf"({'|'.join(map(re.escape, (LEASE_STATUS, OUTCOME)))})\.\w+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +92,7 @@ def _unfinished(root: Path, now: float) -> Iterator[Found]:
             yield item.path, None, "left by an eviction that did not finish"
         elif now - item.modified > DAMAGED_SECONDS:
             yield item.path, None, f"damaged, moved aside {(now - item.modified) / 86400:.0f} days ago"
-    for path in _children(root / "staging"):
+    for path in _children(root / STAGING):
         yield path, path, "left by a builder that died"
     for path in _temporary_files(root):
         if _is_older(path, ORPHAN_SECONDS, now):
@@ -84,18 +101,18 @@ def _unfinished(root: Path, now: float) -> Iterator[Found]:
 
 def _orphans(root: Path, keys: set[str], now: float) -> Iterator[Found]:
     """Records of what does not exist any more."""
-    for folder in ("canaries", "usage"):
+    for folder in (CANARIES, USAGE):
         for path in _children(root / folder):
             if path.name not in keys and _is_older(path, ORPHAN_SECONDS, now):
                 yield path, None, f"{folder}: its key has no entry"
-    for path in _children(root / "remote"):
-        unsent, _, key = path.name.partition(".")[0].partition("-")
-        if unsent == "unsent" and key not in keys and _is_older(path, ORPHAN_SECONDS, now):
+    for path in _children(root / REMOTE):
+        key = path.name.partition(".")[0].removeprefix(UNSENT)
+        if path.name.startswith(UNSENT) and key not in keys and _is_older(path, ORPHAN_SECONDS, now):
             yield path, None, "remote: its key has no entry"
-    for path in _children(root / "leases"):
+    for path in _children(root / LEASES):
         match = _LEASE_FILE.fullmatch(path.name)
         if match and match["key"] not in keys and _is_older(path, ORPHAN_SECONDS, now):
-            yield path, path.with_name(f"{match['lease']}.lock"), "leases: its key has no entry"
+            yield path, path.with_name(f"{match['lease']}{LEASE_LOCK}"), "leases: its key has no entry"
     for path in _children(root / MARKERS):
         if path.name.partition(".")[0] not in keys and _is_older(path, MARKER_SECONDS, now):
             yield path, path, "guards: left by a process that died long ago, and its key has no entry"
@@ -111,7 +128,7 @@ def _orphans(root: Path, keys: set[str], now: float) -> Iterator[Found]:
 
 def _surplus(root: Path) -> Iterator[Found]:
     """Canary records of weights that have not been served for the longest time."""
-    for folder in _children(root / "canaries"):
+    for folder in _children(root / CANARIES):
         records = [path for path in _children(folder) if not is_temporary(path.name)]
         if len(records) > CANARIES_PER_KEY:
             for path in sorted(records, key=last_use)[:-CANARIES_PER_KEY]:
@@ -163,9 +180,9 @@ def _is_locked(path: Path) -> bool:
 
 def _temporary_files(root: Path) -> Iterator[Path]:
     """Files written beside their target and never renamed into place."""
-    for folder in (*_children(root / "canaries"), root / "leases", root / "remote", root / RECORDS):
+    for folder in (*_children(root / CANARIES), root / LEASES, root / REMOTE, root / RECORDS):
         yield from (path for path in _children(folder) if is_temporary(path.name))
-    yield from (path for path in _children(root / "leases") if _OLD_LEASE_TEMPORARY.fullmatch(path.name))
+    yield from (path for path in _children(root / LEASES) if _OLD_LEASE_TEMPORARY.fullmatch(path.name))
 
 
 def _children(folder: Path) -> list[Path]:
