@@ -24,7 +24,7 @@ from ts_handlers.store.base import Hit
 from ts_handlers.store.local.lease import _describe, read_status
 from ts_handlers.store.local.pins import pinned_keys
 from ts_handlers.store.local.store import LocalStore
-from ts_handlers.store.local.verified import KnownDigests, record_name
+from ts_handlers.store.local.verified import record_name
 from ts_handlers.store.remote.breaker import Breaker
 from ts_handlers.store.remote.signing import generate_keys
 from ts_handlers.store.upkeep.audit import audit
@@ -43,7 +43,6 @@ def records(folder: Path) -> Example:
         (root / name).mkdir(exist_ok=True)
     marker = Marker(key, "m", "b", "load", "seal", runtime_identity(), 0, 9.0, None, 0, "2026", "host", 7)
     record = Quarantine(key, "m", "b", "load", "other", runtime_identity(), "reason")
-    known = KnownDigests(root, directory)
     subject = os.path.realpath(directory)
     stamp = {"stamp": [1, 2, 3, 4, 5], "sha256": "0" * 64, "computed": time.time()}
     written: dict[str, Any] = {
@@ -53,7 +52,7 @@ def records(folder: Path) -> Example:
         f"guards/{key}.aa": msgspec.to_builtins(marker),
         f"quarantine/{key}-aa.json": msgspec.to_builtins(record),
         f"verified/{record_name(subject)}": {
-            "boot": known._boot,
+            "boot": boot_id(),
             "subject": subject,
             "files": {str(directory / "constants.pt"): stamp},
         },

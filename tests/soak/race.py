@@ -160,8 +160,7 @@ def worker(world: World, log: Log, host: Path, rng: random.Random) -> None:
         record = store.read_canary(where, "w")
         if record is not None and record["key"] != where.key.digest:
             log.write("wrong", key=where.key.digest, what="canary")
-        if hasattr(store, "write_back"):
-            store.write_back.wait()
+        store.write_back.wait()
         del store, found
 
 

@@ -31,7 +31,6 @@ from ts_handlers.startup.warmup import run_warmup
 from ts_handlers.store.address import Address
 from ts_handlers.store.base import Corrupt, Hit, Miss, Store
 from ts_handlers.store.entry import Manifest, new_manifest, read_manifest
-from ts_handlers.store.local.layout import SHARED
 from ts_handlers.store.local.lease import Lease
 from ts_handlers.system.cycle_collector import collection_paused
 
@@ -109,7 +108,9 @@ class Attempt:
         self._address = address
         target = start.target
         digest = target.source.weights_digest
-        self._guard = Guard(start.store.root, target.settings, address.key, address.model, digest, start.retry_since)
+        self._guard = Guard(
+            start.store.state_directory, target.settings, address.key, address.model, digest, start.retry_since
+        )
 
     def find(self) -> Served | None:
         """Serve the entry that is there; one that does not load although its bytes are right is moved aside.
@@ -203,7 +204,7 @@ class Attempt:
                     from ts_handlers.startup.disk_full import make_room_for_build
 
                     space, model = self._target.settings.space, self._address.model
-                    make_room_for_build(self._store.root, staging, space, model, self._metrics, error)
+                    make_room_for_build(self._store.state_directory, staging, space, model, self._metrics, error)
                 self._target.source.release()
                 return self._compile(lease, staging)
         except Exception:
@@ -214,7 +215,7 @@ class Attempt:
         self._target.check_source()
         lease.report(phase="build")
         with self._metrics.phase("build"), self._guard.marked("build"):
-            workspace = Workspace(staging, self._metrics.build_phase, self._store.root / SHARED)
+            workspace = Workspace(staging, self._metrics.build_phase, self._store.shared_directory)
             built = self._backend.build(self._target, workspace)
         self._metrics.count("build")
         manifest = new_manifest(self._address.key, built.description, staging, self._metrics.build_ms)

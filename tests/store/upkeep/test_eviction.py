@@ -108,7 +108,7 @@ def fill_store(store: LocalStore, count: int, model: str = "m") -> list[Path]:
         os.utime(directories[-1], (1000, 1000))
         record_use(store.root, where.key.digest)
         os.utime(store.root / "usage" / where.key.digest, (2000 + index, 2000 + index))
-    store._in_use.close()
+    store.close()
     return directories
 
 
@@ -163,14 +163,14 @@ def test_entry_that_was_in_use_at_the_last_collection_is_not_the_oldest(store: L
     assert isinstance(reader.lookup(address(device="m0")), Hit)
     os.utime(store.root / "usage" / directories[0].name, (1, 1))  # the process has been reading it for long
     make_room(store.root, Limits(entries=2), NO_LIMITS)
-    reader._in_use.close()
+    reader.close()
     make_room(store.root, Limits(entries=1), NO_LIMITS)
     assert [path.exists() for path in directories] == [True, False]
 
 
 def _use(store: LocalStore) -> None:
     assert isinstance(store.lookup(address(device="m0")), Hit)
-    store._in_use.close()
+    store.close()
 
 
 @pytest.mark.parametrize(

@@ -111,14 +111,14 @@ def test_evictor_killed_at_any_moment_leaves_nothing_that_counts(moment: str, tm
     store = LocalStore(tmp_path / "store")
     publish(store, address())
     store.write_canary(address(), "w", {"cases": []})
-    store._in_use.close()
+    store.close()
     finish(start_python(EVICT, store.root, moment), -signal.SIGKILL)
     still_there = moment == "before rename"
     assert len(scan_entries(store.root)) == int(still_there)
     assert isinstance(store.lookup(address()), Hit) == still_there
     publish(store, address())
     assert isinstance(store.lookup(address()), Hit)
-    store._in_use.close()
+    store.close()
     assert make_room(store.root, NOTHING, Limits()).unmet == ()
     assert scan_entries(store.root) == []
     assert find_garbage(store.root) == []

@@ -106,7 +106,7 @@ class BackgroundBuild:
         self._address = address
         self._load = load
         self._retry_failed = retry_failed
-        self._leases = store.root / LEASES
+        self._leases = store.state_directory / LEASES
         self._name = f"{address.key.digest}{BACKGROUND}"
         self._state = "waiting"
         self._phase: str | None = None
@@ -225,9 +225,9 @@ class BackgroundBuild:
                 "no other process can make this model: it exists in this process only, or its handler class is local; "
                 "start it from an archive (ArchiveSource), or set on_miss: compile"
             )
-        if not os.access(self._store.root, os.W_OK | os.X_OK):
+        if not os.access(self._store.state_directory, os.W_OK | os.X_OK):
             raise BuildError(
-                f"the store {self._store.root} cannot be written, so what a child process builds would be lost; make "
+                f"the store {self._store.name} cannot be written, so what a child process builds would be lost; make "
                 "it writable, or fill it beforehand"
             )
         with hold_lease(self._leases, self._name, self._estimate) as lease:
@@ -248,7 +248,7 @@ class BackgroundBuild:
             except BuildError as error:
                 ended = Ended(None, str(error))
                 if self._process is not None and not self._closed:
-                    remember_death(self._store.root, self._process.pid, str(error))
+                    remember_death(self._store.state_directory, self._process.pid, str(error))
             if not self._closed:
                 self._write_outcome(ended)
             return ended
@@ -260,7 +260,11 @@ class BackgroundBuild:
         spec = {
             "source": recipe,
             "settings": msgspec.to_builtins(settings),
-            "overrides": {"on_miss": "compile", "store": str(self._store.root), "backends": self._remaining()},
+            "overrides": {
+                "on_miss": "compile",
+                "store": str(self._store.state_directory),
+                "backends": self._remaining(),
+            },
             "device": str(self._device),
             "threads": self._threads,
             "float32_matmul": torch.get_float32_matmul_precision(),

@@ -69,7 +69,7 @@ def hold_lease(directory: Path, name: str, estimate: float | None) -> Iterator[L
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            logger.info("another process builds %s: %s", name, _describe(directory, name, 0.0, estimate))
+            logger.info("another process builds %s: %s", name, describe_holder(directory, name, 0.0, estimate))
             last = started
             while True:
                 try:
@@ -80,7 +80,7 @@ def hold_lease(directory: Path, name: str, estimate: float | None) -> Iterator[L
                     if now - last >= LOG_EVERY_SECONDS:
                         last = now
                         logger.info(
-                            "still waiting for %s: %s", name, _describe(directory, name, now - started, estimate)
+                            "still waiting for %s: %s", name, describe_holder(directory, name, now - started, estimate)
                         )
     except (OSError, NotImplementedError) as error:
         logger.warning("no lease for %s (%s); building without one", name, error)
@@ -105,7 +105,8 @@ def read_status(directory: Path, name: str) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _describe(directory: Path, name: str, waited: float, estimate: float | None) -> str:
+def describe_holder(directory: Path, name: str, waited: float, estimate: float | None) -> str:
+    """What the holder of a lease is doing, for the log of a process that has waited `waited` seconds for it."""
     try:
         facts = read_status(directory, name)
         elapsed = max(0.0, time.time() - float(facts["started"]))

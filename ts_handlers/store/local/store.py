@@ -17,10 +17,10 @@ from typing import Any, Literal
 from ts_handlers.errors import StoreError
 from ts_handlers.key.cache_key import explain
 from ts_handlers.store.address import Address, entry_path, safe_name
-from ts_handlers.store.base import Corrupt, Hit, Miss
+from ts_handlers.store.base import Corrupt, Hit, Miss, NoPendingWrites
 from ts_handlers.store.canaries import check_canary_bytes, encode_canary, load_record, record_canary_use
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest, verify_files, write_manifest
-from ts_handlers.store.local.layout import CANARIES, ENTRIES, LEASES, STAGING
+from ts_handlers.store.local.layout import CANARIES, ENTRIES, LEASES, SHARED, STAGING
 from ts_handlers.store.local.lease import Lease, hold_lease
 from ts_handlers.store.local.ownership import check_path, is_inside
 from ts_handlers.store.local.trash import move_aside
@@ -39,8 +39,8 @@ _DAMAGE = (errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 class LocalStore:
     """Entries below `root`, which is made if it does not exist.
 
-    The entries that a store object has found or published stay locked against eviction until it is garbage-collected,
-    so keep it for as long as their files may be read.
+    The entries that a store object has found or published stay locked against eviction until it is closed or
+    garbage-collected, so keep it for as long as their files may be read.
 
     Parameters
     ----------
@@ -66,6 +66,7 @@ class LocalStore:
         verify: Literal["always", "changed"] = "changed",
     ) -> None:
         self.notes: list[str] = []
+        self.write_back = NoPendingWrites()
         self.keep_alive: Any = None  # what removes a temporary root when the store is dropped
         self.root = Path(root).expanduser().absolute()
         self._verify = verify
@@ -82,6 +83,25 @@ class LocalStore:
                 "another with handler.ts_handlers.store or TS_HANDLERS_CACHE"
             ) from error
         check_path(self.root, trusted_folders)
+
+    @property
+    def name(self) -> str:
+        """The root, as messages show it."""
+        return str(self.root)
+
+    @property
+    def state_directory(self) -> Path:
+        """The root."""
+        return self.root
+
+    @property
+    def shared_directory(self) -> Path:
+        """See `ts_handlers.store.base.Store`."""
+        return self.root / SHARED
+
+    def close(self) -> None:
+        """Give up the locks on entries."""
+        self._in_use.close()
 
     def _entry(self, address: Address) -> Path:
         return self.root / ENTRIES / entry_path(address)
