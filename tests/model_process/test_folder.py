@@ -110,7 +110,7 @@ def test_a_folder_that_others_can_write_to_is_refused(temporary: Path) -> None:
         folder_of({})
 
 
-def test_a_temporary_folder_that_was_emptied_is_made_anew(temporary: Path) -> None:
+def test_a_temporary_folder_that_was_emptied_is_made_again(temporary: Path) -> None:
     folder = folder_of({})
     shutil.rmtree(folder.path.parent)
     lock = folder.take_lock()

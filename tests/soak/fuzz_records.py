@@ -17,7 +17,8 @@ from tests.support.models import LINEAR_SECTION, settings_of
 from ts_handlers.errors import QuarantinedError, SettingsError
 from ts_handlers.guard.guard import Guard
 from ts_handlers.guard.markers import Marker
-from ts_handlers.guard.quarantine import Quarantine, lift_quarantine, read_quarantines
+from ts_handlers.guard.quarantine import lift_quarantine, read_quarantines
+from ts_handlers.guard.records import Quarantine
 from ts_handlers.key.fingerprint import runtime_identity
 from ts_handlers.settings import parse_settings
 from ts_handlers.store.base import Hit

@@ -138,12 +138,12 @@ class Attempt:
         return None
 
     def _from_entry(self, hit: Hit, result: str) -> Served | Corrupt:
-        seal = hit.manifest.seal
-        self._refuse(seal)
+        digest = hit.manifest.digest
+        self._refuse(digest)
         try:
             # Beside a model that serves the collector goes on, for what its requests leave behind.
             with collection_paused() if self._start.before_run is None else contextlib.nullcontext():
-                loaded, canary = self._load(hit.directory, hit.manifest, seal, None)
+                loaded, canary = self._load(hit.directory, hit.manifest, digest, None)
         except FINAL:
             raise
         except Exception as error:
@@ -158,9 +158,9 @@ class Attempt:
         """Raise `QuarantinedError` or `FailedBeforeError` when this key is not to be built now."""
         self._refuse("")
 
-    def _refuse(self, seal: str) -> None:
+    def _refuse(self, digest: str) -> None:
         try:
-            self._guard.refuse(seal)
+            self._guard.refuse(digest)
         except QuarantinedError:
             self._metrics.count("quarantined")
             raise
@@ -238,19 +238,19 @@ class Attempt:
             # What was loaded may open further files of its directory later, and that has moved.
             del made.loaded
             manifest = read_manifest(directory)  # another process may have published the same key first
-            made.loaded, _ = self._load(directory, manifest, manifest.seal, None)
+            made.loaded, _ = self._load(directory, manifest, manifest.digest, None)
         return Served(made.loaded, "built", made.canary)
 
     def _load(
-        self, directory: Path, manifest: Manifest, seal: str, live: Loaded | None
+        self, directory: Path, manifest: Manifest, digest: str, live: Loaded | None
     ) -> tuple[Loaded, dict[str, object]]:
         """Load an artifact unless it is live already, check and warm it up, all of it guarded.
 
-        `seal` is what a quarantine names: the entry, or nothing while it is not published.
+        `digest` is what a quarantine names: the entry's manifest, or nothing while it is not published.
         """
         loaded = live
         guard = self._guard
-        with guard.marked("load", seal, sum(manifest.build_ms.values()) / 1000):
+        with guard.marked("load", digest, sum(manifest.build_ms.values()) / 1000):
             if guard.problem is not None and guard.problem not in self._start.notes:
                 self._start.notes.append(guard.problem)
             if loaded is None:
@@ -263,7 +263,7 @@ class Attempt:
                 try:
                     canary = check_canary(self._store, self._address, self._target, prepared.checked)
                 except CanaryError as error:
-                    guard.quarantine_canary(seal, error)
+                    guard.quarantine_canary(digest, error)
                     raise
             with self._metrics.phase("warmup"):
                 run_warmup(self._target, prepared.checked, canary["cases"])

@@ -4,11 +4,11 @@ Layout::
 
     entry      := directory, immutable once published
     directory  := manifest.json file*
-    manifest   := JSON object: Manifest below, with `seal` = SHA-256 over the same JSON without `seal`
+    manifest   := JSON object: Manifest below, with `seal` = SHA-256 over the same JSON with an empty `seal`
     file       := any path below the directory that `files` lists, with its size in bytes and SHA-256
 
-Files that the manifest does not list are never opened. Readers check the seal, then every listed file's size and
-digest, before anything is loaded: an entry is code.
+Files that the manifest does not list are never opened. Readers check the manifest's digest, then every listed file's
+size and digest, before anything is loaded: an entry is code.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: every file, by path relative to the entry.
     recorded: facts that are not keyed: time of the build, host, compiler, package version.
     build_ms: duration of each build phase in milliseconds.
-    seal: SHA-256 over this manifest without the seal.
+    digest: SHA-256 over this manifest with an empty digest; names this very entry. Called ``seal`` on disk.
     """
 
     format: str
@@ -62,21 +62,21 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: dict[str, FileRecord]
     recorded: dict[str, str]
     build_ms: dict[str, float]
-    seal: str = ""
+    digest: str = msgspec.field(default="", name="seal")
 
     @property
     def cache_key(self) -> CacheKey:
         """The key as an object."""
         return CacheKey(self.key)
 
-    def sealed(self) -> Manifest:
-        """The same manifest with its seal."""
-        return msgspec.structs.replace(self, seal=_seal(self))
+    def with_digest(self) -> Manifest:
+        """The same manifest with its digest."""
+        return msgspec.structs.replace(self, digest=_digest(self))
 
 
-def _seal(manifest: Manifest) -> str:
-    unsealed = msgspec.structs.replace(manifest, seal="")
-    return digest_text(msgspec.json.encode(unsealed, order="deterministic").decode())
+def _digest(manifest: Manifest) -> str:
+    without = msgspec.structs.replace(manifest, digest="")
+    return digest_text(msgspec.json.encode(without, order="deterministic").decode())
 
 
 def list_files(directory: Path) -> dict[str, FileRecord]:
@@ -127,9 +127,9 @@ def new_manifest(key: CacheKey, artifact: dict[str, Any], directory: Path, build
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write the sealed manifest and flush every file of the entry to the disk."""
+    """Write the manifest with its digest, and flush every file of the entry to the disk."""
     (directory / MANIFEST).write_bytes(
-        msgspec.json.format(msgspec.json.encode(manifest.sealed(), order="deterministic"), indent=1)
+        msgspec.json.format(msgspec.json.encode(manifest.with_digest(), order="deterministic"), indent=1)
     )
     for path in [*directory.rglob("*"), directory]:
         fsync(path)
@@ -141,7 +141,7 @@ def read_manifest(directory: Path) -> Manifest:
     Raises
     ------
     ValueError
-        It is unreadable, of another format, or its seal is broken.
+        It is unreadable, of another format, or its digest is another one.
     """
     try:
         manifest = msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
@@ -149,8 +149,8 @@ def read_manifest(directory: Path) -> Manifest:
         raise ValueError(f"manifest.json is damaged: {error}") from error
     if manifest.format != FORMAT:
         raise ValueError(f"manifest.json has format {manifest.format!r}, expected {FORMAT!r}")
-    if manifest.seal != _seal(manifest):
-        raise ValueError("manifest.json was changed after it was sealed")
+    if manifest.digest != _digest(manifest):
+        raise ValueError("manifest.json was changed after it was written")
     return manifest
 
 

@@ -16,7 +16,7 @@ from ts_handlers.store.entry import write_manifest
 from ts_handlers.store.local import pins
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.local.trash import move_aside
-from ts_handlers.store.upkeep.eviction import Limits
+from ts_handlers.store.upkeep.eviction import Quotas
 from ts_handlers.store.upkeep.garbage import CANARIES_PER_KEY, find_garbage
 from ts_handlers.store.upkeep.space import make_room
 
@@ -119,10 +119,10 @@ def test_canary_records_of_a_key_are_bounded_and_the_used_ones_stay(store: Local
         path = store.root / "canaries" / where.key.digest / name
         os.utime(path, (time.time() - 60 * age - 60,) * 2)
     assert store.read_canary(where, "w001") == {"cases": []}  # the second oldest is used again
-    report = make_room(store.root, Limits(), Limits())
+    report = make_room(store.root, Quotas(), Quotas())
     assert sorted(step.path.name for step in report.done) == ["w000", "w002", "w003"]
     assert store.canaries(where) == [name for name in names if name not in ("w000", "w002", "w003")]
-    assert make_room(store.root, Limits(), Limits()).done == ()
+    assert make_room(store.root, Quotas(), Quotas()).done == ()
 
 
 def test_quarantines_and_pins_outlive_their_entries(store: LocalStore) -> None:
@@ -163,7 +163,7 @@ def test_staging_taken_between_finding_and_removing_stays(store: LocalStore) -> 
     assert item.remove() == "in use"
     assert (directory / "manifest.json").exists()
     os.close(descriptor)
-    report = make_room(store.root, Limits(), Limits())
+    report = make_room(store.root, Quotas(), Quotas())
     assert [(step.path, step.refusal) for step in report.steps] == [(directory, None)]
 
 

@@ -38,7 +38,7 @@ from ts_handlers.backends import get_backend
 from ts_handlers.backends.base import Backend, Target
 from ts_handlers.compiled_model import CompiledModel, log_outcome
 from ts_handlers.errors import UNDECODABLE, BuildError, one_line
-from ts_handlers.guard.guard import remember_death
+from ts_handlers.guard.guard import remember_crash
 from ts_handlers.key.parts import compute_key
 from ts_handlers.startup.background.idle_window import wait_for_idle_window
 from ts_handlers.startup.build_process import BuildProcess
@@ -248,7 +248,7 @@ class BackgroundBuild:
             except BuildError as error:
                 ended = Ended(None, str(error))
                 if self._process is not None and not self._closed:
-                    remember_death(self._store.state_directory, self._process.pid, str(error))
+                    remember_crash(self._store.state_directory, self._process.pid, str(error))
             if not self._closed:
                 self._write_outcome(ended)
             return ended

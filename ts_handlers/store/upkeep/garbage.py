@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ts_handlers.guard.quarantine import LONGEST_HOLD_SECONDS, quarantine_files
+from ts_handlers.guard.quarantine import record_files
+from ts_handlers.guard.records import LONGEST_HOLD_SECONDS, FailedBuild
 from ts_handlers.store.canaries import last_use
 from ts_handlers.store.entry import MANIFEST
 from ts_handlers.store.local.layout import (
@@ -116,12 +117,12 @@ def _orphans(root: Path, keys: set[str], now: float) -> Iterator[Found]:
     for path in _children(root / MARKERS):
         if path.name.partition(".")[0] not in keys and _is_older(path, MARKER_SECONDS, now):
             yield path, path, "guards: left by a process that died long ago, and its key has no entry"
-    for path, failure in quarantine_files(root):
-        if failure.kind and _is_older(path, LONGEST_HOLD_SECONDS + MARKER_SECONDS, now):
+    for path, record in record_files(root):
+        if isinstance(record, FailedBuild) and _is_older(path, LONGEST_HOLD_SECONDS + MARKER_SECONDS, now):
             yield path, None, "quarantine: a build that failed long ago"
     for path in _children(root / VERIFIED):
-        record = read_record(path)
-        gone = record is None or not os.path.exists(record.subject)
+        known = read_record(path)
+        gone = known is None or not os.path.exists(known.subject)
         if _is_older(path, ORPHAN_SECONDS if gone else REHASH_SECONDS, now):
             yield path, None, "digests of files that are gone, or too old to be used"
 
