@@ -1,4 +1,4 @@
-"""What a process says before it runs native code, and what is left of that when the process dies.
+"""Crash markers: a file that a process writes before it runs native code, and what the file tells after a crash.
 
 Layout::
 

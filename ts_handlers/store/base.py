@@ -55,7 +55,7 @@ class Store(Protocol):
     - `publish` is atomic: a reader sees all of an entry or nothing.
     - An entry that this object has found or published is not evicted until `close`, or until the object is dropped.
     - Only `lease` waits for another process's build.
-    - Only `publish` raises, and only `StoreError`. A store that cannot be written finds what it holds; a remote store
+    - Only `publish` raises `StoreError`. A store that cannot be written still finds what it holds, and a remote store
       that does not answer is as good as an empty one.
     """
 

@@ -22,13 +22,19 @@ def only_we_write(status: os.stat_result) -> bool:
     return is_ours_or_roots(status) and not others_may_write(status)
 
 
-def is_private_folder(path: Path) -> bool:
-    """Whether `path` is a folder of this very user that nobody else writes; a symbolic link is none.
+def is_private_folder(path: Path, *, or_roots: bool = False) -> bool:
+    """Whether `path` is a folder of this user that nobody else writes; a symbolic link is none.
 
-    For folders at a well-known place in the temporary folder, where everybody could have made them first.
+    For a folder at a well-known place in the temporary folder, where everybody could have made it first.
+
+    Parameters
+    ----------
+    or_roots:
+        Whether a folder of root will do too.
     """
     try:
         status = os.lstat(path)
     except OSError:
         return False
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not others_may_write(status)
+    ours = is_ours_or_roots(status) if or_roots else status.st_uid == os.geteuid()
+    return stat.S_ISDIR(status.st_mode) and ours and not others_may_write(status)

@@ -77,6 +77,7 @@ LEFT: dict[str, tuple[Callable[[LocalStore], Path], float]] = {  # what, and fro
     "half-written outcome of old": (lambda store: write(store.root / "leases" / f"{KEY}.background.outcome.17"), DAY),
     "half-written breaker": (lambda store: write(store.root / "remote" / f".objects.json.{WRITER}"), DAY),
     "crash marker of no entry": (lambda store: write(store.root / "guards" / f"{KEY}.abc"), 7 * DAY),
+    "half-written timing cache": (lambda store: write(store.root / "shared" / "timing" / f".a.cache.{WRITER}"), DAY),
     "half-written quarantine": (lambda store: write(store.root / "quarantine" / f".{KEY}-1.json.{WRITER}"), DAY),
     "half-written quarantine of old": (lambda store: write(store.root / "quarantine" / f".{KEY}-1.json.17"), DAY),
     "unreadable digests": (lambda store: write(store.root / "verified" / KEY), DAY),

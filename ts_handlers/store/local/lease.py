@@ -1,4 +1,4 @@
-"""One builder per key on a host.
+"""Build leases: one process of a host builds a key at a time.
 
 The lease is a file lock, which the kernel releases when its holder dies, however it dies. Beside the lock stands a
 status file by which waiters tell what the holder is doing; it is information only and may be stale or missing.

@@ -1,4 +1,4 @@
-"""Moving what is damaged out of the way, together with the reason, for whoever wants to look at it."""
+"""The store's trash: moving a damaged entry or record there, with the reason."""
 
 from __future__ import annotations
 

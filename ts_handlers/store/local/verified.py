@@ -1,4 +1,4 @@
-"""Digests that were computed before, so that an unchanged file is not hashed at every start.
+"""Remembered digests of files, so that an unchanged file is not hashed at every start.
 
 A digest is remembered together with the file's device, inode, size, modification time and change time as they were when
 it was computed, in ``<root>/verified/``, one record for each entry or weights file::
@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import stat
 import time
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from ts_handlers.errors import UNDECODABLE
 from ts_handlers.key.digests import digest_stream, digest_text
 from ts_handlers.store.local.layout import VERIFIED
 from ts_handlers.system.files import write_atomically
-from ts_handlers.system.ownership import only_we_write
+from ts_handlers.system.ownership import is_private_folder, only_we_write
 from ts_handlers.system.processes import boot_id
 
 RACY_SECONDS = 2.0  # a file changed so recently could change again within the same tick of its clock
@@ -70,7 +69,7 @@ class KnownDigests:
         self._boot = boot_id()  # empty where there is none, and then nothing is remembered
         self._changed = False
         self._files: dict[str, KnownDigest] = {}
-        record = read_record(self._folder / self._name) if _is_private(self._folder) else None
+        record = read_record(self._folder / self._name) if is_private_folder(self._folder, or_roots=True) else None
         if record is not None and record.boot == self._boot and record.subject == self._subject:
             self._files = record.files
 
@@ -104,7 +103,7 @@ class KnownDigests:
         data = hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload
         with contextlib.suppress(OSError):
             self._folder.mkdir(mode=0o700, exist_ok=True)
-            if not _is_private(self._folder):
+            if not is_private_folder(self._folder, or_roots=True):
                 return
             write_atomically(self._folder / self._name, data, mode=0o600)
         self._changed = False
@@ -140,14 +139,6 @@ def read_record(path: Path) -> Record | None:
 
 def _stamp(status: os.stat_result) -> Stamp:
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-
-def _is_private(folder: Path) -> bool:
-    try:
-        status = os.lstat(folder)
-    except OSError:
-        return False
-    return stat.S_ISDIR(status.st_mode) and only_we_write(status)
 
 
 def _is_local(descriptor: int) -> bool:

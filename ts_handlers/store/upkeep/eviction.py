@@ -1,4 +1,4 @@
-"""Making room: which entries go, and removing them without disturbing who uses them.
+"""Eviction: which entries go when a quota is exceeded, and how they go without disturbing who uses them.
 
 `plan` is pure: from what was found and the quotas to a list of evictions with reasons. `evict` carries one of them out.
 Each step of it leaves a state that a crash may leave for ever: an entry is renamed into the trash first (from then on

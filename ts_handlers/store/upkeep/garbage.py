@@ -1,4 +1,4 @@
-"""What crashes and evictions leave behind: found first, removed afterwards.
+"""Garbage in a store: what crashes and evictions leave behind is found first and removed afterwards.
 
 Everything here may be removed at any moment without harm, whatever other processes do; ages keep apart what has been
 forgotten from what is just being made. Quarantine records are never garbage, those of failed builds are some day.
@@ -32,6 +32,7 @@ from ts_handlers.store.local.layout import (
     OUTCOME,
     RECORDS,
     REMOTE,
+    SHARED,
     STAGING,
     UNSENT,
     USAGE,
@@ -181,7 +182,13 @@ def _is_locked(path: Path) -> bool:
 
 def _temporary_files(root: Path) -> Iterator[Path]:
     """Files written beside their target and never renamed into place."""
-    for folder in (*_children(root / CANARIES), root / LEASES, root / REMOTE, root / RECORDS):
+    for folder in (
+        *_children(root / CANARIES),
+        *_children(root / SHARED),
+        root / LEASES,
+        root / REMOTE,
+        root / RECORDS,
+    ):
         yield from (path for path in _children(folder) if is_temporary(path.name))
     yield from (path for path in _children(root / LEASES) if _OLD_LEASE_TEMPORARY.fullmatch(path.name))
 

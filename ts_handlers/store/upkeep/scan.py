@@ -1,4 +1,4 @@
-"""What lies in a store: reports, never changes anything, and never fails because of what it finds.
+"""Scanning a store: a report of what lies in it, which changes nothing and never fails because of what it finds.
 
 Digests are not computed here, so that a scan of a large store takes milliseconds.
 """
