@@ -22,7 +22,7 @@ from ts_handlers.guard.records import Quarantine
 from ts_handlers.key.fingerprint import runtime_identity
 from ts_handlers.settings import parse_settings
 from ts_handlers.store.base import Hit
-from ts_handlers.store.local.lease import _describe, read_status
+from ts_handlers.store.local.lease import describe_holder, read_status
 from ts_handlers.store.local.pins import pinned_keys
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.local.verified import record_name
@@ -72,7 +72,7 @@ def records(folder: Path) -> Example:
             )
         (root / name).write_bytes(raw)
         read_status(root / "leases", key)
-        _describe(root / "leases", key, 1.0, None)
+        describe_holder(root / "leases", key, 1.0, None)
         assert Breaker(root / "remote" / "state", "r", 1.0).is_open in (True, False)
         pinned_keys(root)
         read_quarantines(root)

@@ -111,7 +111,8 @@ class Guard:
         judged = self._judge()
         for record in [*read_quarantines(self._store, self._key.digest, builds=not digest), *judged]:
             if isinstance(record, FailedBuild):
-                self._refuse_failed_build(record)
+                if not digest:
+                    self._refuse_failed_build(record)
             elif record.applies(digest, runtime_identity(), self._canary, self._weights):
                 what = f"entry {self._key.digest}" if digest else f"building key {self._key.digest}"
                 raise QuarantinedError(

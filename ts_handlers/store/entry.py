@@ -24,7 +24,6 @@ from typing import Any
 import msgspec
 
 from ts_handlers.errors import UNDECODABLE
-from ts_handlers.key import fingerprint
 from ts_handlers.key.cache_key import FORMAT, CacheKey
 from ts_handlers.key.digests import digest_file, digest_text
 from ts_handlers.system.files import fsync
@@ -107,13 +106,15 @@ def new_manifest(key: CacheKey, artifact: dict[str, Any], directory: Path, build
     directory:
         Holds the artifact's files.
     """
+    from ts_handlers.key.fingerprint import compiler_identity, python_identity  # imports torch, which listing needs not
+
     recorded = {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),
         "kernel": platform.release(),
         "package": __version__,
-        "compiler": fingerprint.compiler_identity(),
-        "python": fingerprint.python_identity(),
+        "compiler": compiler_identity(),
+        "python": python_identity(),
     }
     return Manifest(
         format=key["format"],
