@@ -89,6 +89,12 @@ FINAL = (ModelError, SettingsError, MissError)
 """Errors of the archive or of the settings: no other backend would do better."""
 
 
-def one_line(error: BaseException | str) -> str:
-    """An error's message as one line of at most 400 characters."""
-    return re.sub(r"\s+", " ", str(error)).strip()[:400]
+def one_line(error: BaseException | str, length: int = 400) -> str:
+    """An error's message as one line of at most `length` characters.
+
+    Examples
+    --------
+    >>> one_line(ValueError("expected 3,\\n    found 4"), 20)
+    'expected 3, found 4'
+    """
+    return re.sub(r"\s+", " ", str(error)).strip()[:length]

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+
+from ts_handlers.system.processes import process_age_ms
 
 _LOCK = threading.Lock()
 
@@ -119,18 +120,6 @@ def _timed(durations: dict[str, float], name: str) -> Iterator[None]:
         yield
     finally:
         durations[name] = durations.get(name, 0.0) + (time.perf_counter() - started) * 1000
-
-
-def process_age_ms() -> float | None:
-    """Milliseconds since this process started, or None where /proc is not available."""
-    try:
-        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
-            fields = file.read().rpartition(")")[2].split()
-        with open("/proc/uptime", encoding="ascii") as file:
-            uptime = float(file.read().split()[0])
-    except (OSError, ValueError, IndexError):
-        return None
-    return (uptime - int(fields[19]) / os.sysconf("SC_CLK_TCK")) * 1000
 
 
 def dynamo_counter(group: str, name: str) -> int:

@@ -24,7 +24,7 @@ def root(tmp_path: Path) -> Path:
         directory = publish(store, address(device=str(index)))
         os.utime(directory, (1000 + index, 1000 + index))
     store.write_canary(address(device="0"), "w", {"cases": []})
-    store._in_use.close()
+    store.close()
     return store.root
 
 
@@ -116,7 +116,7 @@ def test_verify_hashes_what_lookups_believe_unchanged(run: Run, root: Path, monk
     library.write_bytes(bytes(2048))
     assert type(store.lookup(where)).__name__ == "Hit"
     assert run("verify", "--store", root).code == ExitCode.FINDINGS
-    store._in_use.close()
+    store.close()
 
 
 def test_repair_leaves_an_entry_that_a_process_reads(run: Run, root: Path) -> None:
@@ -127,6 +127,6 @@ def test_repair_leaves_an_entry_that_a_process_reads(run: Run, root: Path) -> No
     (item,) = run("verify", "--repair", "--store", root, "--json").json["damaged"]
     assert item["action"] == "in use"
     assert library.exists()
-    reader._in_use.close()
+    reader.close()
     (item,) = run("verify", "--repair", "--store", root, "--json").json["damaged"]
     assert item["action"] == "moved aside"

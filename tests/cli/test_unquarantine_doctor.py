@@ -23,8 +23,8 @@ def quarantine(store: Path) -> tuple[str, str]:
     (manifest,) = (store / "entries").rglob("manifest.json")
     entry = read_manifest(manifest.parent)
     other = CacheKey((("backend", "inductor"),))
-    for key, seal, model in ((entry.cache_key, entry.seal, "linear"), (other, "", "other")):
-        Guard(store, Settings(), key, model, lambda: "w1").quarantine_canary(seal, ValueError("it is off"))
+    for key, digest, model in ((entry.cache_key, entry.digest, "linear"), (other, "", "other")):
+        Guard(store, Settings(), key, model, lambda: "w1").quarantine_canary(digest, ValueError("it is off"))
     return entry.cache_key.digest, other.digest
 
 

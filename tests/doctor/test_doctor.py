@@ -20,7 +20,7 @@ from ts_handlers import doctor, start_model
 from ts_handlers.doctor import Finding, machine, server
 from ts_handlers.doctor.base import Question, probe
 from ts_handlers.errors import QuarantinedError
-from ts_handlers.guard.guard import Guard, remember_death
+from ts_handlers.guard.guard import Guard, remember_crash
 from ts_handlers.key import fingerprint
 from ts_handlers.key.cache_key import CacheKey
 from ts_handlers.settings import Settings
@@ -265,7 +265,7 @@ def test_builds_that_a_time_limit_has_ended_are_named(filled: Path) -> None:
         return child
 
     killed()
-    remember_death(filled, killed(), "it took longer than the setting background.seconds: 60")
+    remember_crash(filled, killed(), "it took longer than the setting background.seconds: 60")
     limit, *deaths = ask(doctor.store.check_time_limits, filled, model="slow")
     assert ("background.seconds: 60" in limit.found, "raise background.seconds" in limit.remedy) == (True, True)
     assert ["killed without a trace" in finding.found for finding in deaths] == [True, True]

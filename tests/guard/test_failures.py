@@ -1,4 +1,4 @@
-"""Failed builds: what kind they are, how long they hold, and who tries anew."""
+"""Failed builds: what kind they are, how long they hold, and who tries again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from ts_handlers.backends import get_backend
 from ts_handlers.errors import BuildError, CanaryError, FailedBeforeError, LoadError, MissError
 from ts_handlers.guard.failures import CIRCUMSTANTIAL, DETERMINISTIC, kind_of, remember_failure
 from ts_handlers.guard.guard import Guard
-from ts_handlers.guard.quarantine import Quarantine, read_quarantines
+from ts_handlers.guard.quarantine import read_quarantines
+from ts_handlers.guard.records import FailedBuild
 from ts_handlers.key.cache_key import CacheKey
 from ts_handlers.settings.sections import TensorRTSettings
 from ts_handlers.store.upkeep.garbage import find_garbage
@@ -29,11 +30,12 @@ def guard_of(root: Path, retry_since: float | None = None) -> Guard:
     return Guard(root, Settings(), KEY, "model", lambda: "w1", retry_since)
 
 
-def fail(root: Path, error: Exception) -> Quarantine:
+def fail(root: Path, error: Exception) -> FailedBuild:
     """A build that fails; returns what is remembered of it."""
     with pytest.raises(type(error)), guard_of(root).remembered():
         raise error
     (record,) = read_quarantines(root)
+    assert isinstance(record, FailedBuild)
     return record
 
 
@@ -85,7 +87,7 @@ def test_each_further_failure_holds_twice_as_long(kind: str, took: float, held: 
     assert len(read_quarantines(tmp_path)) == 1
 
 
-def test_a_failure_of_another_kind_starts_anew(tmp_path: Path) -> None:
+def test_a_failure_of_another_kind_starts_again(tmp_path: Path) -> None:
     assert fail(tmp_path, OSError(errno.ENOSPC, "full")).count == 1
     assert fail(tmp_path, OSError(errno.ENOSPC, "full")).count == 2
     assert (fail(tmp_path, BuildError("no")).count, fail(tmp_path, BuildError("no")).count) == (1, 2)
@@ -115,7 +117,7 @@ def test_a_damaged_record_holds_for_a_day_at_most(tmp_path: Path) -> None:
     guard_of(tmp_path).refuse()
 
 
-def test_who_tries_anew_takes_what_failed_meanwhile_for_its_own_failure(tmp_path: Path) -> None:
+def test_who_tries_again_takes_what_failed_meanwhile_for_its_own_failure(tmp_path: Path) -> None:
     before = time.time()
     fail(tmp_path, BuildError("no"))
     guard_of(tmp_path, time.time()).refuse()

@@ -21,14 +21,15 @@ from ts_handlers.errors import QuarantinedError
 from ts_handlers.guard import guard as guard_module
 from ts_handlers.guard import markers as markers_module
 from ts_handlers.guard.guard import FORGIVEN, Guard
-from ts_handlers.guard.quarantine import fallback_home, lift_quarantine, read_quarantines
+from ts_handlers.guard.quarantine import lift_quarantine, read_quarantines
+from ts_handlers.guard.state_directory import fallback_directory
 from ts_handlers.key.cache_key import CacheKey
 from ts_handlers.settings import CanarySettings
 from ts_handlers.settings.sections import GuardSettings
 from ts_handlers.system.process_limits import oom_kills
 
 KEY = CacheKey((("format", "1"), ("backend", "aot_inductor")))
-SEAL = "5ea1"
+DIGEST = "d16e57"
 LIMITS = GuardSettings(load_seconds=0.5, load_memory_mb=64)
 libc = ctypes.PyDLL(None)  # its calls hold the GIL, as dlopen does
 
@@ -86,12 +87,12 @@ def status_of(pid: int) -> int:
 
 
 def attempt(
-    root: Path, native: Callable[[], Any], phase: str = "load", seal: str = SEAL, limits: GuardSettings = LIMITS
+    root: Path, native: Callable[[], Any], phase: str = "load", digest: str = DIGEST, limits: GuardSettings = LIMITS
 ) -> None:
     """What a start does: refuse what is quarantined, then run native code."""
     guard = guard_of(root, limits)
-    guard.refuse(seal)
-    with guard.marked(phase, seal), guard.limited():
+    guard.refuse(digest)
+    with guard.marked(phase, digest), guard.limited():
         native()
 
 
@@ -115,9 +116,9 @@ def markers(root: Path) -> list[Path]:
 def test_what_kills_a_process_is_tried_once(how: str, status: int, reason: str, root: Path) -> None:
     assert die(root, how) == status
     with pytest.raises(QuarantinedError, match=reason):
-        guard_of(root).refuse(SEAL)
+        guard_of(root).refuse(DIGEST)
     (record,) = read_quarantines(root)
-    assert (record.key, record.model, record.phase, record.seal) == (KEY.digest, "model", "load", SEAL)
+    assert (record.key, record.model, record.phase, record.digest) == (KEY.digest, "model", "load", DIGEST)
     assert "test_guard.py" in record.details
     assert record.runtime["torch"]
     assert markers(root) == []
@@ -125,7 +126,7 @@ def test_what_kills_a_process_is_tried_once(how: str, status: int, reason: str, 
     guard_of(root).refuse("another entry")
     guard_of(root).refuse()
     assert lift_quarantine(root, KEY.digest[:8]) == [record]
-    guard_of(root).refuse(SEAL)
+    guard_of(root).refuse(DIGEST)
 
 
 def test_processes_that_die_together_leave_one_record(root: Path, tmp_path: Path) -> None:
@@ -148,20 +149,20 @@ def test_processes_that_die_together_leave_one_record(root: Path, tmp_path: Path
 def test_a_process_asked_to_end_is_no_reason(root: Path) -> None:
     for _ in range(4):
         assert die(root, "terminated") == -signal.SIGTERM
-        guard_of(root).refuse(SEAL)
+        guard_of(root).refuse(DIGEST)
     assert markers(root) == []
 
 
 @pytest.mark.parametrize("how", ["killed", "exit"])
 @pytest.mark.parametrize("phase", ["load", "build"])
 def test_deaths_without_a_trace_are_bounded(how: str, phase: str, root: Path) -> None:
-    seal = SEAL if phase == "load" else ""
+    digest = DIGEST if phase == "load" else ""
     for _ in range(FORGIVEN[phase] + 1):
-        assert die(root, how, phase=phase, seal=seal) == {"killed": -signal.SIGKILL, "exit": 3}[how]
-    assert die(root, how, phase=phase, seal=seal) == 42
+        assert die(root, how, phase=phase, digest=digest) == {"killed": -signal.SIGKILL, "exit": 3}[how]
+    assert die(root, how, phase=phase, digest=digest) == 42
     assert "without a trace" in read_quarantines(root)[0].reason
     lift_quarantine(root, KEY.digest)
-    assert die(root, how, phase=phase, seal=seal) != 42
+    assert die(root, how, phase=phase, digest=digest) != 42
 
 
 def test_a_scale_down_kills_many_and_counts_once(root: Path) -> None:
@@ -169,7 +170,7 @@ def test_a_scale_down_kills_many_and_counts_once(root: Path) -> None:
         children = [fork(lambda: attempt(root, lambda: time.sleep(1000), limits=GuardSettings())) for _ in range(3)]
         while not set(children) <= {json.loads(path.read_text() or "{}").get("pid") for path in markers(root)}:
             time.sleep(0.01)
-        guard_of(root).refuse(SEAL)  # the living are not judged
+        guard_of(root).refuse(DIGEST)  # the living are not judged
         if one_loads:
             attempt(root, lambda: None)
         for pid in children:
@@ -178,11 +179,11 @@ def test_a_scale_down_kills_many_and_counts_once(root: Path) -> None:
 
     scale_down(one_loads=False)
     scale_down(one_loads=True)
-    guard_of(root).refuse(SEAL)
+    guard_of(root).refuse(DIGEST)
     assert read_quarantines(root) == []
     scale_down(one_loads=False)
     with pytest.raises(QuarantinedError, match="2 times in a row"):
-        guard_of(root).refuse(SEAL)
+        guard_of(root).refuse(DIGEST)
     assert markers(root) == []
 
 
@@ -190,17 +191,17 @@ def test_old_deaths_without_a_trace_are_forgotten(root: Path) -> None:
     assert die(root, "killed") == -signal.SIGKILL
     (marker,) = markers(root)
     os.utime(marker, (time.time() - 25 * 3600,) * 2)
-    guard_of(root).refuse(SEAL)
+    guard_of(root).refuse(DIGEST)
     assert markers(root) == []
 
 
 def test_a_success_does_not_forgive_a_crash_of_another_process(root: Path) -> None:
     assert die(root, "segmentation fault") == -signal.SIGSEGV
     guard = guard_of(root)
-    with guard.marked("load", SEAL):
+    with guard.marked("load", DIGEST):
         assert len(markers(root)) == 2
     with pytest.raises(QuarantinedError):
-        guard_of(root).refuse(SEAL)
+        guard_of(root).refuse(DIGEST)
 
 
 def test_python_errors_leave_nothing(root: Path) -> None:
@@ -214,23 +215,23 @@ def test_python_errors_leave_nothing(root: Path) -> None:
 def test_another_runtime_tries_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert die(root, "abort") == -signal.SIGABRT
     with pytest.raises(QuarantinedError):
-        guard_of(root).refuse(SEAL)
+        guard_of(root).refuse(DIGEST)
     identity = {**guard_module.runtime_identity(), "libstdc++": "libstdc++.so.6.0.99"}
     monkeypatch.setattr(guard_module, "runtime_identity", lambda: identity)
-    guard_of(root).refuse(SEAL)
+    guard_of(root).refuse(DIGEST)
     assert die(root, "abort") == -signal.SIGABRT
     with pytest.raises(QuarantinedError):
-        guard_of(root).refuse(SEAL)
+        guard_of(root).refuse(DIGEST)
     assert len(read_quarantines(root)) == 2
 
 
 def test_wrong_answers_count_for_the_weights_and_settings_that_gave_them(root: Path) -> None:
-    guard_of(root).quarantine_canary(SEAL, ValueError("too far"))
+    guard_of(root).quarantine_canary(DIGEST, ValueError("too far"))
     with pytest.raises(QuarantinedError, match="ValueError: too far"):
-        guard_of(root).refuse(SEAL)
-    Guard(root, Settings(guard=LIMITS), KEY, "model", lambda: "w2").refuse(SEAL)
+        guard_of(root).refuse(DIGEST)
+    Guard(root, Settings(guard=LIMITS), KEY, "model", lambda: "w2").refuse(DIGEST)
     lenient = Settings(canary=CanarySettings(tolerance=0.1))
-    Guard(root, lenient, KEY, "model", lambda: "w1").refuse(SEAL)
+    Guard(root, lenient, KEY, "model", lambda: "w1").refuse(DIGEST)
 
 
 def test_a_store_that_cannot_be_written_is_guarded_from_the_temporary_folder(root: Path) -> None:
@@ -239,18 +240,18 @@ def test_a_store_that_cannot_be_written_is_guarded_from_the_temporary_folder(roo
     assert die(root, "segmentation fault") == -signal.SIGSEGV
     assert die(root, "segmentation fault") == 42
     (record,) = read_quarantines(root)
-    assert (fallback_home(root) / "quarantine" / record.file_name).exists()
+    assert (fallback_directory(root) / "quarantine" / record.file_name).exists()
     assert lift_quarantine(root, "") == [record]
     assert die(root, "segmentation fault") == -signal.SIGSEGV
 
 
 def test_without_any_place_for_a_marker_the_model_is_served_and_not_limited(root: Path) -> None:
-    for folder in (root, fallback_home(root)):
+    for folder in (root, fallback_directory(root)):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "guards").write_text("in the way")
-    fallback_home(root).parent.chmod(0o700)
+    fallback_directory(root).parent.chmod(0o700)
     guard = guard_of(root, GuardSettings(load_seconds=0.01, load_memory_mb=1))
-    with guard.marked("load", SEAL), guard.limited():
+    with guard.marked("load", DIGEST), guard.limited():
         assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
         time.sleep(0.1)
     assert guard.problem is not None
@@ -259,10 +260,10 @@ def test_without_any_place_for_a_marker_the_model_is_served_and_not_limited(root
 
 def test_a_temporary_folder_that_others_can_write_is_not_used(root: Path) -> None:
     (root / "guards").write_text("in the way")
-    fallback_home(root).parent.mkdir(mode=0o777)
-    fallback_home(root).parent.chmod(0o777)
+    fallback_directory(root).parent.mkdir(mode=0o777)
+    fallback_directory(root).parent.chmod(0o777)
     guard = guard_of(root)
-    with guard.marked("load", SEAL):
+    with guard.marked("load", DIGEST):
         assert guard.problem is not None
 
 
@@ -292,7 +293,7 @@ def test_marker_that_names_another_key_is_no_record(root: Path) -> None:
 def test_limits_end_with_the_block(root: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_DATA), faulthandler.is_enabled()
     guard = guard_of(root, GuardSettings(load_seconds=0.2, load_memory_mb=32))
-    with guard.marked("load", SEAL):
+    with guard.marked("load", DIGEST):
         with guard.limited():
             bound = resource.getrlimit(resource.RLIMIT_DATA)[0]
             with pytest.raises(MemoryError):
@@ -308,7 +309,7 @@ def test_the_automatic_limit_grows_with_the_build(root: Path, monkeypatch: pytes
     monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, **options: seen.append(seconds))
     guard = guard_of(root, GuardSettings())
     for build_seconds in (1.0, 500.0):
-        with guard.marked("load", SEAL, build_seconds), guard.limited():
+        with guard.marked("load", DIGEST, build_seconds), guard.limited():
             pass
     assert seen == [120.0, 1000.0]
 
@@ -337,7 +338,7 @@ def test_kills_by_the_kernel_are_counted(group: str, file: str, text: str, tmp_p
 def test_a_kill_by_the_kernel_is_a_reason_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard_module, "oom_kills", lambda: 3)
     assert die(root, "killed") == -signal.SIGKILL
-    guard_of(root).refuse(SEAL)
+    guard_of(root).refuse(DIGEST)
     monkeypatch.setattr(markers_module, "oom_kills", lambda: 4)
     with pytest.raises(QuarantinedError, match="killed by the kernel for lack of memory while loading"):
-        guard_of(root).refuse(SEAL)
+        guard_of(root).refuse(DIGEST)

@@ -38,7 +38,7 @@ def test_one_holder_at_a_time() -> None:
     os.close(again)
 
 
-def test_a_lock_on_a_folder_that_was_swept_away_is_taken_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_on_a_folder_that_was_swept_away_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_of({})
     lock = folder.take_lock()
     assert lock is not None
@@ -110,7 +110,7 @@ def test_a_folder_that_others_can_write_to_is_refused(temporary: Path) -> None:
         folder_of({})
 
 
-def test_a_temporary_folder_that_was_emptied_is_made_anew(temporary: Path) -> None:
+def test_a_temporary_folder_that_was_emptied_is_made_again(temporary: Path) -> None:
     folder = folder_of({})
     shutil.rmtree(folder.path.parent)
     lock = folder.take_lock()

@@ -23,12 +23,12 @@ from tests.soak.subject import EXPECTED, Subject
 from tests.soak.tally import Tally
 from ts_handlers.errors import RefusedError, StoreError
 from ts_handlers.guard.failures import CIRCUMSTANTIAL
-from ts_handlers.guard.quarantine import quarantine_files
+from ts_handlers.guard.quarantine import record_files
 from ts_handlers.store import bundles
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.remote.signing import Trust
 from ts_handlers.store.upkeep.audit import audit
-from ts_handlers.store.upkeep.eviction import Limits
+from ts_handlers.store.upkeep.eviction import Quotas
 from ts_handlers.store.upkeep.scan import scan_entries
 from ts_handlers.store.upkeep.space import make_room, wait_for_room
 
@@ -129,7 +129,7 @@ class Operations:
 
     def _tidy(self, root: Path) -> None:
         try:
-            make_room(root, Limits(entries=0), Limits())
+            make_room(root, Quotas(entries=0), Quotas())
         except OSError:
             return
 
@@ -226,7 +226,7 @@ def _afterwards(tally: Tally, operations: Operations, root: Path, what: str) -> 
 
     A build that met the fault is held back for a minute, which is over here; for a fault no build is held for longer.
     """
-    for path, record in quarantine_files(root):
+    for path, record in record_files(root):
         if record.kind == CIRCUMSTANTIAL:
             path.unlink()
     for expected in (("hit", "built"), ("hit",)):
@@ -237,7 +237,7 @@ def _afterwards(tally: Tally, operations: Operations, root: Path, what: str) -> 
     for finding in audit(root):
         if finding.problem is not None:
             tally.note("stuck", f"{what}, then: {finding}")
-    make_room(root, Limits(), Limits())
+    make_room(root, Quotas(), Quotas())
     left = list((root / "staging").glob("*")) if (root / "staging").exists() else []
     if left or len(scan_entries(root)) != 1:
         tally.note("stuck", f"{what}, then left: {left}, {len(scan_entries(root))} entries")

@@ -24,13 +24,15 @@ from tests.soak import forks
 from tests.soak.subject import Subject, judge
 from tests.soak.tally import Tally
 from ts_handlers.guard.guard import Guard
-from ts_handlers.guard.quarantine import Quarantine, write_quarantine
+from ts_handlers.guard.quarantine import write_record
+from ts_handlers.guard.records import Quarantine
 from ts_handlers.key.fingerprint import runtime_identity
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest
 from ts_handlers.store.local.pins import pin
 from ts_handlers.store.local.verified import RACY_SECONDS
-from ts_handlers.store.remote.breaker import PAUSE_SECONDS, _boot_id
+from ts_handlers.store.remote.breaker import PAUSE_SECONDS
 from ts_handlers.store.upkeep.audit import audit
+from ts_handlers.system.processes import boot_id
 
 BATCH = 40
 Change = Callable[[Path], None]
@@ -55,26 +57,26 @@ def prepare(subject: Subject, root: Path) -> Path:
     (root / "leases" / f"{key}.json").write_text(json.dumps({"pid": 1, "started": time.time(), "phase": "build"}))
     (root / "remote").mkdir(mode=0o700, exist_ok=True)
     (root / "remote" / f"unsent-{key}").touch()
-    state = {"boot": _boot_id(), "until": time.monotonic() + PAUSE_SECONDS, "reason": "soak"}
+    state = {"boot": boot_id(), "until": time.monotonic() + PAUSE_SECONDS, "reason": "soak"}
     (root / "remote" / "0123456789abcdef.json").write_text(json.dumps(state))
-    write_quarantine(root, _record(key, manifest.seal, {"torch": "another"}))
-    forks.call(functools.partial(_die_loading, root, key, manifest.seal))  # leaves a marker, which is forgiven
+    write_record(root, _record(key, manifest.digest, {"torch": "another"}))
+    forks.call(functools.partial(_die_loading, root, key, manifest.digest))  # leaves a marker, which is forgiven
     assert any((root / "guards").iterdir())
     return entry
 
 
-def _record(key: str, seal: str, runtime: dict[str, str]) -> Quarantine:
-    return Quarantine(key, "model", "aot_inductor", "load", seal, runtime, "soak", time="2026-01-01T00:00:00Z")
+def _record(key: str, digest: str, runtime: dict[str, str]) -> Quarantine:
+    return Quarantine(key, "model", "aot_inductor", "load", digest, runtime, "soak", time="2026-01-01T00:00:00Z")
 
 
-def _die_loading(root: Path, key: str, seal: str) -> None:
+def _die_loading(root: Path, key: str, digest: str) -> None:
     from tests.support.models import settings_of
     from ts_handlers.key.cache_key import CacheKey
 
     manifest = next(read_manifest(path.parent) for path in root.rglob(MANIFEST))
     cache_key = CacheKey(manifest.key)
     assert cache_key.digest == key
-    with Guard(root, settings_of(), cache_key, "model", lambda: "").marked("load", seal):
+    with Guard(root, settings_of(), cache_key, "model", lambda: "").marked("load", digest):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -237,8 +239,8 @@ def quarantined(tally: Tally, folder: Path, seed: int, *, regions: int) -> None:
     subject, rng = Subject(folder / "subject", real=False), random.Random(seed)
     master = folder / "master"
     entry = subject.prepare(master)
-    seal, key = read_manifest(entry).seal, entry.name
-    write_quarantine(master, _record(key, seal, runtime_identity()))
+    digest, key = read_manifest(entry).digest, entry.name
+    write_record(master, _record(key, digest, runtime_identity()))
     for trial in trials(master, regions, rng):
         if not trial.file.startswith("quarantine/"):
             continue

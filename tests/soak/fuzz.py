@@ -48,7 +48,7 @@ from ts_handlers.store.upkeep.scan import scan_entries
 def _fuzzed_manifest(data: st.DataObject, value: Any) -> bytes:
     raw = fuzzed_json(data, value)
     with contextlib.suppress(ValueError, RecursionError):
-        raw = msgspec.json.encode(msgspec.json.decode(raw, type=Manifest).sealed())
+        raw = msgspec.json.encode(msgspec.json.decode(raw, type=Manifest).with_digest())
     return raw
 
 

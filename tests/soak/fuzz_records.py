@@ -17,18 +17,20 @@ from tests.support.models import LINEAR_SECTION, settings_of
 from ts_handlers.errors import QuarantinedError, SettingsError
 from ts_handlers.guard.guard import Guard
 from ts_handlers.guard.markers import Marker
-from ts_handlers.guard.quarantine import Quarantine, lift_quarantine, read_quarantines
+from ts_handlers.guard.quarantine import lift_quarantine, read_quarantines
+from ts_handlers.guard.records import Quarantine
 from ts_handlers.key.fingerprint import runtime_identity
 from ts_handlers.settings import parse_settings
 from ts_handlers.store.base import Hit
-from ts_handlers.store.local.lease import _describe, read_status
+from ts_handlers.store.local.lease import describe_holder, read_status
 from ts_handlers.store.local.pins import pinned_keys
 from ts_handlers.store.local.store import LocalStore
-from ts_handlers.store.local.verified import KnownDigests, record_name
-from ts_handlers.store.remote.breaker import Breaker, _boot_id
+from ts_handlers.store.local.verified import record_name
+from ts_handlers.store.remote.breaker import Breaker
 from ts_handlers.store.remote.signing import generate_keys
 from ts_handlers.store.upkeep.audit import audit
 from ts_handlers.store.upkeep.garbage import find_garbage
+from ts_handlers.system.processes import boot_id
 
 
 def records(folder: Path) -> Example:
@@ -42,17 +44,16 @@ def records(folder: Path) -> Example:
         (root / name).mkdir(exist_ok=True)
     marker = Marker(key, "m", "b", "load", "seal", runtime_identity(), 0, 9.0, None, 0, "2026", "host", 7)
     record = Quarantine(key, "m", "b", "load", "other", runtime_identity(), "reason")
-    known = KnownDigests(root, directory)
     subject = os.path.realpath(directory)
     stamp = {"stamp": [1, 2, 3, 4, 5], "sha256": "0" * 64, "computed": time.time()}
     written: dict[str, Any] = {
         f"leases/{key}.json": {"pid": 1, "started": time.time(), "phase": "build", "estimate": 3.0},
-        "remote/state": {"boot": _boot_id(), "until": time.monotonic() + 5, "reason": "r"},
+        "remote/state": {"boot": boot_id(), "until": time.monotonic() + 5, "reason": "r"},
         f"pins/{key}": "note",
         f"guards/{key}.aa": msgspec.to_builtins(marker),
         f"quarantine/{key}-aa.json": msgspec.to_builtins(record),
         f"verified/{record_name(subject)}": {
-            "boot": known._boot,
+            "boot": boot_id(),
             "subject": subject,
             "files": {str(directory / "constants.pt"): stamp},
         },
@@ -71,7 +72,7 @@ def records(folder: Path) -> Example:
             )
         (root / name).write_bytes(raw)
         read_status(root / "leases", key)
-        _describe(root / "leases", key, 1.0, None)
+        describe_holder(root / "leases", key, 1.0, None)
         assert Breaker(root / "remote" / "state", "r", 1.0).is_open in (True, False)
         pinned_keys(root)
         read_quarantines(root)

@@ -40,7 +40,7 @@ from ts_handlers.store.opening import open_store
 from ts_handlers.store.remote.lease import LOST_AFTER
 from ts_handlers.store.upkeep import eviction
 from ts_handlers.store.upkeep.audit import audit
-from ts_handlers.store.upkeep.eviction import Limits
+from ts_handlers.store.upkeep.eviction import Quotas
 from ts_handlers.store.upkeep.scan import scan_entries
 from ts_handlers.store.upkeep.space import make_room
 
@@ -160,8 +160,7 @@ def worker(world: World, log: Log, host: Path, rng: random.Random) -> None:
         record = store.read_canary(where, "w")
         if record is not None and record["key"] != where.key.digest:
             log.write("wrong", key=where.key.digest, what="canary")
-        if hasattr(store, "write_back"):
-            store.write_back.wait()
+        store.write_back.wait()
         del store, found
 
 
@@ -195,7 +194,7 @@ def room(world: World, log: Log, host: Path, rng: random.Random) -> None:
 
     ts_handlers.store.upkeep.space.evict = logged
     for _ in range(rng.randint(1, 4)):
-        make_room(host / "store", Limits(entries=rng.randint(0, KEYS + 1)), Limits())
+        make_room(host / "store", Quotas(entries=rng.randint(0, KEYS + 1)), Quotas())
 
 
 def repair(world: World, log: Log, host: Path, rng: random.Random) -> None:

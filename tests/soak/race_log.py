@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.soak.tally import Tally
+from ts_handlers.store.local.layout import EVICTED
 from ts_handlers.store.upkeep.audit import audit
-from ts_handlers.store.upkeep.eviction import EVICTED, Limits
+from ts_handlers.store.upkeep.eviction import Quotas
 from ts_handlers.store.upkeep.garbage import find_garbage
 from ts_handlers.store.upkeep.scan import scan_entries
 from ts_handlers.store.upkeep.space import make_room
@@ -47,7 +48,7 @@ def examine(tally: Tally, events: list[dict[str, Any]], hosts: list[Path], what:
         tally.note("lost", f"{what}: {text}")
     for host in hosts:
         for life in range(3):
-            make_room(host / "store", Limits(), Limits()) if life else list(audit(host / "store", repair=True))
+            make_room(host / "store", Quotas(), Quotas()) if life else list(audit(host / "store", repair=True))
         left = [str(item.path) for item in find_garbage(host / "store") if "staging" in item.path.parts]
         if left or any((host / "store" / "staging").glob("*")):
             tally.note("stuck", f"{what}: left in staging: {left}")

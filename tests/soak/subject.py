@@ -51,7 +51,7 @@ class Subject:
             for tensor, answer in zip(INPUTS, expected, strict=True)
         )
         outcome = model.outcome
-        if model.store is not None and hasattr(model.store, "write_back"):
+        if model.store is not None:
             model.store.write_back.wait()
         return {
             "right": right,

@@ -19,7 +19,7 @@ MUST_BE_ZERO = {
 class Tally:
     """Counts of outcomes, and what exactly was wrong where a count must be zero.
 
-    Other outcomes: ``rebuild`` (the artifact was built anew), ``refusal`` (what was damaged or failed was not used and
+    Other outcomes: ``rebuild`` (the artifact was built again), ``refusal`` (what was damaged or failed was not used and
     the answer came from elsewhere, or the caller got the documented error), ``served`` (used as it should be).
     """
 

@@ -17,6 +17,7 @@ from ts_handlers import CompiledModel, ExportedSource, start_model
 from ts_handlers.errors import MissError, SettingsError
 from ts_handlers.key.digests import digest_file
 from ts_handlers.store.local import verified
+from ts_handlers.store.local.layout import VERIFIED
 from ts_handlers.store.upkeep.scan import scan_entries
 
 ONE = {"store": {"entries": 1}}
@@ -136,7 +137,7 @@ def test_start_that_verifies_always_remembers_no_digest(archive: Path, settled: 
     start_model(source, settings)
     assert source.weights_digest() == digest_file(archive / "model.pt")
     assert not hashed
-    assert not (Path(settled) / verified.FOLDER).exists()
+    assert not (Path(settled) / VERIFIED).exists()
 
 
 def test_eager_start_hashes_no_weights(archive: Path, settled: str, hashed: list[str]) -> None:

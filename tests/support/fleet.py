@@ -46,7 +46,7 @@ def work(specification: dict[str, Any], host: dict[str, Any], number: int) -> No
     use_file_backend()
     model = start_model(archive_source(Path(specification["archive"])), settings_of(**specification["section"]))
     assert model.store is not None
-    model.store.write_back.wait()  # type: ignore[attr-defined]
+    model.store.write_back.wait()
     facts = {**model.describe(), "notes": model.store.notes, "answer": model(torch.ones(2, 4)).tolist()}
     (root / f"worker-{number}.json").write_text(json.dumps(facts))
 

@@ -45,8 +45,8 @@ def plant(store: Path, name: str, body: str) -> None:
     (manifest,) = target.rglob("manifest.json")
     (library,) = manifest.parent.rglob("*.so")
     compile_killer(body, library)
-    unsealed = msgspec.structs.replace(read_manifest(manifest.parent), files=list_files(manifest.parent))
-    write_manifest(manifest.parent, unsealed)
+    changed = msgspec.structs.replace(read_manifest(manifest.parent), files=list_files(manifest.parent))
+    write_manifest(manifest.parent, changed)
 
 
 def test_artifacts_that_end_the_worker(

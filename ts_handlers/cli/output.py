@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ts_handlers.system.durations import span
 
 if TYPE_CHECKING:
-    from ts_handlers.guard.quarantine import Quarantine
+    from ts_handlers.guard.records import Record
 
 
 def print_json(value: Any) -> None:
@@ -36,7 +36,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     Console(width=None if sys.stdout.isatty() else 4096, highlight=False).print(table)
 
 
-def print_quarantines(records: Iterable[Quarantine]) -> None:
+def print_quarantines(records: Iterable[Record]) -> None:
     """Print what is quarantined and which builds have failed."""
     print_table(
         ("model", "backend", "key", "since", "phase", "times", "tried again", "reason"),

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from ts_handlers.errors import SettingsError
+from ts_handlers.errors import SettingsError, one_line
 from ts_handlers.settings import Settings, parse_settings
 
 Status = Literal["ok", "warn", "fail"]
@@ -142,5 +142,5 @@ def probe(code: str, seconds: float = PROBE_SECONDS) -> tuple[dict[str, Any] | N
         last = (result.stderr.strip().splitlines() or [""])[-1]
         return None, f"the process died ({code_text}) {last}".strip()
     if "error" in answer:
-        return None, " ".join(str(answer["error"]).split())[:300]
+        return None, one_line(str(answer["error"]), 300)
     return answer["facts"], ""

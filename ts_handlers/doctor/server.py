@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ts_handlers.doctor.base import Finding, Question, run
+from ts_handlers.errors import one_line
 from ts_handlers.key.fingerprint import distribution_version
 
 JAVA_AT_LEAST = 17
@@ -35,7 +36,7 @@ def check_java(question: Question) -> Iterator[Finding]:
     version = re.search(r'version "(\d+)[^"]*"', text)
     if code != 0 or version is None:
         remedy = "set JAVA_HOME to the folder above bin/java, or unset it to use the java on PATH"
-        yield Finding("java", "fail", f"{where}: {' '.join(text.split())[:200] or f'exit code {code}'}", remedy)
+        yield Finding("java", "fail", f"{where}: {one_line(text, 200) or f'exit code {code}'}", remedy)
     elif int(version[1]) < JAVA_AT_LEAST:
         remedy = f"install Java {JAVA_AT_LEAST} or later, or {SERVE}, and set JAVA_HOME"
         yield Finding("java", "fail", f"{where}: Java {version[1]}; TorchServe needs {JAVA_AT_LEAST}", remedy)

@@ -14,13 +14,15 @@ from ts_handlers.doctor.base import Finding, Question
 from ts_handlers.errors import SettingsError
 from ts_handlers.guard.failures import build_runtime
 from ts_handlers.guard.guard import WITHOUT_A_TRACE
-from ts_handlers.guard.markers import read_deaths
+from ts_handlers.guard.markers import read_crash_records
 from ts_handlers.guard.quarantine import read_quarantines
+from ts_handlers.guard.records import FailedBuild
 from ts_handlers.key.fingerprint import runtime_identity
 from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS
 from ts_handlers.store.entry import Manifest
-from ts_handlers.store.upkeep.eviction import EVICTED
+from ts_handlers.store.local.layout import EVICTED
 from ts_handlers.store.upkeep.scan import scan_entries, scan_trash
+from ts_handlers.system.ownership import is_ours_or_roots, others_may_write
 
 FREE_BYTES = 2 << 30
 
@@ -40,10 +42,10 @@ def check_root(question: Question) -> Iterator[Finding]:
     me = os.geteuid()
     if not stat.S_ISDIR(status.st_mode) or not os.access(root, os.R_OK | os.X_OK):
         yield Finding("store", "fail", f"{root} is no folder that uid {me} can read", "name another, or chmod u+rx it")
-    elif status.st_uid not in (me, 0):
+    elif not is_ours_or_roots(status):
         found = f"{root} belongs to uid {status.st_uid}, this process runs as uid {me}"
         yield Finding("store", "fail", found, f"chown -R {me} {root}, or name another store")
-    elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    elif others_may_write(status):
         found = f"{root} is writable by others (mode {stat.S_IMODE(status.st_mode):04o}), and an entry is code"
         yield Finding("store", "fail", found, f"chmod go-w {root}")
     elif not os.access(root, os.W_OK):
@@ -87,11 +89,12 @@ def check_quarantine(question: Question) -> Iterator[Finding]:
     """Entries and builds that are not tried here, builds that failed, damaged entries that were moved aside."""
     records = read_quarantines(question.store)
     for record in records:
-        runtime = build_runtime() if record.kind else runtime_identity()
+        failed = isinstance(record, FailedBuild)
+        runtime = build_runtime() if failed else runtime_identity()
         here = "" if record.runtime == runtime else " (in another runtime than this one)"
         remedy = f"remove the cause, then ts-handlers unquarantine {record.key[:12]} --store {question.store}"
         found = f"{record.model}, {record.backend}, key {record.key}, {record.time}{here}: {record.reason}"
-        if record.kind:
+        if failed:
             found += f" (a build that failed {record.count} times; tried again {record.retry})"
         yield Finding("quarantine", "ok" if here else "warn", found, remedy)
     aside = [item for item in scan_trash(question.store) if not item.name.startswith(EVICTED)]
@@ -110,16 +113,17 @@ def check_time_limits(question: Question) -> Iterator[Finding]:
         if question.model not in (None, record.model) or record.phase != "build":
             continue
         what = f"building {record.model} with {record.backend}: {record.reason}"
-        if record.kind and "background.seconds" in record.reason:
+        failed = isinstance(record, FailedBuild)
+        if failed and "background.seconds" in record.reason:
             yield Finding("time limits", "warn", what, "raise background.seconds, or prewarm where there is time")
-        elif not record.kind and WITHOUT_A_TRACE in record.reason:
+        elif not failed and WITHOUT_A_TRACE in record.reason:
             yield Finding("time limits", "warn", what, raise_startup)
         else:
             continue
         ended += 1
-    for death in read_deaths(question.store):
-        marker = death.marker
-        if question.model in (None, marker.model) and marker.phase == "build" and death.cause is None:
+    for crash in read_crash_records(question.store):
+        marker = crash.marker
+        if question.model in (None, marker.model) and marker.phase == "build" and crash.cause is None:
             ended += 1
             found = f"building {marker.model} with {marker.backend}, begun {marker.time}, was killed without a trace"
             yield Finding("time limits", "warn", f"{found}, as TorchServe does after startupTimeout", raise_startup)

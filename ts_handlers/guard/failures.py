@@ -1,6 +1,6 @@
 """Builds that failed with an exception: remembered, so that not every worker repeats them at every start.
 
-A failure is a record of `ts_handlers.guard.quarantine` that holds for a while only. How long depends on its kind:
+A failure is a `ts_handlers.guard.records.FailedBuild`, which holds for a while only. How long depends on its kind:
 
 - ``deterministic``: the model, the settings or the toolchain are at fault, and all of these are in the key (an operator
   that cannot be exported). Held for an hour, twice as long after each further failure, for a day at most.
@@ -25,13 +25,8 @@ from pathlib import Path
 
 import msgspec
 
-from ts_handlers.guard.quarantine import (
-    LONGEST_HOLD_SECONDS,
-    Quarantine,
-    quarantine_files,
-    read_quarantines,
-    write_quarantine,
-)
+from ts_handlers.guard.quarantine import read_quarantines, record_files, write_record
+from ts_handlers.guard.records import LONGEST_HOLD_SECONDS, FailedBuild
 from ts_handlers.key.fingerprint import compiler_identity, runtime_identity
 
 logger = logging.getLogger(__name__)
@@ -94,7 +89,7 @@ def build_runtime() -> dict[str, str]:
 
 
 def remember_failure(
-    root: Path,
+    store: Path,
     key: str,
     model: str,
     backend: str,
@@ -103,11 +98,13 @@ def remember_failure(
     seconds: float,
     *,
     unbuildable: bool = True,
-) -> Quarantine | None:
+) -> FailedBuild | None:
     """Keep a record of a build that failed.
 
     Parameters
     ----------
+    store:
+        The store's folder on this host.
     key:
         Digest of the cache key.
     reason:
@@ -124,12 +121,10 @@ def remember_failure(
     The record, or None when it can be written nowhere: then the next start tries again.
     """
     now = time.time()
-    new = Quarantine(
+    new = FailedBuild(
         key=key,
         model=model,
         backend=backend,
-        phase="build",
-        seal="",
         runtime=build_runtime(),
         reason=reason,
         time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now)),
@@ -139,20 +134,24 @@ def remember_failure(
         failed_at=now,
         unbuildable=unbuildable,
     )
-    before = [old.count for old in read_quarantines(root, key) if (old.kind, old.file_name) == (kind, new.file_name)]
+    before = [
+        old.count
+        for old in read_quarantines(store, key)
+        if isinstance(old, FailedBuild) and (old.kind, old.file_name) == (kind, new.file_name)
+    ]
     count = max(before, default=0) + 1
     first, longest = HOLD_SECONDS[kind]
     if kind == CIRCUMSTANTIAL:
         first = max(first, seconds)
     held = min(longest, first * 2.0 ** min(count - 1, 20))
     record = msgspec.structs.replace(new, count=count, held_seconds=held)
-    return record if write_quarantine(root, record) else None
+    return record if write_record(store, record) else None
 
 
-def forget_failures(root: Path, key: str) -> None:
+def forget_failures(store: Path, key: str) -> None:
     """Remove the failures of a key: it has been built."""
-    for path, record in quarantine_files(root, key):
-        if record.kind:
+    for path, record in record_files(store, key):
+        if isinstance(record, FailedBuild):
             with contextlib.suppress(OSError):
                 path.unlink()
                 logger.info("%s has been built; it had failed %d times", key, record.count)

@@ -7,9 +7,9 @@ judged by the next start of the same key:
 - a crash, the time limit, or a kill by the kernel for lack of memory: quarantined at once;
 - SIGTERM: somebody ended it on purpose; forgotten;
 - no trace: SIGKILL, which is what TorchServe sends when it scales down, stops, or has waited for startupTimeout. One
-  such death is forgiven (two for a build). Processes that die together count as one: a marker's generation is above
-  those of the dead that its process found. An attempt that succeeds, and a day, forgive them all. After more it is
-  quarantined: whatever kills it, it is not tried for ever.
+  such crash is forgiven (two for a build). Processes that die together count as one, because their markers bear the
+  same number of an attempt. An attempt that succeeds, and a day, forgive them all. After more it is quarantined:
+  whatever kills it, it is not tried for ever.
 
 A build that ends with an exception is remembered too, for a while: see `ts_handlers.guard.failures`.
 
@@ -30,13 +30,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ts_handlers.errors import FINAL, BuildError, CanaryError, FailedBeforeError, QuarantinedError, one_line
-from ts_handlers.guard.markers import Death, Marker, read_deaths, write_marker
-from ts_handlers.guard.quarantine import MARKERS, Quarantine, read_quarantines, writable_homes, write_quarantine
+from ts_handlers.guard.markers import CrashRecord, Marker, read_crash_records, write_marker
+from ts_handlers.guard.quarantine import read_quarantines, write_record
+from ts_handlers.guard.records import FailedBuild, Quarantine
+from ts_handlers.guard.state_directory import MARKERS, writable_directories
 from ts_handlers.key.cache_key import CacheKey
 from ts_handlers.key.fingerprint import runtime_identity
 from ts_handlers.settings import Settings
 from ts_handlers.system.durations import span
-from ts_handlers.system.process_limits import bounded_memory, last_words, oom_kills, time_limit
+from ts_handlers.system.process_limits import bounded_memory, crash_report_to, oom_kills, time_limit
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORGIVEN = {"build": 2, "load": 1}
-"""Deaths without a trace, one after the other, that are not yet a reason."""
+"""Crashes without a trace, one after the other, that are not yet a reason."""
 AUTO_SECONDS = 120.0
 WITHOUT_A_TRACE = "ended without a trace"
 
@@ -56,8 +58,8 @@ class Guard:
 
     Parameters
     ----------
-    root:
-        The store's root.
+    store:
+        The store's folder on this host, where the guard keeps its files, see `ts_handlers.guard.state_directory`.
     weights:
         Gives the digest of the weights; asked only when a record depends on it.
     retry_since:
@@ -72,14 +74,14 @@ class Guard:
 
     def __init__(
         self,
-        root: Path,
+        store: Path,
         settings: Settings,
         key: CacheKey,
         model: str,
         weights: Callable[[], str],
         retry_since: float | None = None,
     ) -> None:
-        self._root = root
+        self._store = store
         self._settings = settings
         self._key = key
         self._model = model
@@ -93,8 +95,13 @@ class Guard:
     def _canary(self) -> str:
         return f"tolerance={self._settings.canary.tolerance} seed={self._settings.canary.seed}"
 
-    def refuse(self, seal: str = "") -> None:
-        """Raise when the entry with this seal (empty: whatever is built) is not to be tried; judges the dead first.
+    def refuse(self, digest: str = "") -> None:
+        """Raise when something is not to be tried; judges first what dead processes left.
+
+        Parameters
+        ----------
+        digest:
+            Of the manifest of the entry that is to be loaded; empty for a build.
 
         Raises
         ------
@@ -102,25 +109,35 @@ class Guard:
             With the reason and how to lift it.
         """
         judged = self._judge()
-        for record in [*read_quarantines(self._root, self._key.digest, builds=not seal), *judged]:
-            runtime = _runtime_of(record)
-            if not record.applies(seal, runtime, self._canary, self._weights):
-                continue
-            lift = f"`ts-handlers unquarantine {self._key.digest[:12]} --store {self._root}`"
-            if not record.kind:
-                what = f"entry {self._key.digest}" if seal else f"building key {self._key.digest}"
+        for record in [*read_quarantines(self._store, self._key.digest, builds=not digest), *judged]:
+            if isinstance(record, FailedBuild):
+                if not digest:
+                    self._refuse_failed_build(record)
+            elif record.applies(digest, runtime_identity(), self._canary, self._weights):
+                what = f"entry {self._key.digest}" if digest else f"building key {self._key.digest}"
                 raise QuarantinedError(
                     f"{what} is quarantined since {record.time}: {record.reason}; it is tried again with another "
-                    f"torch, C or C++ library or driver, with a rebuilt entry, or after {lift}"
+                    f"torch, C or C++ library or driver, with a rebuilt entry, or after {self._lift}"
                 )
-            if self._retry_since is None or record.failed_at >= self._retry_since:
-                times = f", {record.count} times in a row" if record.count > 1 else ""
-                error = FailedBeforeError(
-                    f"a build failed {span(time.time() - record.failed_at)} ago{times} and is tried again "
-                    f"{record.retry}, by `ts-handlers prewarm`, or after {lift}: {record.reason}"
-                )
-                error.unbuildable = record.unbuildable
-                raise error
+
+    def _refuse_failed_build(self, record: FailedBuild) -> None:
+        from ts_handlers.guard.failures import build_runtime
+
+        if record.is_over or record.runtime != build_runtime():
+            return
+        if self._retry_since is None or record.failed_at >= self._retry_since:
+            times = f", {record.count} times in a row" if record.count > 1 else ""
+            error = FailedBeforeError(
+                f"a build failed {span(time.time() - record.failed_at)} ago{times} and is tried again "
+                f"{record.retry}, by `ts-handlers prewarm`, or after {self._lift}: {record.reason}"
+            )
+            error.unbuildable = record.unbuildable
+            raise error
+
+    @property
+    def _lift(self) -> str:
+        """The command after which what is refused is tried again."""
+        return f"`ts-handlers unquarantine {self._key.digest[:12]} --store {self._store}`"
 
     @contextlib.contextmanager
     def remembered(self) -> Iterator[None]:
@@ -137,7 +154,7 @@ class Guard:
                 reason = f"{type(error).__name__}: {one_line(error)}"
                 took = time.monotonic() - began
                 remember_failure(
-                    self._root,
+                    self._store,
                     self._key.digest,
                     self._model,
                     self._key["backend"],
@@ -147,18 +164,18 @@ class Guard:
                     unbuildable=isinstance(error, BuildError),
                 )
             raise
-        forget_failures(self._root, self._key.digest)
+        forget_failures(self._store, self._key.digest)
 
-    def quarantine_canary(self, seal: str, error: Exception) -> None:
+    def quarantine_canary(self, digest: str, error: Exception) -> None:
         """Remember that the artifact answers wrongly with these weights."""
-        write_quarantine(
-            self._root,
+        write_record(
+            self._store,
             Quarantine(
                 key=self._key.digest,
                 model=self._model,
                 backend=self._key["backend"],
                 phase="canary",
-                seal=seal,
+                digest=digest,
                 runtime=runtime_identity(),
                 reason=f"{type(error).__name__}: {error}",
                 weights=self._weights(),
@@ -170,30 +187,32 @@ class Guard:
         )
 
     @contextlib.contextmanager
-    def marked(self, phase: str, seal: str = "", build_seconds: float = 0.0) -> Iterator[None]:
-        """Run the block under a marker; when it ends well, unexplained deaths of the same attempt are forgiven.
+    def marked(self, phase: str, digest: str = "", build_seconds: float = 0.0) -> Iterator[None]:
+        """Run the block under a marker; when it ends well, crashes of the same work without a trace are forgiven.
 
         Parameters
         ----------
         phase:
             A key of `FORGIVEN`.
+        digest:
+            As in `refuse`.
         build_seconds:
             What the artifact took to build, for the time limit ``auto``.
         """
         seconds = self._settings.guard.load_seconds
         self._seconds = max(AUTO_SECONDS, 2 * build_seconds) if seconds == "auto" else seconds
-        made = self._mark(phase, seal)
+        made = self._mark(phase, digest)
         if made is None:
             yield
             return
         path, self._descriptor, marker = made
         try:
-            with last_words(self._descriptor):
+            with crash_report_to(self._descriptor):
                 yield
-            for death in self._dead():
-                if death.marker.same_attempt(marker) and death.cause is None:
+            for crash in self._crashes():
+                if crash.marker.same_work(marker) and crash.cause is None:
                     with contextlib.suppress(OSError):
-                        death.path.unlink()
+                        crash.path.unlink()
         finally:
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -222,15 +241,15 @@ class Guard:
 
         return limited_run
 
-    def _mark(self, phase: str, seal: str) -> tuple[Path, int, Marker] | None:
+    def _mark(self, phase: str, digest: str) -> tuple[Path, int, Marker] | None:
         marker = Marker(
             key=self._key.digest,
             model=self._model,
             backend=self._key["backend"],
             phase=phase,
-            seal=seal,
+            digest=digest,
             runtime=runtime_identity(),
-            generation=0,
+            attempt=0,
             seconds=self._seconds,
             memory_mb=self._settings.guard.load_memory_mb,
             oom_kills=oom_kills(),
@@ -238,30 +257,30 @@ class Guard:
             host=platform.node(),
             pid=os.getpid(),
         )
-        before = [death.marker.generation + 1 for death in self._dead() if death.marker.same_attempt(marker)]
-        marker = msgspec.structs.replace(marker, generation=max(before, default=0))
+        before = [crash.marker.attempt + 1 for crash in self._crashes() if crash.marker.same_work(marker)]
+        marker = msgspec.structs.replace(marker, attempt=max(before, default=0))
         reason: OSError | None = None
-        for home in writable_homes(self._root):
+        for directory in writable_directories(self._store):
             try:
-                return *write_marker(home / MARKERS, self._key.digest, msgspec.json.encode(marker)), marker
+                return *write_marker(directory / MARKERS, self._key.digest, msgspec.json.encode(marker)), marker
             except OSError as error:
                 reason = error
         self.problem = f"no crash guard: neither the store nor the temporary folder can be written ({reason})"
         return None
 
-    def _dead(self) -> list[Death]:
-        return read_deaths(self._root, self._key.digest)
+    def _crashes(self) -> list[CrashRecord]:
+        return read_crash_records(self._store, self._key.digest)
 
     def _judge(self) -> list[Quarantine]:
         """Turn what dead processes left into records, and remove it; returns the records."""
-        records = []
-        deaths = self._dead()
-        for death in deaths:
-            marker, cause = death.marker, death.cause
+        records: list[Quarantine] = []
+        crashes = self._crashes()
+        for crash in crashes:
+            marker, cause = crash.marker, crash.cause
             if cause is None:
-                alike = [other for other in deaths if other.cause is None and other.marker.same_attempt(marker)]
-                times = len({other.marker.generation for other in alike if not other.is_forgotten})
-                if death.is_forgotten:
+                alike = [other for other in crashes if other.cause is None and other.marker.same_work(marker)]
+                times = len({other.marker.attempt for other in alike if not other.is_forgotten})
+                if crash.is_forgotten:
                     cause = "", ""
                 elif times <= FORGIVEN.get(marker.phase, 1):
                     continue
@@ -274,7 +293,7 @@ class Guard:
                     model=marker.model,
                     backend=marker.backend,
                     phase=marker.phase,
-                    seal=marker.seal,
+                    digest=marker.digest,
                     runtime=marker.runtime,
                     reason=reason,
                     details=details,
@@ -283,34 +302,25 @@ class Guard:
                     pid=marker.pid,
                 )
                 records.append(record)
-                if not write_quarantine(self._root, record):
+                if not write_record(self._store, record):
                     continue  # the marker is then what later starts find
             with contextlib.suppress(OSError):
-                death.path.unlink()
+                crash.path.unlink()
         return records
 
 
-def _runtime_of(record: Quarantine) -> dict[str, str]:
-    """What a record of the runtime at hand would say."""
-    if not record.kind:
-        return runtime_identity()
-    from ts_handlers.guard.failures import build_runtime
-
-    return build_runtime()
-
-
-def remember_death(root: Path, pid: int, reason: str) -> None:
+def remember_crash(store: Path, pid: int, reason: str) -> None:
     """Keep, as a failed build, what a process of this host was building when its limits or the kernel ended it.
 
-    A death whose cause its marker tells is left to the next start, which quarantines it.
+    A crash whose cause its marker tells is left to the next start, which quarantines it.
     """
     from ts_handlers.guard.failures import CIRCUMSTANTIAL, remember_failure
 
-    for death in read_deaths(root):
-        marker, cause = death.marker, death.cause
-        if (marker.pid, marker.host, marker.seal) == (pid, platform.node(), "") and not (cause and cause[0]):
-            took = time.time() - death.began
-            remember_failure(root, marker.key, marker.model, marker.backend, one_line(reason), CIRCUMSTANTIAL, took)
+    for crash in read_crash_records(store):
+        marker, cause = crash.marker, crash.cause
+        if (marker.pid, marker.host, marker.digest) == (pid, platform.node(), "") and not (cause and cause[0]):
+            took = time.time() - crash.began
+            remember_failure(store, marker.key, marker.model, marker.backend, one_line(reason), CIRCUMSTANTIAL, took)
 
 
 def _without_a_trace(times: int, phase: str) -> str:

@@ -1,12 +1,15 @@
-"""What a process says before it runs native code, and what is left of that when the process dies.
+"""Crash markers: a file that a process writes before it runs native code, and what the file tells after a crash.
 
 Layout::
 
-    <home>/guards/<key>.<random>   := header newline death?
-    header                         := JSON object: `Marker` below
-    death                          := what `faulthandler` wrote when the process ended: "Fatal Python error: ..." for
-                                      SIGSEGV, SIGBUS, SIGABRT, SIGILL and SIGFPE, "Timeout (...)!" for the time limit,
-                                      a bare stack for SIGTERM; nothing for SIGKILL and for exit() in native code
+    <state directory>/guards/<key>.<random> := header newline report?
+    header                                  := JSON object: `Marker` below
+    report                                  := what `faulthandler` wrote when the process ended: "Fatal Python error:
+                                               ..." for SIGSEGV, SIGBUS, SIGABRT, SIGILL and SIGFPE, "Timeout (...)!"
+                                               for the time limit, a bare stack for SIGTERM; nothing for SIGKILL and
+                                               for exit() in native code
+
+See `ts_handlers.guard.state_directory` for the state directory.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import os
 import platform
 import re
@@ -25,23 +27,40 @@ from pathlib import Path
 import msgspec
 
 from ts_handlers.errors import UNDECODABLE
-from ts_handlers.guard.quarantine import marker_paths, open_dead_marker
+from ts_handlers.guard.quarantine import open_dead_marker
+from ts_handlers.guard.state_directory import MARKERS, files_in
+from ts_handlers.system.files import lock
 from ts_handlers.system.process_limits import oom_kills
 
 FORGOTTEN_SECONDS = 24 * 3600.0
-"""After this long a death without a trace counts no more."""
+"""After this long a crash without a trace counts no more."""
 
 
 class Marker(msgspec.Struct, frozen=True):
-    """What a process says before it runs native code."""
+    """What a process says before it runs native code.
+
+    Attributes
+    ----------
+    key, model, backend, phase, digest, runtime:
+        What it is about to try, as in `ts_handlers.guard.records.Quarantine`.
+    attempt:
+        Number of the attempt, from 0: one above those of the crash records that its process found. So processes that
+        start together have the same number, and count once when they die together. Called ``generation`` on disk.
+    seconds, memory_mb:
+        The time limit, and the bound on new memory in MiB; None for no limit.
+    oom_kills:
+        As of `ts_handlers.system.process_limits.oom_kills`, before.
+    time, host, pid:
+        When (UTC), where, and which process.
+    """
 
     key: str
     model: str
     backend: str
     phase: str
-    seal: str
+    digest: str = msgspec.field(name="seal")
     runtime: dict[str, str]
-    generation: int
+    attempt: int = msgspec.field(name="generation")
     seconds: float | None
     memory_mb: int | None
     oom_kills: int | None
@@ -49,19 +68,31 @@ class Marker(msgspec.Struct, frozen=True):
     host: str
     pid: int
 
-    def same_attempt(self, other: Marker) -> bool:
+    def same_work(self, other: Marker) -> bool:
         """Whether two processes tried the same thing in the same runtime."""
-        mine = (self.key, self.phase, self.seal, self.runtime)
-        return mine == (other.key, other.phase, other.seal, other.runtime)
+        mine = (self.key, self.phase, self.digest, self.runtime)
+        return mine == (other.key, other.phase, other.digest, other.runtime)
 
 
 @dataclasses.dataclass(frozen=True)
-class Death:
-    """What a dead process left: its marker, its last words, and the time of its marker."""
+class CrashRecord:
+    """What a dead process left.
+
+    Attributes
+    ----------
+    path:
+        The marker's file.
+    marker:
+        What the process was about to do.
+    report:
+        What `faulthandler` wrote when the process ended; empty when it left no trace.
+    began:
+        When the marker was written last, in seconds since the epoch.
+    """
 
     path: Path
     marker: Marker
-    words: str
+    report: str
     began: float
 
     @property
@@ -75,24 +106,24 @@ class Death:
         memory = self.marker.memory_mb
         bounded = f", allocations bounded to {memory} MiB" if memory is not None and self.marker.phase == "load" else ""
         doing = {"build": "building", "load": "loading or warming up"}.get(self.marker.phase, self.marker.phase)
-        if fatal := re.search(r"^Fatal Python error: ([^\n]*)\n*", self.words, re.MULTILINE):
-            return f"{fatal[1]} while {doing}{bounded}", self.words[fatal.end() :]
-        if timeout := re.search(r"^Timeout \([^)]*\)!\n*", self.words, re.MULTILINE):
-            return f"{doing} took longer than {self.marker.seconds or 0:g} s", self.words[timeout.end() :]
-        if self.words:
-            return "", self.words
+        if fatal := re.search(r"^Fatal Python error: ([^\n]*)\n*", self.report, re.MULTILINE):
+            return f"{fatal[1]} while {doing}{bounded}", self.report[fatal.end() :]
+        if timeout := re.search(r"^Timeout \([^)]*\)!\n*", self.report, re.MULTILINE):
+            return f"{doing} took longer than {self.marker.seconds or 0:g} s", self.report[timeout.end() :]
+        if self.report:
+            return "", self.report
         before, now = self.marker.oom_kills, oom_kills()
         if before is not None and now is not None and now > before and self.marker.host == platform.node():
             return f"killed by the kernel for lack of memory while {doing}", ""
         return None
 
 
-def read_deaths(root: Path, key: str = "") -> list[Death]:
+def read_crash_records(store: Path, key: str = "") -> list[CrashRecord]:
     """What dead processes left for a key, or for all keys."""
     found = []
-    for path in marker_paths(root, key):
+    for path in files_in(store, MARKERS, key):
         with contextlib.suppress(OSError), open_dead_marker(path) as descriptor:
-            header, _, words = os.read(descriptor, 1 << 20).partition(b"\n")
+            header, _, report = os.read(descriptor, 1 << 20).partition(b"\n")
             began = os.fstat(descriptor).st_mtime
             try:
                 marker = msgspec.json.decode(header, type=Marker)
@@ -102,7 +133,7 @@ def read_deaths(root: Path, key: str = "") -> list[Death]:
                 if time.time() - began > FORGOTTEN_SECONDS:
                     path.unlink()
                 continue
-            found.append(Death(path, marker, words.decode(errors="replace").strip()[:4000], began))
+            found.append(CrashRecord(path, marker, report.decode(errors="replace").strip()[:4000], began))
     return found
 
 
@@ -112,7 +143,7 @@ def write_marker(directory: Path, key: str, header: bytes) -> tuple[Path, int]:
     path = directory / f"{key}.{uuid.uuid4().hex[:12]}"
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # a reader, who finds it empty and ignores it, holds it for a moment
+        lock(descriptor, path, wait=True)  # a reader, who finds it empty and ignores it, holds it for a moment
         if os.write(descriptor, header + b"\n") != len(header) + 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError:

@@ -1,171 +1,44 @@
-"""Entries and builds that must not be tried again in this runtime, each with its reason.
-
-Layout::
-
-    <home>/quarantine/<key>-<identity>.json          what an entry did; one JSON object: `Quarantine` below
-    <home>/quarantine/<key>-build-<identity>.json    what building under the key did; not read while there is an entry
-
-The home is the store's root or, where that cannot be written, `fallback_home`. A record is written beside and renamed.
-"""
+"""Reading, writing and lifting the records of what is not tried again."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import stat
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
-
 from ts_handlers.errors import UNDECODABLE
-from ts_handlers.key.digests import digest_text
-from ts_handlers.system.durations import span
+from ts_handlers.guard.records import BUILD, Quarantine, Record, decode_record, encode_record
+from ts_handlers.guard.state_directory import MARKERS, RECORDS, files_in, writable_directories
+from ts_handlers.system.files import open_locked, write_atomically
 
 logger = logging.getLogger(__name__)
 
-RECORDS = "quarantine"
-MARKERS = "guards"
-BUILD = "build-"
-LONGEST_HOLD_SECONDS = 86400.0
-"""No build that failed with an exception is held back for longer."""
 
-
-class Quarantine(msgspec.Struct, frozen=True):
-    """Why something is not tried again, and what exactly.
-
-    Attributes
-    ----------
-    key, model, backend:
-        Digest of the cache key, and two of the things behind it.
-    phase:
-        ``build``, ``load`` (load, canary or warm-up ended the process) or ``canary`` (wrong answers).
-    seal:
-        Seal of the entry's manifest; empty for whatever is built under this key.
-    weights, canary:
-        Digest of the weights and the canary's settings that the artifact failed with; empty when it fails with all.
-    runtime:
-        The libraries at hand, see `ts_handlers.key.fingerprint.runtime_identity`: with others it is tried again.
-    reason, details:
-        One line, and the Python stack of the moment where there is one.
-    time, host, pid:
-        When (UTC), where, and which process.
-    kind:
-        Empty when the record holds until it is lifted; for a build that failed with an exception what was at fault, see
-        `ts_handlers.guard.failures`.
-    count, failed_at, held_seconds, unbuildable:
-        Of such a build: how often in a row, the last time in seconds since the epoch, how long it is not tried, and
-        whether the exception was a `BuildError`.
-    """
-
-    key: str
-    model: str
-    backend: str
-    phase: str
-    seal: str
-    runtime: dict[str, str]
-    reason: str
-    details: str = ""
-    weights: str = ""
-    canary: str = ""
-    time: str = ""
-    host: str = ""
-    pid: int = 0
-    kind: str = ""
-    count: int = 1
-    failed_at: float = 0.0
-    held_seconds: float = 0.0
-    unbuildable: bool = True
-
-    def applies(self, seal: str, runtime: dict[str, str], canary: str, weights: Callable[[], str]) -> bool:
-        """Whether an entry with this seal (empty: a build) is refused; `weights` is asked only if it matters."""
-        if self.seal != seal or self.runtime != runtime or self.is_over:
-            return False
-        return not self.weights or (self.canary == canary and self.weights == weights())
-
-    @property
-    def is_over(self) -> bool:
-        """Whether a failed build may be tried again; a clock that was set back makes it wait no longer than that."""
-        return bool(self.kind) and abs(time.time() - self.failed_at) >= min(self.held_seconds, LONGEST_HOLD_SECONDS)
-
-    @property
-    def retry(self) -> str:
-        """When it is tried again, in words."""
-        if not self.kind:
-            return "when lifted"
-        if self.is_over:
-            return "by the next start"
-        return f"in {span(self.failed_at + self.held_seconds - time.time())}"
-
-    @property
-    def file_name(self) -> str:
-        """Equal for records of the same thing, so that processes that find it out together write one file."""
-        identity = "\n".join([self.phase, self.seal, self.weights, self.canary, str(sorted(self.runtime.items()))])
-        return f"{self.key}-{'' if self.seal else BUILD}{digest_text(identity)[:12]}.json"
-
-
-def fallback_home(root: Path) -> Path:
-    """Where the guard of a store that cannot be written keeps its files: a folder of this user and this store."""
-    name = digest_text(str(root))[:12]
-    return Path(tempfile.gettempdir()) / f"ts_handlers-guard-{os.geteuid()}" / name
-
-
-def existing_homes(root: Path) -> list[Path]:
-    """The folders that may hold markers and records of a store, as far as they can be trusted."""
-    fallback = fallback_home(root)
-    return [root, fallback] if _is_ours(fallback.parent) else [root]
-
-
-def writable_homes(root: Path) -> Iterator[Path]:
-    """The same folders, the fallback made if it does not exist."""
-    yield root
-    fallback = fallback_home(root)
-    with contextlib.suppress(OSError):
-        fallback.parent.mkdir(mode=0o700, exist_ok=True)
-        if _is_ours(fallback.parent):
-            fallback.mkdir(mode=0o700, exist_ok=True)
-            yield fallback
-
-
-def _is_ours(directory: Path) -> bool:
-    """Whether nobody else can write here: the temporary folder is everybody's."""
-    try:
-        status = os.lstat(directory)
-    except OSError:
-        return False
-    closed = not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and closed
-
-
-def write_quarantine(root: Path, record: Quarantine) -> bool:
-    """Keep a record; False when neither the store nor the fallback folder can be written."""
-    payload = msgspec.json.format(msgspec.json.encode(record), indent=1)
-    for home in writable_homes(root):
-        path = home / RECORDS / record.file_name
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write_record(store: Path, record: Record) -> bool:
+    """Keep a record; False when neither the store nor the fallback directory can be written."""
+    for directory in writable_directories(store):
+        path = directory / RECORDS / record.file_name
         try:
             path.parent.mkdir(mode=0o700, exist_ok=True)
-            temporary.write_bytes(payload)
-            os.replace(temporary, path)
+            write_atomically(path, encode_record(record))
         except OSError as error:
-            logger.debug("no quarantine record in %s: %s", home, error)
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            logger.debug("no quarantine record in %s: %s", directory, error)
             continue
-        what = f"failed, tried again {record.retry}" if record.kind else "quarantined"
+        what = "quarantined" if isinstance(record, Quarantine) else f"failed, tried again {record.retry}"
         logger.warning("%s: %s, %s of key %s: %s", what, record.model, record.phase, record.key, record.reason)
         return True
     return False
 
 
-def read_quarantines(root: str | Path, key: str = "", *, builds: bool = True) -> list[Quarantine]:
+def read_quarantines(store: str | Path, key: str = "", *, builds: bool = True) -> list[Record]:
     """The records of a store, oldest first.
 
     Parameters
     ----------
+    store:
+        The store's folder on this host.
     key:
         Digest of a cache key, or the beginning of one; empty for all.
     builds:
@@ -177,17 +50,17 @@ def read_quarantines(root: str | Path, key: str = "", *, builds: bool = True) ->
     >>> read_quarantines(tempfile.mkdtemp())
     []
     """
-    return [record for _, record in quarantine_files(Path(root), key, builds=builds)]
+    return [record for _, record in record_files(Path(store), key, builds=builds)]
 
 
-def quarantine_files(root: Path, key: str = "", *, builds: bool = True) -> list[tuple[Path, Quarantine]]:
+def record_files(store: Path, key: str = "", *, builds: bool = True) -> list[tuple[Path, Record]]:
     """The same records with the files that hold them."""
     found = []
-    for path in _paths(root, RECORDS, key):
+    for path in files_in(store, RECORDS, key):
         if not builds and f"-{BUILD}" in path.name:
             continue
         try:
-            found.append((path, msgspec.json.decode(path.read_bytes(), type=Quarantine)))
+            found.append((path, decode_record(path.read_bytes())))
         except FileNotFoundError:
             continue  # lifted meanwhile
         except (OSError, *UNDECODABLE) as error:
@@ -195,7 +68,7 @@ def quarantine_files(root: Path, key: str = "", *, builds: bool = True) -> list[
     return sorted(found, key=lambda each: each[1].time)
 
 
-def lift_quarantine(root: str | Path, key: str) -> list[Quarantine]:
+def lift_quarantine(store: str | Path, key: str) -> list[Record]:
     """Remove the records of a key (or of all keys that begin so), with what dead processes left; returns the records.
 
     Raises
@@ -203,28 +76,14 @@ def lift_quarantine(root: str | Path, key: str) -> list[Quarantine]:
     OSError
         A record cannot be removed.
     """
-    root = Path(root)
-    lifted = read_quarantines(root, key)
-    for path in _paths(root, RECORDS, key):
+    store = Path(store)
+    lifted = read_quarantines(store, key)
+    for path in files_in(store, RECORDS, key):
         path.unlink(missing_ok=True)
-    for path in _paths(root, MARKERS, key):
+    for path in files_in(store, MARKERS, key):
         with contextlib.suppress(OSError), open_dead_marker(path):
             path.unlink()
     return lifted
-
-
-def _paths(root: Path, folder: str, key: str) -> list[Path]:
-    found = []
-    for home in existing_homes(root):
-        with contextlib.suppress(OSError):
-            names = sorted(os.listdir(home / folder))
-            found += [home / folder / name for name in names if name.startswith(key) and not name.startswith(".")]
-    return found
-
-
-def marker_paths(root: Path, key: str) -> list[Path]:
-    """Markers of a key, of living and of dead processes."""
-    return _paths(root, MARKERS, key)
 
 
 @contextlib.contextmanager
@@ -239,11 +98,8 @@ def open_dead_marker(path: Path) -> Iterator[int]:
     OSError
         It is gone, or its process lives.
     """
-    import fcntl
-
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = open_locked(path, shared=True)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield descriptor
     finally:
         os.close(descriptor)

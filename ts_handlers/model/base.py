@@ -34,8 +34,8 @@ class ModelSource(Protocol):
     def begin_digest(self, digest_file: DigestFile) -> None:
         """Digest the file of the weights on a thread; does nothing when that has begun or there is no file.
 
-        `start_model` calls it with what remembers digests between starts. Without a call the file is hashed when a
-        digest is asked for.
+        `ts_handlers.startup.target.new_target` calls it with what remembers digests between starts. Without a call the
+        file is hashed when a digest is asked for.
         """
 
     def digest(self) -> str:

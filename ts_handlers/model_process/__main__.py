@@ -87,7 +87,7 @@ def _start(spec: Mapping[str, Any], progress: Callable[[str, float | None], None
 
 
 def _server_watch(server: tuple[int, int]) -> Callable[[], bool]:
-    from ts_handlers.model_process.launch import process_start
+    from ts_handlers.system.processes import process_start
 
     pid, start = server
     return lambda: process_start(pid) == start

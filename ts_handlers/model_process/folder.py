@@ -13,7 +13,6 @@ The lock is a file that only its holder removes, so it is taken as `flock` on th
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -29,6 +28,8 @@ from typing import Any
 import msgspec
 
 from ts_handlers.errors import UNDECODABLE, StoreError
+from ts_handlers.system.files import open_locked, write_atomically
+from ts_handlers.system.ownership import is_private_folder
 
 SWEPT_AFTER_SECONDS = 600.0
 
@@ -68,10 +69,12 @@ class Folder:
                 if not self.path.parent.is_dir():  # something has emptied the temporary folder
                     _private_folder()
                 self.path.mkdir(mode=0o700)
-            descriptor = _take(self.path / "lock")
-            if descriptor is None or _is(descriptor, self.path / "lock"):
-                return descriptor
-            os.close(descriptor)  # whoever removed the folder held it
+            try:
+                return _take_lock(self.path)
+            except FileNotFoundError:
+                continue  # whoever removed the folder held it
+            except BlockingIOError:
+                return None
 
     def connect(self) -> socket.socket | None:
         """A connection to the process that serves here, or None when there is none."""
@@ -100,10 +103,8 @@ class Folder:
 
     def write_status(self, status: Status) -> None:
         """Replace what is said of the process; a full disk only costs the others the news."""
-        temporary = self.path / f"status.{os.getpid()}"
         with contextlib.suppress(OSError):
-            temporary.write_bytes(msgspec.json.encode(status))
-            os.replace(temporary, self.path / "status")
+            write_atomically(self.path / "status", msgspec.json.encode(status))
 
     def read_status(self) -> Status | None:
         """What the last process said of itself."""
@@ -143,8 +144,8 @@ def sweep() -> None:
         for path in _private_folder().iterdir():
             if time.time() - path.lstat().st_mtime < SWEPT_AFTER_SECONDS:
                 continue
-            descriptor = _take(path / "lock")
-            if descriptor is not None:
+            with contextlib.suppress(OSError):
+                descriptor = _take_lock(path)
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(descriptor)
 
@@ -153,7 +154,7 @@ def _private_folder() -> Path:
     path = Path(tempfile.gettempdir()) / f"ts_handlers-{os.geteuid()}"
     path.mkdir(mode=0o700, exist_ok=True)
     status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+    if not is_private_folder(path) or status.st_mode & 0o077:
         raise StoreError(
             f"{path} must be a folder of uid {os.geteuid()} with mode 0700, found uid {status.st_uid} and mode "
             f"{stat.S_IMODE(status.st_mode):04o}: whoever can write there could take the model process's place; remove "
@@ -162,24 +163,8 @@ def _private_folder() -> Path:
     return path
 
 
-def _take(path: Path) -> int | None:
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor
-
-
-def _is(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except OSError:
-        return False
+def _take_lock(folder: Path) -> int:
+    return open_locked(folder / "lock", os.O_RDWR | os.O_CREAT)
 
 
 @contextlib.contextmanager

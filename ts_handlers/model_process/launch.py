@@ -25,6 +25,7 @@ from ts_handlers.errors import ModelError, WarmStartError
 from ts_handlers.model_process.folder import folder_of, sweep
 from ts_handlers.model_process.wire import Connection, ConnectionLost, Description, Hello
 from ts_handlers.system.child_python import run_module
+from ts_handlers.system.processes import parent_of, process_start
 
 logger = logging.getLogger(__name__)
 
@@ -215,7 +216,7 @@ def parent_identity() -> list[int]:
     """
     parent = os.getppid()
     while CPU_LAUNCHER in _command(parent):
-        parent = int(_stat(parent)[1])
+        parent = parent_of(parent)
     return [parent, process_start(parent)]
 
 
@@ -224,16 +225,3 @@ def _command(pid: int) -> list[bytes]:
         return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return []
-
-
-def _stat(pid: int) -> list[bytes]:
-    """Fields of ``/proc/<pid>/stat`` from the third one, the state, on."""
-    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-
-
-def process_start(pid: int) -> int:
-    """When a process started, in clock ticks since the machine did; 0 when there is none."""
-    try:
-        return int(_stat(pid)[19])
-    except (OSError, ValueError, IndexError):
-        return 0

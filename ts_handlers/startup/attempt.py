@@ -108,7 +108,9 @@ class Attempt:
         self._address = address
         target = start.target
         digest = target.source.weights_digest
-        self._guard = Guard(start.store.root, target.settings, address.key, address.model, digest, start.retry_since)
+        self._guard = Guard(
+            start.store.state_directory, target.settings, address.key, address.model, digest, start.retry_since
+        )
 
     def find(self) -> Served | None:
         """Serve the entry that is there; one that does not load although its bytes are right is moved aside.
@@ -136,12 +138,12 @@ class Attempt:
         return None
 
     def _from_entry(self, hit: Hit, result: str) -> Served | Corrupt:
-        seal = hit.manifest.seal
-        self._refuse(seal)
+        digest = hit.manifest.digest
+        self._refuse(digest)
         try:
             # Beside a model that serves the collector goes on, for what its requests leave behind.
             with collection_paused() if self._start.before_run is None else contextlib.nullcontext():
-                loaded, canary = self._load(hit.directory, hit.manifest, seal, None)
+                loaded, canary = self._load(hit.directory, hit.manifest, digest, None)
         except FINAL:
             raise
         except Exception as error:
@@ -156,9 +158,9 @@ class Attempt:
         """Raise `QuarantinedError` or `FailedBeforeError` when this key is not to be built now."""
         self._refuse("")
 
-    def _refuse(self, seal: str) -> None:
+    def _refuse(self, digest: str) -> None:
         try:
-            self._guard.refuse(seal)
+            self._guard.refuse(digest)
         except QuarantinedError:
             self._metrics.count("quarantined")
             raise
@@ -202,7 +204,7 @@ class Attempt:
                     from ts_handlers.startup.disk_full import make_room_for_build
 
                     space, model = self._target.settings.space, self._address.model
-                    make_room_for_build(self._store.root, staging, space, model, self._metrics, error)
+                    make_room_for_build(self._store.state_directory, staging, space, model, self._metrics, error)
                 self._target.source.release()
                 return self._compile(lease, staging)
         except Exception:
@@ -213,7 +215,7 @@ class Attempt:
         self._target.check_source()
         lease.report(phase="build")
         with self._metrics.phase("build"), self._guard.marked("build"):
-            workspace = Workspace(staging, self._metrics.build_phase, self._store.root / "shared")
+            workspace = Workspace(staging, self._metrics.build_phase, self._store.shared_directory)
             built = self._backend.build(self._target, workspace)
         self._metrics.count("build")
         manifest = new_manifest(self._address.key, built.description, staging, self._metrics.build_ms)
@@ -236,19 +238,19 @@ class Attempt:
             # What was loaded may open further files of its directory later, and that has moved.
             del made.loaded
             manifest = read_manifest(directory)  # another process may have published the same key first
-            made.loaded, _ = self._load(directory, manifest, manifest.seal, None)
+            made.loaded, _ = self._load(directory, manifest, manifest.digest, None)
         return Served(made.loaded, "built", made.canary)
 
     def _load(
-        self, directory: Path, manifest: Manifest, seal: str, live: Loaded | None
+        self, directory: Path, manifest: Manifest, digest: str, live: Loaded | None
     ) -> tuple[Loaded, dict[str, object]]:
         """Load an artifact unless it is live already, check and warm it up, all of it guarded.
 
-        `seal` is what a quarantine names: the entry, or nothing while it is not published.
+        `digest` is what a quarantine names: the entry's manifest, or nothing while it is not published.
         """
         loaded = live
         guard = self._guard
-        with guard.marked("load", seal, sum(manifest.build_ms.values()) / 1000):
+        with guard.marked("load", digest, sum(manifest.build_ms.values()) / 1000):
             if guard.problem is not None and guard.problem not in self._start.notes:
                 self._start.notes.append(guard.problem)
             if loaded is None:
@@ -261,7 +263,7 @@ class Attempt:
                 try:
                     canary = check_canary(self._store, self._address, self._target, prepared.checked)
                 except CanaryError as error:
-                    guard.quarantine_canary(seal, error)
+                    guard.quarantine_canary(digest, error)
                     raise
             with self._metrics.phase("warmup"):
                 run_warmup(self._target, prepared.checked, canary["cases"])

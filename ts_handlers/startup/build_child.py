@@ -97,15 +97,13 @@ def _limit(nice: int, memory_mb: int | None) -> None:
 
 
 def _build(spec: dict[str, Any], send: Send) -> dict[str, Any]:
-    from ts_handlers.backends.base import Target
     from ts_handlers.model.recipes import restore
     from ts_handlers.startup.fallback import start_here
-    from ts_handlers.store.opening import weights_digester
+    from ts_handlers.startup.target import new_target
     from ts_handlers.store.upkeep.space import wait_for_room
 
     made = restore(spec)
-    made.source.begin_digest(weights_digester(made.settings))
-    _check_keys(Target(*made), spec["keys"])
+    _check_keys(new_target(*made), spec["keys"])
     model = start_here(
         *made,
         progress=lambda phase, estimate: send({"phase": phase, "estimate": estimate}),

@@ -11,7 +11,7 @@ from pathlib import Path
 from ts_handlers.errors import BuildError, one_line
 from ts_handlers.metrics import Metrics
 from ts_handlers.settings.sections import SpaceSettings
-from ts_handlers.store.upkeep.eviction import Limits
+from ts_handlers.store.upkeep.eviction import Quotas
 from ts_handlers.store.upkeep.space import make_room
 from ts_handlers.system.locked_directory import empty_folder
 
@@ -40,7 +40,7 @@ def make_room_for_build(
     free = {folder: shutil.disk_usage(folder).free for folder in folders}  # what the build had
     full = min(folders, key=free.__getitem__)
     if os.stat(full).st_dev == os.stat(root).st_dev:
-        report = make_room(root, Limits.of(space.store), Limits.of(space.per_model))
+        report = make_room(root, Quotas.of(space.store), Quotas.of(space.per_model))
         metrics.count("evicted", report.evicted)
         if report.freed_bytes > 0:
             logger.info("%s: freed %d bytes in %s, building again", model, report.freed_bytes, root)

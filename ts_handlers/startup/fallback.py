@@ -33,9 +33,10 @@ from ts_handlers.settings import Settings
 from ts_handlers.settings.sections import GuardSettings
 from ts_handlers.startup.attempt import Attempt, Served, Start
 from ts_handlers.startup.preparation import prepare
+from ts_handlers.startup.target import new_target
 from ts_handlers.store.address import Address
 from ts_handlers.store.base import Store
-from ts_handlers.store.opening import open_store, weights_digester
+from ts_handlers.store.opening import open_store
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def start_here(
 ) -> CompiledModel:
     """Make a model ready in this process; the arguments and errors are those of `ts_handlers.start.start_model`."""
     metrics = Metrics.of_this_process()
-    target = Target(source, settings, torch.device(device))
+    target = new_target(source, settings, device)
     begin_cuda(target.device)
     start = _Starter(target, metrics, retry_failed)
     if progress is not None:
@@ -63,8 +64,9 @@ def start_here(
     if model.store is not None and (metrics.counters["build"] or metrics.counters["canary_recorded"]):
         from ts_handlers.store.upkeep.space import make_room_in_background
 
-        root, space = model.store.root, settings.space
-        make_room_in_background(root, space, lambda report: metrics.count("evicted", report.evicted))
+        make_room_in_background(
+            model.store.state_directory, settings.space, lambda report: metrics.count("evicted", report.evicted)
+        )
     return model
 
 
@@ -91,10 +93,8 @@ class _Starter:
 
     def run(self) -> CompiledModel:
         remaining = [get_backend(name) for name in self._settings.backends]
-        if any(backend.persistent for backend in remaining):
-            self._target.source.begin_digest(weights_digester(self._settings))
-            if self._target.source.weights_by_name:
-                self._target.require_signature()
+        if any(backend.persistent for backend in remaining) and self._target.source.weights_by_name:
+            self._target.require_signature()
         last: Exception | None = None
         while remaining:
             backend = remaining.pop(0)
@@ -144,7 +144,7 @@ class _Starter:
         if self._settings.on_miss == "fail":
             raise MissError(
                 f"no entry for {self._target.source.name} with backend {backend.name} (key {key.digest}) in "
-                f"{store.root}, and on_miss is 'fail'; missed: {', '.join(attempt.missed) or 'everything'}. Build it "
+                f"{store.name}, and on_miss is 'fail'; missed: {', '.join(attempt.missed) or 'everything'}. Build it "
                 "where on_miss is 'compile' with the same archive, device and toolchain"
             )
         if self._settings.on_miss == "eager":
@@ -184,7 +184,7 @@ class _Starter:
                 contexts=msgspec.structs.replace(self._settings.contexts, cuda_graphs=False),
             )
             start = _Starter(
-                Target(self._target.source, settings, self._target.device), Metrics(), before_run=before_run
+                new_target(self._target.source, settings, self._target.device), Metrics(), before_run=before_run
             )
             start._store = store
             if self._settings.contexts.cuda_graphs:

@@ -1,4 +1,4 @@
-"""TODO: address.py."""
+"""Where an entry lies: a path made of the model's name and digests, the device, and the cache key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,21 @@ from ts_handlers.key.cache_key import CacheKey
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """The visible address of a key: ``<model>/<model digest>/<device>/<key>``."""
+    """What leads to one entry of a store.
+
+    Attributes
+    ----------
+    model: the model's name.
+    model_digest: digest of its source and tensor specification, 64 hexadecimal digits.
+    device: the kind of device, as `ts_handlers.key.fingerprint.device_slug` names it.
+    key: the cache key.
+
+    Examples
+    --------
+    >>> key = CacheKey((("format", "1"),))
+    >>> entry_path(Address("my model", "ab" * 32, "cpu-x86_64", key)).rpartition("/")[0]
+    'my_model/abababababababab/cpu-x86_64'
+    """
 
     model: str
     model_digest: str

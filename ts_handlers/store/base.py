@@ -33,16 +33,55 @@ class Corrupt:
     reason: str
 
 
-class Store(Protocol):
-    """Where artifacts are kept.
+class PendingWrites(Protocol):
+    """What a store still has to send elsewhere after a method has returned."""
 
-    `lookup` never returns a partial entry, and never one whose bytes differ from its manifest. `publish` is atomic: a
-    reader sees all of an entry or nothing. Neither waits for another process's build; only `lease` does. `notes` tells
-    `describe` what a start should know about the store.
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until everything is sent or given up; False when that took longer than `seconds`."""
+
+
+class NoPendingWrites:
+    """The `PendingWrites` of a store whose writes are complete when its methods return."""
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """True, at once."""
+        return True
+
+
+class Store(Protocol):
+    """Where artifacts are kept, as one process of a host sees it.
+
+    - `lookup` never returns a partial entry, and never one whose bytes differ from its manifest.
+    - `publish` is atomic: a reader sees all of an entry or nothing.
+    - An entry that this object has found or published is not evicted until `close`, or until the object is dropped.
+    - Only `lease` waits for another process's build.
+    - Only `publish` raises `StoreError`. A store that cannot be written still finds what it holds, and a remote store
+      that does not answer is as good as an empty one.
     """
 
-    root: Path
-    notes: list[str]
+    @property
+    def name(self) -> str:
+        """What messages call the store: where it lies."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What a start should know about the store, for `describe`; grows while the store is used."""
+
+    @property
+    def state_directory(self) -> Path:
+        """The folder on this host that the store's processes share.
+
+        The crash guard keeps its files in it, processes agree there on one background build, and its disk is the one
+        that fills up. `ts_handlers.store.local.layout` names what lies in it.
+        """
+
+    @property
+    def shared_directory(self) -> Path:
+        """Where builds of this host keep what makes later builds faster; not made before somebody needs it."""
+
+    @property
+    def write_back(self) -> PendingWrites:
+        """What is sent to other hosts after `publish` and `write_canary` have returned."""
 
     def lookup(self, address: Address) -> Hit | Miss | Corrupt:
         """Find and verify an entry."""
@@ -67,3 +106,9 @@ class Store(Protocol):
 
     def write_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> bool:
         """Record a canary; False when the store cannot be written."""
+
+    def close(self) -> None:
+        """Send what is pending, for as long as the end of a process may take, and give up the locks on entries.
+
+        May be called more than once. The files of entries may go afterwards.
+        """

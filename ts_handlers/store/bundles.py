@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,13 +17,15 @@ from ts_handlers.errors import RefusedError, StoreError
 from ts_handlers.key.cache_key import CacheKey
 from ts_handlers.store.address import Address, entry_path
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest
+from ts_handlers.store.local.layout import CANARIES, ENTRIES, ENTRY_DEPTH
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.remote import exchange
 from ts_handlers.store.remote.exchange import canary_name, entry_name
 from ts_handlers.store.remote.objects import Remote
 from ts_handlers.store.remote.sealed import SealedReader, check_name, seal
 from ts_handlers.store.remote.signing import Trust
-from ts_handlers.store.upkeep.scan import ENTRY_DEPTH, EntryInfo
+from ts_handlers.store.upkeep.scan import EntryInfo
+from ts_handlers.system.files import atomic_file
 
 _BUNDLE = "bundle"
 
@@ -100,7 +101,7 @@ def pull(
     StoreError
         The local store cannot be written.
     """
-    names = remote.list("entries", charged=False, recursive=True)
+    names = remote.list(ENTRIES, charged=False, recursive=True)
     for subject in sorted({name.rpartition(".")[0] for name in names}):
         with contextlib.suppress(RefusedError):
             check_name(subject)
@@ -109,7 +110,7 @@ def pull(
 
 
 def _pull_one(store: LocalStore, remote: Remote, trust: Trust, subject: str) -> Moved:
-    directory, outcome = store.root / "entries" / subject, "present"
+    directory, outcome = store.root / ENTRIES / subject, "present"
     if not (directory / MANIFEST).exists():
         outcome = "done"
         with _scratch(store) as folder:
@@ -118,14 +119,14 @@ def _pull_one(store: LocalStore, remote: Remote, trust: Trust, subject: str) -> 
                 staging = _fresh(folder / "entry")
                 return exchange.unseal_entry(stream, staging, subject, trust)
 
-            fetched = exchange.fetch(remote, f"entries/{subject}", consume, charged=False)
+            fetched = exchange.fetch(remote, f"{ENTRIES}/{subject}", consume, charged=False)
             if fetched.value is None:
                 return Moved(subject, "refused", "; ".join(fetched.refused))
             address, manifest = fetched.value
             directory = store.publish(address, folder / "entry", manifest)
     address = _address(directory)
     key, canaries = address.key.digest, 0
-    names = remote.list(f"canaries/{key}", charged=False)
+    names = remote.list(f"{CANARIES}/{key}", charged=False)
     for weights in sorted({name.rpartition(".")[0] for name in names} - set(store.canaries(address))):
         record = exchange.fetch(
             remote, canary_name(key, weights), _canary_check(f"{key}/{weights}", trust), charged=False
@@ -162,13 +163,8 @@ def export_bundle(store: LocalStore, entries: Iterable[EntryInfo], path: Path, t
                 _seal_canary(file, store, address, weights, trust)
                 files[file.name] = file
             moved.append(Moved(entry_path(address), "done", canaries=len(weights_digests)))
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with open(part, "xb") as target:
-                seal(target, _BUNDLE, _BUNDLE, files, trust)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with atomic_file(path) as target:
+            seal(target, _BUNDLE, _BUNDLE, files, trust)
     return moved
 
 
@@ -244,7 +240,7 @@ def _seal_entry(target: Path, directory: Path, trust: Trust) -> Address:
 
 def _seal_canary(target: Path, store: LocalStore, address: Address, weights: str, trust: Trust) -> None:
     record = store.read_canary(address, weights)
-    assert record is not None  # `_canaries` has just read it
+    assert record is not None  # `LocalStore.canaries` has just read it
     with open(target, "wb") as file:
         exchange.seal_canary(file, record, address.key.digest, weights, trust)
 

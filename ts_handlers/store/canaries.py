@@ -1,4 +1,4 @@
-"""Canary records as bytes.
+"""The file format of canary records: inputs and the answers that the eager model gave to them.
 
 Format: ``SHA-256 in hex, newline, torch.save bytes``. The digest covers the record's subject too, ``<key>/<weights
 digest>``, newline: a record that a copy or a repair has put under another name is damage and not another's answers.

@@ -4,11 +4,11 @@ Layout::
 
     entry      := directory, immutable once published
     directory  := manifest.json file*
-    manifest   := JSON object: Manifest below, with `seal` = SHA-256 over the same JSON without `seal`
+    manifest   := JSON object: Manifest below, with `seal` = SHA-256 over the same JSON with an empty `seal`
     file       := any path below the directory that `files` lists, with its size in bytes and SHA-256
 
-Files that the manifest does not list are never opened. Readers check the seal, then every listed file's size and
-digest, before anything is loaded: an entry is code.
+Files that the manifest does not list are never opened. Readers check the manifest's digest, then every listed file's
+size and digest, before anything is loaded: an entry is code.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any
 import msgspec
 
 from ts_handlers.errors import UNDECODABLE
-from ts_handlers.key import fingerprint
 from ts_handlers.key.cache_key import FORMAT, CacheKey
 from ts_handlers.key.digests import digest_file, digest_text
+from ts_handlers.system.files import fsync
 from ts_handlers.version import __version__
 
 MANIFEST = "manifest.json"
@@ -51,7 +51,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: every file, by path relative to the entry.
     recorded: facts that are not keyed: time of the build, host, compiler, package version.
     build_ms: duration of each build phase in milliseconds.
-    seal: SHA-256 over this manifest without the seal.
+    digest: SHA-256 over this manifest with an empty digest; names this very entry. Called ``seal`` on disk.
     """
 
     format: str
@@ -61,21 +61,21 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: dict[str, FileRecord]
     recorded: dict[str, str]
     build_ms: dict[str, float]
-    seal: str = ""
+    digest: str = msgspec.field(default="", name="seal")
 
     @property
     def cache_key(self) -> CacheKey:
         """The key as an object."""
         return CacheKey(self.key)
 
-    def sealed(self) -> Manifest:
-        """The same manifest with its seal."""
-        return msgspec.structs.replace(self, seal=_seal(self))
+    def with_digest(self) -> Manifest:
+        """The same manifest with its digest."""
+        return msgspec.structs.replace(self, digest=_digest(self))
 
 
-def _seal(manifest: Manifest) -> str:
-    unsealed = msgspec.structs.replace(manifest, seal="")
-    return digest_text(msgspec.json.encode(unsealed, order="deterministic").decode())
+def _digest(manifest: Manifest) -> str:
+    without = msgspec.structs.replace(manifest, digest="")
+    return digest_text(msgspec.json.encode(without, order="deterministic").decode())
 
 
 def list_files(directory: Path) -> dict[str, FileRecord]:
@@ -106,13 +106,15 @@ def new_manifest(key: CacheKey, artifact: dict[str, Any], directory: Path, build
     directory:
         Holds the artifact's files.
     """
+    from ts_handlers.key.fingerprint import compiler_identity, python_identity  # imports torch, which listing needs not
+
     recorded = {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),
         "kernel": platform.release(),
         "package": __version__,
-        "compiler": fingerprint.compiler_identity(),
-        "python": fingerprint.python_identity(),
+        "compiler": compiler_identity(),
+        "python": python_identity(),
     }
     return Manifest(
         format=key["format"],
@@ -126,21 +128,12 @@ def new_manifest(key: CacheKey, artifact: dict[str, Any], directory: Path, build
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write the sealed manifest and flush every file of the entry to the disk."""
+    """Write the manifest with its digest, and flush every file of the entry to the disk."""
     (directory / MANIFEST).write_bytes(
-        msgspec.json.format(msgspec.json.encode(manifest.sealed(), order="deterministic"), indent=1)
+        msgspec.json.format(msgspec.json.encode(manifest.with_digest(), order="deterministic"), indent=1)
     )
     for path in [*directory.rglob("*"), directory]:
         fsync(path)
-
-
-def fsync(path: Path) -> None:
-    """Flush one file or directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -149,7 +142,7 @@ def read_manifest(directory: Path) -> Manifest:
     Raises
     ------
     ValueError
-        It is unreadable, of another format, or its seal is broken.
+        It is unreadable, of another format, or its digest is another one.
     """
     try:
         manifest = msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
@@ -157,8 +150,8 @@ def read_manifest(directory: Path) -> Manifest:
         raise ValueError(f"manifest.json is damaged: {error}") from error
     if manifest.format != FORMAT:
         raise ValueError(f"manifest.json has format {manifest.format!r}, expected {FORMAT!r}")
-    if manifest.seal != _seal(manifest):
-        raise ValueError("manifest.json was changed after it was sealed")
+    if manifest.digest != _digest(manifest):
+        raise ValueError("manifest.json was changed after it was written")
     return manifest
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ts_handlers.errors import StoreError
+from ts_handlers.errors import StoreError, one_line
 from ts_handlers.key.digests import DigestFile, digest_file
 from ts_handlers.metrics import Metrics
 from ts_handlers.settings import Settings, default_store_root
 from ts_handlers.store.base import Store
+from ts_handlers.store.local.layout import REMOTE
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.local.verified import known_digest
 
@@ -49,7 +49,7 @@ def open_store(settings: Settings, metrics: Metrics) -> tuple[Store, str | None]
     from ts_handlers.store.remote.signing import load_trust
     from ts_handlers.store.tiered.store import TieredStore
 
-    state = local.root / "remote"
+    state = local.root / REMOTE
     remote = Remote(settings.remote, state)
     leases = _open_leases(settings.remote, remote, state)
     store = TieredStore(local, remote, lambda: load_trust(settings.trust), leases, metrics)
@@ -81,4 +81,4 @@ def _open_local(settings: Settings) -> tuple[LocalStore, str | None]:
         # Whoever can replace this folder can also replace the model's Python files, which the server unpacks beside it.
         store = LocalStore(temporary.name, [str(folder) for folder in Path(temporary.name).parents])
         store.keep_alive = temporary
-        return store, re.sub(r"\s+", " ", str(error)).strip()[:400]
+        return store, one_line(error)

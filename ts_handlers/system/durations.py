@@ -1,4 +1,4 @@
-"""Durations for people."""
+"""Durations as text for people."""
 
 from __future__ import annotations
 

@@ -6,12 +6,13 @@ The lock is a `flock` on the directory itself, which the kernel releases when th
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import shutil
 import tempfile
 from pathlib import Path
+
+from ts_handlers.system.files import lock
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +31,15 @@ def make_locked_directory(parent: Path, prefix: str) -> tuple[Path, int]:
         except FileNotFoundError:
             continue
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            lock(descriptor, directory, wait=True)
+        except FileNotFoundError:  # a collector has come between making and locking it
+            os.close(descriptor)
         except OSError:
             os.close(descriptor)
             shutil.rmtree(directory, ignore_errors=True)
             raise
-        if directory.exists():  # a collector may have come between making and locking it
+        else:
             return directory, descriptor
-        os.close(descriptor)
 
 
 def collect_directories(parent: Path, pattern: str = "*") -> None:
@@ -47,7 +49,7 @@ def collect_directories(parent: Path, pattern: str = "*") -> None:
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 if os.fstat(descriptor).st_uid == os.geteuid():
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock(descriptor, path)
                     logger.info("collecting %s, left by a process that died", path.name)
                     shutil.rmtree(path, ignore_errors=True)
             finally:

@@ -29,7 +29,7 @@ def time_limit(seconds: float | None, descriptor: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def last_words(descriptor: int) -> Iterator[None]:
+def crash_report_to(descriptor: int) -> Iterator[None]:
     """Inside the block a crash, or SIGTERM, writes the stack into `descriptor` before the process ends."""
     enabled = faulthandler.is_enabled()
     faulthandler.enable(file=descriptor)

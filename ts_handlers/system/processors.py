@@ -1,4 +1,4 @@
-"""TODO: processors.py."""
+"""How many of the machine's processors are idle."""
 
 from __future__ import annotations
 

@@ -328,7 +328,7 @@ def test_library_of_another_machine_that_was_sealed_falls_back(built: Built, sto
     manifest = read_manifest(path.parent)
     import msgspec
 
-    write_manifest(path.parent, msgspec.structs.replace(manifest, files=list_files(path.parent), seal=""))
+    write_manifest(path.parent, msgspec.structs.replace(manifest, files=list_files(path.parent), digest=""))
     changes = {"strict": False, "on_miss": "eager", "backends": ["aot_inductor", "eager"]}
     model = start_model(archive_source(built.archive), settings_of(SECTION, store=str(store), **changes))
     assert model.outcome.backend == "eager"

@@ -79,4 +79,4 @@ def test_errors_of_the_block_come_through_and_free_the_lease(tmp_path: Path, bro
 )
 def test_damaged_status_does_not_stop_a_waiter(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "key.json").write_bytes(text)
-    assert "waited 3 s" in lease_module._describe(tmp_path, "key", 3.0, None)
+    assert "waited 3 s" in lease_module.describe_holder(tmp_path, "key", 3.0, None)

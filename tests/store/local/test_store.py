@@ -26,6 +26,7 @@ from ts_handlers.store.entry import MANIFEST, Manifest, list_files
 from ts_handlers.store.local import store as local
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.local.trash import move_aside
+from ts_handlers.store.local.usage import InUse
 
 
 @pytest.fixture
@@ -124,8 +125,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "manifest truncated": (_edit(lambda data: data[: len(data) // 2], MANIFEST), "manifest.json is damaged"),
     "manifest emptied": (_edit(lambda data: b"", MANIFEST), "manifest.json is damaged"),
     "manifest of no text": (_edit(lambda data: b"\xff" * 50, MANIFEST), "manifest.json is damaged"),
-    "manifest edited": (_edit_manifest(artifact={"a": 2}), "changed after it was sealed"),
-    "files unlisted": (_edit_manifest(files={}), "changed after it was sealed"),
+    "manifest edited": (_edit_manifest(artifact={"a": 2}), "changed after it was written"),
+    "files unlisted": (_edit_manifest(files={}), "changed after it was written"),
     "another format": (_edit_manifest(format="999"), "format '999'"),
     "unknown field": (_edit_manifest(surprise=1), "manifest.json is damaged"),
     "manifest of another key": (_of_another_key, "key is another one"),
@@ -385,12 +386,13 @@ def test_entry_published_while_another_looks_stays(store: LocalStore, monkeypatc
     """A reader that found no manifest a moment ago must not take what has been published since for a broken entry."""
     other = LocalStore(store.root)
 
-    def acquire(directory: Path) -> bool:
+    def acquire(*arguments: object) -> bool:
+        patched.undo()
         publish(other, address())
         return False
 
     with monkeypatch.context() as patched:
-        patched.setattr(store._in_use, "acquire", acquire)
+        patched.setattr(InUse, "acquire", acquire)
         assert isinstance(store.lookup(address()), Miss)
     assert trash(store) == []
     assert isinstance(store.lookup(address()), Hit)

@@ -12,6 +12,7 @@ import pytest
 from tests.support.entries import address, publish
 from tests.support.marks import needs_root
 from ts_handlers.store.base import Hit, Miss
+from ts_handlers.store.local import store as local
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.local.usage import InUse, exclusive, in_use, read_use, record_use, touch_use
 
@@ -40,7 +41,7 @@ def test_readers_do_not_exclude_each_other_but_exclude_a_remover(store: LocalSto
     first, second = InUse(), InUse()
     assert first.acquire(directory)
     assert second.acquire(directory)
-    store._in_use.close()
+    store.close()
     for reader in (first, second):
         with exclusive(directory) as refusal:
             assert refusal == "in use"
@@ -53,7 +54,7 @@ def test_entry_that_is_removed_while_a_reader_waits_for_its_lock_is_a_miss(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = publish(store, address())
-    store._in_use.close()
+    store.close()
     with exclusive(directory) as refusal:
         assert refusal is None
         monkeypatch.setattr("time.sleep", lambda seconds: shutil.rmtree(directory))
@@ -65,7 +66,7 @@ def test_entry_that_goes_while_it_is_read_without_a_lock_is_a_miss(
 ) -> None:
     monkeypatch.setattr("ts_handlers.store.local.usage.RETRY_SECONDS", 0.0)
     directory = publish(store, address())
-    store._in_use.close()
+    store.close()
 
     def evicted(*arguments: object) -> None:
         shutil.rmtree(directory)
@@ -74,32 +75,44 @@ def test_entry_that_goes_while_it_is_read_without_a_lock_is_a_miss(
     with exclusive(directory) as refusal:
         assert refusal is None
         assert isinstance(store.lookup(address()), Hit)
-        monkeypatch.setattr(store, "_verify_files", evicted)
+        monkeypatch.setattr(local, "verify_files", evicted)
         assert store.lookup(address()) == Miss(())
+
+
+def test_closing_gives_up_the_locks_and_may_be_repeated(store: LocalStore) -> None:
+    directory = publish(store, address())
+    assert store.write_back.wait(0)
+    for _ in range(2):
+        store.close()
+        assert not in_use(directory)
+    assert isinstance(store.lookup(address()), Hit)
+    assert in_use(directory)
 
 
 def test_discarded_entry_is_not_held_any_more(store: LocalStore) -> None:
     publish(store, address())
     store.discard(address(), "a reason")
-    assert store._in_use._descriptors == {}
+    (moved,) = (store.root / "trash").iterdir()
+    assert not in_use(moved)
 
 
 def test_damage_that_somebody_else_has_replaced_meanwhile_is_not_moved_aside(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another process moves the entry aside and publishes it anew while this one is still hashing it."""
+    """Another process moves the entry aside and publishes it again while this one is still hashing it."""
     where = address()
     publish(store, where)
     other = LocalStore(store.root)
 
-    def replaced(directory: Path, manifest: object) -> None:
+    def replaced(*arguments: object) -> None:
+        patched.undo()
         assert isinstance(other.lookup(where), Hit)
         assert other.discard(where, "damaged")
         publish(other, where)
         raise ValueError("code/model.so is missing or not a plain file")
 
     with monkeypatch.context() as patched:
-        patched.setattr(store, "_verify_files", replaced)
+        patched.setattr(local, "verify_files", replaced)
         assert isinstance(store.lookup(where), Miss)
     assert isinstance(store.lookup(where), Hit)
 
@@ -143,6 +156,6 @@ def test_read_only_store_serves_locks_and_records_nothing(tmp_path: Path) -> Non
         assert isinstance(store.lookup(address()), Hit)
         assert in_use(directory)
         assert read_use(store.root, address().key.digest) == (None, 0)
-        store._in_use.close()
+        store.close()
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)

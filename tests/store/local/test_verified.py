@@ -127,10 +127,10 @@ def test_record_of_another_boot_counts_for_nothing(
 ) -> None:
     path = weights(tmp_path)
     known_digest(store.root, path)
-    monkeypatch.setattr(verified, "_boot_id", lambda: "another")
+    monkeypatch.setattr(verified, "boot_id", lambda: "another")
     known_digest(store.root, path)
     assert len(hashed) == 2
-    monkeypatch.setattr(verified, "_boot_id", lambda: "")
+    monkeypatch.setattr(verified, "boot_id", lambda: "")
     assert KnownDigests(store.root, path).digest_file(path) == digest_of(path)
     assert len(hashed) == 3
 

@@ -17,10 +17,10 @@ from ts_handlers.store.local.pins import pin
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.local.usage import in_use, record_use
 from ts_handlers.store.upkeep import eviction
-from ts_handlers.store.upkeep.eviction import Candidate, Eviction, Limits, Plan, evict, find_candidates, plan
+from ts_handlers.store.upkeep.eviction import Candidate, Eviction, EvictionPlan, Quotas, evict, find_candidates, plan
 from ts_handlers.store.upkeep.space import make_room, make_room_in_background
 
-NO_LIMITS = Limits()
+NO_QUOTAS = Quotas()
 
 
 def candidates_of(rows: list[tuple[str, int, int, int, str | None]]) -> list[Candidate]:
@@ -41,16 +41,16 @@ CANDIDATES = st.lists(
     max_size=14,
 ).map(candidates_of)
 BOUND = st.none() | st.integers(0, 120)
-LIMITS = st.builds(Limits, BOUND, st.none() | st.integers(0, 8), BOUND)
+QUOTAS = st.builds(Quotas, BOUND, st.none() | st.integers(0, 8), BOUND)
 
 
-def after(candidates: list[Candidate], planned: Plan) -> list[Candidate]:
+def after(candidates: list[Candidate], planned: EvictionPlan) -> list[Candidate]:
     gone = {item.candidate.directory for item in planned.evictions}
     return [candidate for candidate in candidates if candidate.directory not in gone]
 
 
-@given(CANDIDATES, LIMITS, LIMITS)
-def test_plan_keeps_the_quotas_or_says_why_not(candidates: list[Candidate], store: Limits, per_model: Limits) -> None:
+@given(CANDIDATES, QUOTAS, QUOTAS)
+def test_plan_keeps_the_quotas_or_says_why_not(candidates: list[Candidate], store: Quotas, per_model: Quotas) -> None:
     planned = plan(candidates, store, per_model)
     evicted = [item.candidate for item in planned.evictions]
     assert len({candidate.directory for candidate in evicted}) == len(evicted)
@@ -65,9 +65,9 @@ def test_plan_keeps_the_quotas_or_says_why_not(candidates: list[Candidate], stor
             assert any(text.startswith(name) for text in planned.unmet)
 
 
-@given(CANDIDATES, LIMITS, LIMITS)
+@given(CANDIDATES, QUOTAS, QUOTAS)
 def test_plan_evicts_nothing_needlessly_and_the_least_recently_used_first(
-    candidates: list[Candidate], store: Limits, per_model: Limits
+    candidates: list[Candidate], store: Quotas, per_model: Quotas
 ) -> None:
     remaining = list(candidates)
     for item in plan(candidates, store, per_model).evictions:
@@ -80,9 +80,9 @@ def test_plan_evicts_nothing_needlessly_and_the_least_recently_used_first(
         remaining.remove(victim)
 
 
-@given(CANDIDATES, LIMITS, LIMITS, st.randoms())
+@given(CANDIDATES, QUOTAS, QUOTAS, st.randoms())
 def test_plan_does_not_depend_on_the_order_of_what_was_found(
-    candidates: list[Candidate], store: Limits, per_model: Limits, random: st.random_module
+    candidates: list[Candidate], store: Quotas, per_model: Quotas, random: st.random_module
 ) -> None:
     shuffled = list(candidates)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
@@ -91,7 +91,7 @@ def test_plan_does_not_depend_on_the_order_of_what_was_found(
 
 @given(CANDIDATES)
 def test_plan_without_quotas_does_nothing(candidates: list[Candidate]) -> None:
-    assert plan(candidates, NO_LIMITS, NO_LIMITS) == Plan((), ())
+    assert plan(candidates, NO_QUOTAS, NO_QUOTAS) == EvictionPlan((), ())
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def fill_store(store: LocalStore, count: int, model: str = "m") -> list[Path]:
         os.utime(directories[-1], (1000, 1000))
         record_use(store.root, where.key.digest)
         os.utime(store.root / "usage" / where.key.digest, (2000 + index, 2000 + index))
-    store._in_use.close()
+    store.close()
     return directories
 
 
@@ -116,7 +116,7 @@ def test_quota_of_entries_evicts_the_least_recently_used_and_what_belongs_to_it(
     directories = fill_store(store, 4)
     where = address(device="m0")
     store.write_canary(where, "w", {"cases": []})
-    report = make_room(store.root, Limits(entries=2), NO_LIMITS)
+    report = make_room(store.root, Quotas(entries=2), NO_QUOTAS)
     assert [path.exists() for path in directories] == [False, False, True, True]
     assert len(report.done) == 2
     assert report.freed_bytes > 2 * 2048
@@ -129,21 +129,21 @@ def test_quota_of_entries_evicts_the_least_recently_used_and_what_belongs_to_it(
 
 def test_quota_of_each_model_leaves_the_others_alone(store: LocalStore) -> None:
     first, second = fill_store(store, 3, "first"), fill_store(store, 1, "second")
-    make_room(store.root, NO_LIMITS, Limits(entries=1))
+    make_room(store.root, NO_QUOTAS, Quotas(entries=1))
     assert [path.exists() for path in first + second] == [False, False, True, True]
 
 
 def test_dry_run_says_the_same_and_removes_nothing(store: LocalStore) -> None:
     directories = fill_store(store, 3)
-    said = make_room(store.root, Limits(bytes=0), NO_LIMITS, dry_run=True)
+    said = make_room(store.root, Quotas(bytes=0), NO_QUOTAS, dry_run=True)
     assert all(path.exists() for path in directories)
-    assert make_room(store.root, Limits(bytes=0), NO_LIMITS) == said
+    assert make_room(store.root, Quotas(bytes=0), NO_QUOTAS) == said
     assert not any(path.exists() for path in directories)
 
 
 def test_model_folders_go_with_their_last_entry(store: LocalStore) -> None:
     fill_store(store, 1)
-    make_room(store.root, Limits(entries=0), NO_LIMITS)
+    make_room(store.root, Quotas(entries=0), NO_QUOTAS)
     assert list((store.root / "entries").iterdir()) == []
 
 
@@ -152,7 +152,7 @@ def test_pinned_entry_and_entry_in_use_stay_and_the_quota_is_reported(store: Loc
     pin(store.root, directories[0].name, "production")
     reader = LocalStore(store.root)
     assert isinstance(reader.lookup(address(device="m1")), Hit)
-    report = make_room(store.root, Limits(entries=0), NO_LIMITS)
+    report = make_room(store.root, Quotas(entries=0), NO_QUOTAS)
     assert [path.exists() for path in directories] == [True, True, False]
     assert report.unmet == ("the store exceeds its quota of entries: 2 of 0; the rest is pinned or in use",)
 
@@ -162,15 +162,15 @@ def test_entry_that_was_in_use_at_the_last_collection_is_not_the_oldest(store: L
     reader = LocalStore(store.root)
     assert isinstance(reader.lookup(address(device="m0")), Hit)
     os.utime(store.root / "usage" / directories[0].name, (1, 1))  # the process has been reading it for long
-    make_room(store.root, Limits(entries=2), NO_LIMITS)
-    reader._in_use.close()
-    make_room(store.root, Limits(entries=1), NO_LIMITS)
+    make_room(store.root, Quotas(entries=2), NO_QUOTAS)
+    reader.close()
+    make_room(store.root, Quotas(entries=1), NO_QUOTAS)
     assert [path.exists() for path in directories] == [True, False]
 
 
 def _use(store: LocalStore) -> None:
     assert isinstance(store.lookup(address(device="m0")), Hit)
-    store._in_use.close()
+    store.close()
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_another_entry_goes_for_one_that_turns_out_to_be_in_use(
         return busy
 
     monkeypatch.setattr(eviction, "in_use", in_use_afterwards)
-    report = make_room(store.root, Limits(entries=2), NO_LIMITS)
+    report = make_room(store.root, Quotas(entries=2), NO_QUOTAS)
     assert [path.exists() for path in directories] == [True, False, True]
     assert [step.refusal for step in report.steps] == ["in use", None]
 

@@ -14,19 +14,19 @@ from tests.support.file_backend import START
 from tests.support.subprocesses import finish, run_python, start_python
 from ts_handlers.store.base import Hit
 from ts_handlers.store.local.store import LocalStore
-from ts_handlers.store.upkeep.eviction import Limits
+from ts_handlers.store.upkeep.eviction import Quotas
 from ts_handlers.store.upkeep.garbage import find_garbage
 from ts_handlers.store.upkeep.scan import scan_entries
 from ts_handlers.store.upkeep.space import make_room
 
 pytestmark = pytest.mark.processes
 
-NOTHING = Limits(entries=0)
+NOTHING = Quotas(entries=0)
 
 EVICT = """
     import os, shutil, signal, sys
     from pathlib import Path
-    from ts_handlers.store import eviction
+    from ts_handlers.store.upkeep import eviction
     from ts_handlers.store.upkeep.space import make_room
 
     def die():
@@ -52,7 +52,7 @@ EVICT = """
         eviction.shutil.rmtree = dying(delete_half)
     elif moment == "after deletion":
         eviction.shutil.rmtree = dying(shutil.rmtree)
-    make_room(root, eviction.Limits(entries=0), eviction.Limits())
+    make_room(root, eviction.Quotas(entries=0), eviction.Quotas())
 """
 
 SERVE = (
@@ -94,11 +94,11 @@ USE = """
 EVICT_OFTEN = """
     import sys
     from pathlib import Path
-    from ts_handlers.store.upkeep.eviction import Limits
+    from ts_handlers.store.upkeep.eviction import Quotas
     from ts_handlers.store.upkeep.space import make_room
     evicted, failed = 0, []
     while not Path(sys.argv[2]).exists():
-        for step in make_room(Path(sys.argv[1]), Limits(entries=0), Limits()).steps:
+        for step in make_room(Path(sys.argv[1]), Quotas(entries=0), Quotas()).steps:
             evicted += step.kind == "evict" and step.refusal is None
             failed += [step.refusal] if "cannot" in (step.refusal or "") else []
     assert failed == []
@@ -111,15 +111,15 @@ def test_evictor_killed_at_any_moment_leaves_nothing_that_counts(moment: str, tm
     store = LocalStore(tmp_path / "store")
     publish(store, address())
     store.write_canary(address(), "w", {"cases": []})
-    store._in_use.close()
+    store.close()
     finish(start_python(EVICT, store.root, moment), -signal.SIGKILL)
     still_there = moment == "before rename"
     assert len(scan_entries(store.root)) == int(still_there)
     assert isinstance(store.lookup(address()), Hit) == still_there
     publish(store, address())
     assert isinstance(store.lookup(address()), Hit)
-    store._in_use.close()
-    assert make_room(store.root, NOTHING, Limits()).unmet == ()
+    store.close()
+    assert make_room(store.root, NOTHING, Quotas()).unmet == ()
     assert scan_entries(store.root) == []
     assert find_garbage(store.root) == []
     assert list((store.root / "trash").iterdir()) == []
@@ -136,7 +136,7 @@ def test_entry_of_living_processes_stays_until_the_last_one_is_killed(archive: P
             assert json.loads(server.stdout.readline())["result"] == expected
             assert server.stdout.readline() == "serving\n"
         for server in servers:
-            report = make_room(store, NOTHING, Limits())
+            report = make_room(store, NOTHING, Quotas())
             assert report.done == ()
             assert len(report.unmet) == 1
             assert len(scan_entries(store)) == 1
@@ -146,7 +146,7 @@ def test_entry_of_living_processes_stays_until_the_last_one_is_killed(archive: P
         for server in servers:
             server.kill()
             server.communicate()
-    assert len(make_room(store, NOTHING, Limits()).done) == 1
+    assert len(make_room(store, NOTHING, Quotas()).done) == 1
     assert scan_entries(store) == []
 
 

@@ -16,11 +16,12 @@ from ts_handlers.store.entry import write_manifest
 from ts_handlers.store.local import pins
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.local.trash import move_aside
-from ts_handlers.store.upkeep.eviction import Limits
+from ts_handlers.store.upkeep.eviction import Quotas
 from ts_handlers.store.upkeep.garbage import CANARIES_PER_KEY, find_garbage
 from ts_handlers.store.upkeep.space import make_room
 
 KEY = "0f" * 16
+WRITER = "17.0123456789abcdef"  # process and random part of a temporary name
 DAY = 86400.0
 
 
@@ -66,13 +67,19 @@ LEFT: dict[str, tuple[Callable[[LocalStore], Path], float]] = {  # what, and fro
     "damaged entry": (aside, 7 * DAY),
     "canaries of no entry": (lambda store: write(store.root / "canaries" / KEY / "w").parent, DAY),
     "unsent canary of no entry": (lambda store: write(store.root / "remote" / f"unsent-{KEY}.w"), DAY),
-    "half-written canary": (lambda store: write(store.root / "canaries" / KEY / ".w.17"), DAY),
+    "half-written canary": (lambda store: write(store.root / "canaries" / KEY / f".w.{WRITER}"), DAY),
+    "half-written canary of old": (lambda store: write(store.root / "canaries" / KEY / ".w.17"), DAY),
     "uses of no entry": (lambda store: write(store.root / "usage" / KEY), DAY),
     "lease of no entry": (lambda store: write(store.root / "leases" / f"{KEY}.lock"), DAY),
     "status of a lease of no entry": (lambda store: write(store.root / "leases" / f"{KEY}.json"), DAY),
-    "half-written status": (lambda store: write(store.root / "leases" / f"{KEY}.json.17"), DAY),
+    "half-written status": (lambda store: write(store.root / "leases" / f".{KEY}.json.{WRITER}"), DAY),
+    "half-written status of old": (lambda store: write(store.root / "leases" / f"{KEY}.json.17"), DAY),
+    "half-written outcome of old": (lambda store: write(store.root / "leases" / f"{KEY}.background.outcome.17"), DAY),
+    "half-written breaker": (lambda store: write(store.root / "remote" / f".objects.json.{WRITER}"), DAY),
     "crash marker of no entry": (lambda store: write(store.root / "guards" / f"{KEY}.abc"), 7 * DAY),
-    "half-written quarantine": (lambda store: write(store.root / "quarantine" / f".{KEY}-1.json.17"), DAY),
+    "half-written timing cache": (lambda store: write(store.root / "shared" / "timing" / f".a.cache.{WRITER}"), DAY),
+    "half-written quarantine": (lambda store: write(store.root / "quarantine" / f".{KEY}-1.json.{WRITER}"), DAY),
+    "half-written quarantine of old": (lambda store: write(store.root / "quarantine" / f".{KEY}-1.json.17"), DAY),
     "unreadable digests": (lambda store: write(store.root / "verified" / KEY), DAY),
 }
 
@@ -113,10 +120,10 @@ def test_canary_records_of_a_key_are_bounded_and_the_used_ones_stay(store: Local
         path = store.root / "canaries" / where.key.digest / name
         os.utime(path, (time.time() - 60 * age - 60,) * 2)
     assert store.read_canary(where, "w001") == {"cases": []}  # the second oldest is used again
-    report = make_room(store.root, Limits(), Limits())
+    report = make_room(store.root, Quotas(), Quotas())
     assert sorted(step.path.name for step in report.done) == ["w000", "w002", "w003"]
     assert store.canaries(where) == [name for name in names if name not in ("w000", "w002", "w003")]
-    assert make_room(store.root, Limits(), Limits()).done == ()
+    assert make_room(store.root, Quotas(), Quotas()).done == ()
 
 
 def test_quarantines_and_pins_outlive_their_entries(store: LocalStore) -> None:
@@ -157,7 +164,7 @@ def test_staging_taken_between_finding_and_removing_stays(store: LocalStore) -> 
     assert item.remove() == "in use"
     assert (directory / "manifest.json").exists()
     os.close(descriptor)
-    report = make_room(store.root, Limits(), Limits())
+    report = make_room(store.root, Quotas(), Quotas())
     assert [(step.path, step.refusal) for step in report.steps] == [(directory, None)]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from ts_handlers.backends.aot_inductor.load import EXTRAS, ensure_loadable, load
 from ts_handlers.backends.base import Built, Description, Target, Workspace
 from ts_handlers.backends.compare import compare_sizes
 from ts_handlers.backends.export import PREFIX, FlatModel, export_program, live_weights, output_structure
-from ts_handlers.errors import BuildError, ModelError
+from ts_handlers.errors import BuildError, ModelError, one_line
 from ts_handlers.model.archive_files import Tensors
 from ts_handlers.model.exported import ExportedSource
 from ts_handlers.model.exported_program import describe_program
@@ -198,4 +197,4 @@ def build_exported(target: Target, source: ExportedSource, workspace: Workspace)
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return re.sub(r"\s+", " ", lines[0])[:300] if lines else ""
+    return one_line(lines[0], 300) if lines else ""

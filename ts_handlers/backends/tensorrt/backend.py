@@ -34,6 +34,9 @@ from ts_handlers.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+TIMING_CACHES = "timing"
+"""Folder of measured kernel times, in the folder that the builds of a store share."""
+
 
 class TensorRTBackend:
     """See the module's docstring."""
@@ -173,7 +176,7 @@ def _timing_cache(target: Target, shared: Path | None, flavour: str) -> Path | N
     if shared is None:
         return None
     device = fingerprint.device_slug(target.device)
-    return shared / "timing" / f"{tensorrt_library.version(flavour)}-{device}.cache"
+    return shared / TIMING_CACHES / f"{tensorrt_library.version(flavour)}-{device}.cache"
 
 
 BACKEND = TensorRTBackend()

@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from ts_handlers.backends.tensorrt.torch_tensorrt_import import import_torch_ten
 from ts_handlers.errors import BuildError, SettingsError
 from ts_handlers.settings import PT2_SECTION, SECTION
 from ts_handlers.settings.sections import TensorRTSettings
+from ts_handlers.system.files import write_atomically
 
 # Fields of CompilationSettings that this backend sets itself, and the setting that governs each.
 GOVERNED = {
@@ -309,10 +308,7 @@ def _timing_cache(config: Any, path: Path | None) -> Iterator[None]:
             config.set_timing_cache(config.create_timing_cache(b""), False)
         yield
         data = bytes(memoryview(config.get_timing_cache().serialize()))
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
+        write_atomically(path, data, mode=0o600)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ import functools
 import importlib
 import importlib.util
 import logging
-import re
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import tempfile
 from types import ModuleType
 
 from ts_handlers.backends.tensorrt.library import ready_for_torch_tensorrt
-from ts_handlers.errors import BuildError
+from ts_handlers.errors import BuildError, one_line
 
 NAME = "torch_tensorrt"
 PROBE_SECONDS = 300
@@ -126,4 +125,4 @@ def _import_here() -> str | None:
 
 
 def _summary(error: BaseException) -> str:
-    return re.sub(r"\s+", " ", f"{type(error).__name__}: {error}").strip()[:300]
+    return one_line(f"{type(error).__name__}: {error}", 300)

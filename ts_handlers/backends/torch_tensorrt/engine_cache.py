@@ -19,8 +19,6 @@ import hashlib
 import json
 import logging
 import operator
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ import msgspec
 import torch
 
 from ts_handlers.backends.torch_tensorrt.graph_digest import canonical_graph, canonical_value
+from ts_handlers.system.files import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -77,19 +76,13 @@ class EngineFiles:
         self.saved += 1
         if not self._writable:
             return
-        temporary = None
         try:
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=self._directory, suffix=".tmp")
-            with os.fdopen(descriptor, "wb") as file:
+            with atomic_file(self.path(key), mode=0o600) as file:
                 file.write(MAGIC + hashlib.sha256(blob).digest())
                 file.write(blob)
-            os.replace(temporary, self.path(key))
         except OSError as error:
             logger.warning("an engine could not be kept in %s: %s", self._directory, error)
-            if temporary is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
 
     def load(self, key: str) -> bytes | None:
         """The engine, or None where it is missing or there is any doubt about it."""

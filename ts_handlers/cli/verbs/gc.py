@@ -28,13 +28,13 @@ def command(
 
     Pinned entries and entries that a living process reads stay. Ends with 1 when a quota stays exceeded.
     """
-    from ts_handlers.store.upkeep.eviction import Limits
+    from ts_handlers.store.upkeep.eviction import Quotas
     from ts_handlers.store.upkeep.space import make_room
 
-    limits = Limits(_size("--max-bytes", max_bytes), max_entries, max_inodes)
-    per_model = Limits(_size("--model-max-bytes", model_max_bytes), model_max_entries, model_max_inodes)
+    quotas = Quotas(_size("--max-bytes", max_bytes), max_entries, max_inodes)
+    per_model = Quotas(_size("--model-max-bytes", model_max_bytes), model_max_entries, model_max_inodes)
     opened = open_existing_store(store, trust_folder)
-    report = make_room(opened.root, limits, per_model, dry_run=dry_run)
+    report = make_room(opened.root, quotas, per_model, dry_run=dry_run)
     if as_json:
         steps = [
             {

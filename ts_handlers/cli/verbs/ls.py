@@ -6,7 +6,6 @@ import fnmatch
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
 
 from ts_handlers.cli.exit_codes import ExitCode
@@ -29,13 +28,14 @@ def command(
     `ts-handlers verify`.
     """
     from ts_handlers.guard.quarantine import read_quarantines
+    from ts_handlers.guard.records import stored_fields
     from ts_handlers.store.upkeep.scan import scan_entries, scan_trash
 
     opened = open_existing_store(store, trust_folder)
     entries = [entry for entry in scan_entries(opened.root) if fnmatch.fnmatchcase(entry.model, model)]
     trash = scan_trash(opened.root)
     records = [record for record in read_quarantines(opened.root) if fnmatch.fnmatchcase(record.model, model)]
-    reasons = {(record.key, record.seal): record.reason for record in records}
+    reasons = {(record.key, record.digest): record.reason for record in records}
     total = {
         "entries": len(entries),
         "bytes": sum(entry.bytes for entry in entries),
@@ -61,7 +61,7 @@ def command(
         ]
         aside = [{"name": item.name, "reason": item.reason, "bytes": item.bytes} for item in trash]
         facts = {"store": str(opened.root), "entries": rows, "moved_aside": aside, "total": total}
-        print_json({**facts, "quarantined": msgspec.to_builtins(records)})
+        print_json({**facts, "quarantined": [stored_fields(record) for record in records]})
     else:
         print_table(
             ("model", "backend", "device", "key", ">size", ">age", ">last use", ">uses", "pinned", "state"),
@@ -93,5 +93,5 @@ def command(
 def _state(entry: EntryInfo, reasons: Mapping[tuple[str, str], str]) -> str:
     if entry.problem is not None:
         return f"{entry.state}: {entry.problem}"
-    seal = "" if entry.manifest is None else entry.manifest.seal
-    return "quarantined" if (entry.key, seal) in reasons else entry.state
+    digest = "" if entry.manifest is None else entry.manifest.digest
+    return "quarantined" if (entry.key, digest) in reasons else entry.state

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 import typer
 
 from ts_handlers.cli.exit_codes import ExitCode
@@ -31,6 +30,7 @@ def command(
     What is quarantined under the key, and builds of it that have failed, are shown also where there is no entry.
     """
     from ts_handlers.guard.quarantine import read_quarantines
+    from ts_handlers.guard.records import stored_fields
     from ts_handlers.store.upkeep.scan import canaries_of
 
     opened = open_existing_store(store, trust_folder)
@@ -46,7 +46,8 @@ def command(
     canaries = [path.name for path in canaries_of(opened.root, digest)]
     facts = [_facts(entry, canaries) for entry in found] or [{"key": digest, "state": "no entry"}]
     if as_json:
-        print_json([{**fact, "quarantined": msgspec.to_builtins(records)} for fact in facts])
+        quarantined = [stored_fields(record) for record in records]
+        print_json([{**fact, "quarantined": quarantined} for fact in facts])
     else:
         for entry, fact in zip(found, facts, strict=False):
             _print(entry, fact)

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ts_handlers.backends import get_backend
-from ts_handlers.backends.base import Target
 from ts_handlers.errors import ModelError
 from ts_handlers.key.cache_key import CacheKey, explain
 from ts_handlers.key.parts import compute_key
 from ts_handlers.model.recipes import make_source
 from ts_handlers.servers.torchserve.recipes import archive_recipe
 from ts_handlers.servers.torchserve.unpacking import unpacked
-from ts_handlers.store.opening import weights_digester
+from ts_handlers.startup.target import new_target
 from ts_handlers.store.upkeep.scan import EntryInfo
 
 
@@ -50,8 +49,7 @@ def archive_keys(
         made = make_source(archive_recipe(directory, device, config, model_name))
         if made.settings is None or made.device is None:
             raise ModelError(f"{archive}: its handler starts no model")
-        made.source.begin_digest(weights_digester(made.settings))
-        target = Target(made.source, made.settings, made.device)
+        target = new_target(made.source, made.settings, made.device)
         ladder = [get_backend(backend) for backend in made.settings.backends]
         return [
             ArchiveKey(made.source.name, backend.name, compute_key(backend, target))

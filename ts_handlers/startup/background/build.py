@@ -37,14 +37,16 @@ import torch
 from ts_handlers.backends import get_backend
 from ts_handlers.backends.base import Backend, Target
 from ts_handlers.compiled_model import CompiledModel, log_outcome
-from ts_handlers.errors import UNDECODABLE, BuildError
-from ts_handlers.guard.guard import remember_death
+from ts_handlers.errors import UNDECODABLE, BuildError, one_line
+from ts_handlers.guard.guard import remember_crash
 from ts_handlers.key.parts import compute_key
 from ts_handlers.startup.background.idle_window import wait_for_idle_window
 from ts_handlers.startup.build_process import BuildProcess
 from ts_handlers.store.address import Address
 from ts_handlers.store.base import Hit, Store
+from ts_handlers.store.local.layout import BACKGROUND, LEASES, OUTCOME
 from ts_handlers.store.local.lease import hold_lease, read_status
+from ts_handlers.system.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +106,8 @@ class BackgroundBuild:
         self._address = address
         self._load = load
         self._retry_failed = retry_failed
-        self._leases = store.root / "leases"
-        self._name = f"{address.key.digest}.background"
+        self._leases = store.state_directory / LEASES
+        self._name = f"{address.key.digest}{BACKGROUND}"
         self._state = "waiting"
         self._phase: str | None = None
         self._reason: str | None = None
@@ -201,7 +203,7 @@ class BackgroundBuild:
                 raise BuildError(ended.reason or "nothing was built")
             self._swap(ended.backend, ended.fallbacks)
         except Exception as error:
-            self._reason = " ".join(f"{type(error).__name__}: {error}".split())[:1000]
+            self._reason = one_line(f"{type(error).__name__}: {error}", 1000)
             self._model.metrics.count("background_failed")
             logger.warning("%s: stays eager: %s", self._target.source.name, self._reason)
             logger.debug("details", exc_info=error)
@@ -223,9 +225,9 @@ class BackgroundBuild:
                 "no other process can make this model: it exists in this process only, or its handler class is local; "
                 "start it from an archive (ArchiveSource), or set on_miss: compile"
             )
-        if not os.access(self._store.root, os.W_OK | os.X_OK):
+        if not os.access(self._store.state_directory, os.W_OK | os.X_OK):
             raise BuildError(
-                f"the store {self._store.root} cannot be written, so what a child process builds would be lost; make "
+                f"the store {self._store.name} cannot be written, so what a child process builds would be lost; make "
                 "it writable, or fill it beforehand"
             )
         with hold_lease(self._leases, self._name, self._estimate) as lease:
@@ -246,7 +248,7 @@ class BackgroundBuild:
             except BuildError as error:
                 ended = Ended(None, str(error))
                 if self._process is not None and not self._closed:
-                    remember_death(self._store.root, self._process.pid, str(error))
+                    remember_crash(self._store.state_directory, self._process.pid, str(error))
             if not self._closed:
                 self._write_outcome(ended)
             return ended
@@ -258,7 +260,11 @@ class BackgroundBuild:
         spec = {
             "source": recipe,
             "settings": msgspec.to_builtins(settings),
-            "overrides": {"on_miss": "compile", "store": str(self._store.root), "backends": self._remaining()},
+            "overrides": {
+                "on_miss": "compile",
+                "store": str(self._store.state_directory),
+                "backends": self._remaining(),
+            },
             "device": str(self._device),
             "threads": self._threads,
             "float32_matmul": torch.get_float32_matmul_precision(),
@@ -315,7 +321,7 @@ class BackgroundBuild:
     def _read_outcome(self) -> Ended | None:
         """How a build ended that another process finished after this one had missed."""
         try:
-            facts = json.loads((self._leases / f"{self._name}.outcome").read_text("utf-8"))
+            facts = json.loads((self._leases / f"{self._name}{OUTCOME}").read_text("utf-8"))
             if float(facts.pop("time")) < self._began:
                 return None
             return Ended(**facts)
@@ -323,8 +329,6 @@ class BackgroundBuild:
             return None
 
     def _write_outcome(self, ended: Ended) -> None:
-        path = self._leases / f"{self._name}.outcome"
-        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        facts = {"time": time.time(), **dataclasses.asdict(ended)}
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps({"time": time.time(), **dataclasses.asdict(ended)}), "utf-8")
-            os.replace(temporary, path)
+            write_atomically(self._leases / f"{self._name}{OUTCOME}", json.dumps(facts))

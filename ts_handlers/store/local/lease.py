@@ -1,4 +1,4 @@
-"""One builder per key on a host.
+"""Build leases: one process of a host builds a key at a time.
 
 The lease is a file lock, which the kernel releases when its holder dies, however it dies. Beside the lock stands a
 status file by which waiters tell what the holder is doing; it is information only and may be stale or missing.
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ts_handlers.errors import UNDECODABLE
+from ts_handlers.store.local.layout import LEASE_LOCK, LEASE_STATUS
+from ts_handlers.system.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +42,7 @@ class Lease:
         if self._status is None:
             return
         with contextlib.suppress(OSError):
-            temporary = self._status.with_name(f"{self._status.name}.{os.getpid()}")
-            temporary.write_text(json.dumps(self._facts))
-            os.replace(temporary, self._status)
+            write_atomically(self._status, json.dumps(self._facts))
 
 
 @contextlib.contextmanager
@@ -61,15 +61,15 @@ def hold_lease(directory: Path, name: str, estimate: float | None) -> Iterator[L
     """
     from filelock import FileLock, Timeout
 
-    status = directory / f"{name}.json"
+    status = directory / f"{name}{LEASE_STATUS}"
     started = time.monotonic()
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = FileLock(directory / f"{name}.lock")
+        lock = FileLock(directory / f"{name}{LEASE_LOCK}")
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            logger.info("another process builds %s: %s", name, _describe(directory, name, 0.0, estimate))
+            logger.info("another process builds %s: %s", name, describe_holder(directory, name, 0.0, estimate))
             last = started
             while True:
                 try:
@@ -80,7 +80,7 @@ def hold_lease(directory: Path, name: str, estimate: float | None) -> Iterator[L
                     if now - last >= LOG_EVERY_SECONDS:
                         last = now
                         logger.info(
-                            "still waiting for %s: %s", name, _describe(directory, name, now - started, estimate)
+                            "still waiting for %s: %s", name, describe_holder(directory, name, now - started, estimate)
                         )
     except (OSError, NotImplementedError) as error:
         logger.warning("no lease for %s (%s); building without one", name, error)
@@ -99,13 +99,14 @@ def hold_lease(directory: Path, name: str, estimate: float | None) -> Iterator[L
 def read_status(directory: Path, name: str) -> dict[str, Any]:
     """What the holder of a lease last reported; empty when there is no holder or its report cannot be read."""
     try:
-        facts = json.loads((directory / f"{name}.json").read_text())
+        facts = json.loads((directory / f"{name}{LEASE_STATUS}").read_text())
     except (OSError, *UNDECODABLE):
         return {}
     return facts if isinstance(facts, dict) else {}
 
 
-def _describe(directory: Path, name: str, waited: float, estimate: float | None) -> str:
+def describe_holder(directory: Path, name: str, waited: float, estimate: float | None) -> str:
+    """What the holder of a lease is doing, for the log of a process that has waited `waited` seconds for it."""
     try:
         facts = read_status(directory, name)
         elapsed = max(0.0, time.time() - float(facts["started"]))

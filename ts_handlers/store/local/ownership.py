@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ts_handlers.errors import StoreError
+from ts_handlers.system.ownership import is_ours_or_roots, others_may_write
 
 _LINKS_LIMIT = 40  # as the kernel's
 
@@ -38,12 +39,12 @@ def check_path(root: Path, trusted: Collection[str | Path] = ()) -> None:
         if str(path) in accepted and not last:
             continue
         name = f"the store {root}" if last else f"the folder {path}, on the way to the store {root},"
-        if status.st_uid not in (os.geteuid(), 0):
+        if not is_ours_or_roots(status):
             raise StoreError(
                 f"{name} belongs to uid {status.st_uid}, this process runs as uid {os.geteuid()}; "
                 f"chown it, or name another store{'' if last else _OR_TRUST}"
             )
-        if stat.S_ISLNK(status.st_mode) or not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if stat.S_ISLNK(status.st_mode) or not others_may_write(status):
             continue
         if not last and (status.st_mode & stat.S_ISVTX or _only_private_group(status)):
             continue

@@ -1,21 +1,4 @@
-"""A store in a local folder.
-
-Layout::
-
-    <root>/entries/<model>/<model digest>/<device>/<key>/   published entries (see store/entry.py)
-    <root>/canaries/<key>/<weights digest>                  canary records (see store/canaries.py)
-    <root>/leases/<key>.lock, <key>.json                    build leases and what their holders are doing
-    <root>/leases/<key>.fetch.lock                          held by the process that asks the remote store
-    <root>/remote/<service>.json                            why the host goes on alone (see store/breaker.py)
-    <root>/remote/unsent-<key>                              entries that the remote store lacks (see store/sender.py)
-    <root>/remote/unsent-<key>.<weights digest>             canary records that it lacks
-    <root>/staging/<key>-<random>/                          entries being built; locked by the builder while it lives
-    <root>/trash/<key>-<random>/                            damaged entries, moved aside with the reason
-    <root>/trash/evicted-<key>-<random>/                    evicted entries on their way out (see store/eviction.py)
-    <root>/usage/<key>                                      one byte per use (see store/usage.py)
-    <root>/pins/<key>                                       keys that are never evicted; the file holds a note
-    <root>/verified/<name>                                  digests computed before (see store/verified.py)
-"""
+"""A store in a local folder; `ts_handlers.store.local.layout` names what lies in it."""
 
 from __future__ import annotations
 
@@ -34,14 +17,16 @@ from typing import Any, Literal
 from ts_handlers.errors import StoreError
 from ts_handlers.key.cache_key import explain
 from ts_handlers.store.address import Address, entry_path, safe_name
-from ts_handlers.store.base import Corrupt, Hit, Miss
+from ts_handlers.store.base import Corrupt, Hit, Miss, NoPendingWrites
 from ts_handlers.store.canaries import check_canary_bytes, encode_canary, load_record, record_canary_use
-from ts_handlers.store.entry import MANIFEST, Manifest, fsync, read_manifest, verify_files, write_manifest
+from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest, verify_files, write_manifest
+from ts_handlers.store.local.layout import CANARIES, ENTRIES, LEASES, SHARED, STAGING
 from ts_handlers.store.local.lease import Lease, hold_lease
 from ts_handlers.store.local.ownership import check_path, is_inside
 from ts_handlers.store.local.trash import move_aside
 from ts_handlers.store.local.usage import InUse, record_use
 from ts_handlers.store.local.verified import KnownDigests
+from ts_handlers.system.files import fsync, is_temporary, write_atomically
 from ts_handlers.system.locked_directory import collect_directories, make_locked_directory
 
 logger = logging.getLogger(__name__)
@@ -54,8 +39,8 @@ _DAMAGE = (errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 class LocalStore:
     """Entries below `root`, which is made if it does not exist.
 
-    The entries that a store object has found or published stay locked against eviction until it is garbage-collected,
-    so keep it for as long as their files may be read.
+    The entries that a store object has found or published stay locked against eviction until it is closed or
+    garbage-collected, so keep it for as long as their files may be read.
 
     Parameters
     ----------
@@ -81,6 +66,7 @@ class LocalStore:
         verify: Literal["always", "changed"] = "changed",
     ) -> None:
         self.notes: list[str] = []
+        self.write_back = NoPendingWrites()
         self.keep_alive: Any = None  # what removes a temporary root when the store is dropped
         self.root = Path(root).expanduser().absolute()
         self._verify = verify
@@ -98,8 +84,27 @@ class LocalStore:
             ) from error
         check_path(self.root, trusted_folders)
 
+    @property
+    def name(self) -> str:
+        """The root, as messages show it."""
+        return str(self.root)
+
+    @property
+    def state_directory(self) -> Path:
+        """The root."""
+        return self.root
+
+    @property
+    def shared_directory(self) -> Path:
+        """See `ts_handlers.store.base.Store`."""
+        return self.root / SHARED
+
+    def close(self) -> None:
+        """Give up the locks on entries."""
+        self._in_use.close()
+
     def _entry(self, address: Address) -> Path:
-        return self.root / "entries" / entry_path(address)
+        return self.root / ENTRIES / entry_path(address)
 
     def has(self, address: Address) -> bool:
         """Whether there is an entry, right or damaged; reads none of its files."""
@@ -149,7 +154,7 @@ class LocalStore:
     def _manifests(self, address: Address) -> list[Path]:
         """Manifests of every entry of this model, as far as they can be read."""
         try:
-            return list(self.root.joinpath("entries", safe_name(address.model)).glob(f"*/*/*/{MANIFEST}"))
+            return list(self.root.joinpath(ENTRIES, safe_name(address.model)).glob(f"*/*/*/{MANIFEST}"))
         except OSError:
             return []
 
@@ -186,7 +191,7 @@ class LocalStore:
 
         In the latter case the entry cannot be published, but it can be served by this process.
         """
-        base = self.root / "staging"
+        base = self.root / STAGING
         descriptor = -1
         try:
             base.mkdir(mode=0o700, exist_ok=True)
@@ -270,11 +275,11 @@ class LocalStore:
     @contextlib.contextmanager
     def lease(self, address: Address, estimate: float | None) -> Iterator[Lease]:
         """The right to build this key; see `ts_handlers.store.local.lease`."""
-        with hold_lease(self.root / "leases", address.key.digest, estimate) as lease:
+        with hold_lease(self.root / LEASES, address.key.digest, estimate) as lease:
             yield lease
 
     def _canary(self, address: Address, weights_digest: str) -> Path:
-        return self.root / "canaries" / address.key.digest / safe_name(weights_digest)
+        return self.root / CANARIES / address.key.digest / safe_name(weights_digest)
 
     def read_canary(self, address: Address, weights_digest: str) -> dict[str, Any] | None:
         """The recorded canary, or None when there is none or it is damaged; its use is recorded."""
@@ -299,21 +304,16 @@ class LocalStore:
             names = sorted(path.name for path in self._canary(address, "").parent.iterdir())
         except OSError:
             return []
-        return [name for name in names if name[0] != "." and self._load_canary(address, name) is not None]
+        return [name for name in names if not is_temporary(name) and self._load_canary(address, name) is not None]
 
     def write_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> bool:
         """Record a canary by writing beside and renaming; False when the store cannot be written."""
         path = self._canary(address, weights_digest)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             _make_private(path.parent, self.root)
-            temporary.write_bytes(encode_canary(f"{path.parent.name}/{path.name}", record))
-            fsync(temporary)
-            os.replace(temporary, path)
+            write_atomically(path, encode_canary(f"{path.parent.name}/{path.name}", record), durable=True)
         except OSError as error:
             logger.warning("the canary of %s could not be recorded: %s", address.key.digest, error)
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             return False
         return True
 

@@ -1,4 +1,4 @@
-"""Moving what is damaged out of the way, together with the reason, for whoever wants to look at it."""
+"""The store's trash: moving a damaged entry or record there, with the reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-FOLDER = "trash"
+from ts_handlers.store.local.layout import REASON, TRASH
 
 
 def move_aside(root: Path, path: Path, reason: str, is_it: Callable[[Path], bool] = lambda moved: True) -> Path:
@@ -31,7 +31,7 @@ def move_aside(root: Path, path: Path, reason: str, is_it: Callable[[Path], bool
         It is gone or has been replaced (`FileNotFoundError`), or the store cannot be written.
     """
     name = path.name if path.is_dir() else path.parent.name  # a canary lies in the folder of its key
-    trash = root / FOLDER / f"{name}-{uuid.uuid4().hex[:8]}"
+    trash = root / TRASH / f"{name}-{uuid.uuid4().hex[:8]}"
     trash.parent.mkdir(mode=0o700, exist_ok=True)
     moved = trash
     if path.is_symlink() or not path.is_dir():
@@ -47,5 +47,5 @@ def move_aside(root: Path, path: Path, reason: str, is_it: Callable[[Path], bool
             with contextlib.suppress(OSError):
                 trash.rmdir()
         raise
-    (trash / "reason.txt").write_text(reason + "\n")
+    (trash / REASON).write_text(reason + "\n")
     return trash

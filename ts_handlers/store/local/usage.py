@@ -17,7 +17,6 @@ written uses are not recorded. Access times are not consulted: many mounts do no
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import time
@@ -25,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ts_handlers.store.entry import MANIFEST
+from ts_handlers.store.local.layout import USAGE
+from ts_handlers.system.files import is_at, lock
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class InUse:
             except (FileNotFoundError, NotADirectoryError):
                 return False
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                lock(descriptor, path, shared=True)
             except BlockingIOError:
                 if attempt + 1 < ATTEMPTS:
                     os.close(descriptor)
@@ -64,8 +65,8 @@ class InUse:
                     continue
                 logger.warning("%s is held by a process that does not go on; reading it without a lock", directory)
             except OSError:
-                pass  # no locks here
-            if _is_at(descriptor, path):
+                pass  # no locks here, or the entry has gone, see below
+            if is_at(descriptor, path):
                 status = os.fstat(descriptor)
                 held = self._descriptors.setdefault((status.st_dev, status.st_ino), descriptor)
                 if held != descriptor:
@@ -114,15 +115,15 @@ def exclusive(directory: Path) -> Iterator[str | None]:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor, path)
         except BlockingIOError:
             yield "in use"
             return
+        except FileNotFoundError:
+            raise
         except OSError as error:
             yield f"cannot be locked: {error.strerror}"
             return
-        if not _is_at(descriptor, path):
-            raise FileNotFoundError(path)
         yield None
     finally:
         os.close(descriptor)
@@ -141,7 +142,7 @@ def in_use(directory: Path) -> bool:
 
 def record_use(root: Path, key: str) -> None:
     """Remember that an entry was used now."""
-    path = root / "usage" / key
+    path = root / USAGE / key
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     with contextlib.suppress(OSError):
         try:
@@ -157,7 +158,7 @@ def record_use(root: Path, key: str) -> None:
 
 def touch_use(root: Path, key: str) -> None:
     """Remember that an entry is still in use, without counting a use."""
-    path = root / "usage" / key
+    path = root / USAGE / key
     with contextlib.suppress(OSError):
         if not path.exists():
             path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -168,14 +169,7 @@ def touch_use(root: Path, key: str) -> None:
 def read_use(root: Path, key: str) -> tuple[float | None, int]:
     """Time of the last use in seconds since the epoch (None: never) and the number of uses."""
     try:
-        status = (root / "usage" / key).stat()
+        status = (root / USAGE / key).stat()
     except OSError:
         return None, 0
     return status.st_mtime, status.st_size
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
-    except OSError:
-        return False

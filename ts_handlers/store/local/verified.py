@@ -1,4 +1,4 @@
-"""Digests that were computed before, so that an unchanged file is not hashed at every start.
+"""Remembered digests of files, so that an unchanged file is not hashed at every start.
 
 A digest is remembered together with the file's device, inode, size, modification time and change time as they were when
 it was computed, in ``<root>/verified/``, one record for each entry or weights file::
@@ -14,19 +14,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import stat
 import time
-import uuid
 from pathlib import Path
 
 import msgspec
 
 from ts_handlers.errors import UNDECODABLE
 from ts_handlers.key.digests import digest_stream, digest_text
+from ts_handlers.store.local.layout import VERIFIED
+from ts_handlers.system.files import write_atomically
+from ts_handlers.system.ownership import is_private_folder, only_we_write
+from ts_handlers.system.processes import boot_id
 
 RACY_SECONDS = 2.0  # a file changed so recently could change again within the same tick of its clock
 REHASH_SECONDS = 7 * 86400.0  # after this a file is hashed again although it looks unchanged, because disks rot
-FOLDER = "verified"
 
 # File systems whose change time tells every change at once. On network file systems it may be cached for a minute.
 LOCAL_FILE_SYSTEMS = frozenset({"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"})
@@ -62,13 +63,13 @@ class KnownDigests:
     """
 
     def __init__(self, root: Path, subject: Path) -> None:
-        self._folder = root / FOLDER
+        self._folder = root / VERIFIED
         self._subject = os.path.realpath(subject)
         self._name = record_name(self._subject)
-        self._boot = _boot_id()
+        self._boot = boot_id()  # empty where there is none, and then nothing is remembered
         self._changed = False
         self._files: dict[str, KnownDigest] = {}
-        record = read_record(self._folder / self._name) if _is_private(self._folder) else None
+        record = read_record(self._folder / self._name) if is_private_folder(self._folder, or_roots=True) else None
         if record is not None and record.boot == self._boot and record.subject == self._subject:
             self._files = record.files
 
@@ -99,18 +100,12 @@ class KnownDigests:
         if not self._changed:
             return
         payload = msgspec.json.encode(Record(self._boot, self._subject, self._files))
-        temporary = self._folder / f".{self._name}.{uuid.uuid4().hex[:8]}"
+        data = hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload
         with contextlib.suppress(OSError):
             self._folder.mkdir(mode=0o700, exist_ok=True)
-            if not _is_private(self._folder):
+            if not is_private_folder(self._folder, or_roots=True):
                 return
-            try:
-                with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                    file.write(hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
-                os.replace(temporary, self._folder / self._name)
-            except OSError:
-                temporary.unlink(missing_ok=True)
-                raise
+            write_atomically(self._folder / self._name, data, mode=0o600)
         self._changed = False
 
 
@@ -132,7 +127,7 @@ def read_record(path: Path) -> Record | None:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         with open(descriptor, "rb") as file:
-            if not _is_ours(os.fstat(descriptor)):
+            if not only_we_write(os.fstat(descriptor)):
                 return None
             digest, _, payload = file.read().partition(b"\n")
         if hashlib.sha256(payload).hexdigest().encode() != digest:
@@ -144,26 +139,6 @@ def read_record(path: Path) -> Record | None:
 
 def _stamp(status: os.stat_result) -> Stamp:
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-
-
-def _is_private(folder: Path) -> bool:
-    try:
-        status = os.stat(folder, follow_symlinks=False)
-    except OSError:
-        return False
-    return stat.S_ISDIR(status.st_mode) and _is_ours(status)
-
-
-def _is_ours(status: os.stat_result) -> bool:
-    return status.st_uid in (os.geteuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
-def _boot_id() -> str:
-    """The kernel's boot id; empty where there is none, and then nothing is remembered."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
 
 
 def _is_local(descriptor: int) -> bool:

@@ -16,15 +16,15 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import re
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ts_handlers.errors import UNDECODABLE, RefusedError, RemoteError, StoreError
+from ts_handlers.errors import UNDECODABLE, RefusedError, RemoteError, StoreError, one_line
+from ts_handlers.system.files import write_atomically
+from ts_handlers.system.processes import boot_id
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Breaker:
             return False
         with contextlib.suppress(OSError, KeyError, TypeError, OverflowError, *UNDECODABLE):
             facts = json.loads(self._state.read_text())
-            if facts["boot"] == _boot_id() and 0 < facts["until"] - now <= PAUSE_SECONDS:
+            if facts["boot"] == boot_id() and 0 < facts["until"] - now <= PAUSE_SECONDS:
                 self._until, self.reason = float(facts["until"]), str(facts["reason"])
         return self.reason is not None
 
@@ -143,13 +143,13 @@ class Breaker:
     def _trip(self, problem: str) -> RemoteError:
         """Open the breaker, for the whole host."""
         self._spent = self._kept_back
-        self.reason = re.sub(r"\s+", " ", self._clean(problem)).strip()[:400]
+        self.reason = one_line(self._clean(problem))
         self._until = time.monotonic() + PAUSE_SECONDS
         logger.warning(
             "%s: %s; this host goes on alone and tries again in %.0f s", self.name, self.reason, PAUSE_SECONDS
         )
         if self._state is not None:
-            _write(self._state, {"boot": _boot_id(), "until": self._until, "reason": self.reason})
+            _write(self._state, {"boot": boot_id(), "until": self._until, "reason": self.reason})
         error = RemoteError(f"{self.name}: {self.reason}")
         error.first = True
         return error
@@ -158,12 +158,4 @@ class Breaker:
 def _write(state: Path, facts: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):
         state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = state.with_name(f".{state.name}.{os.getpid()}.{threading.get_ident()}")
-        temporary.write_text(json.dumps(facts))
-        os.replace(temporary, state)
-
-
-def _boot_id() -> str:
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return ""
+        write_atomically(state, json.dumps(facts))

@@ -19,6 +19,7 @@ from ts_handlers.errors import RefusedError, StoreError
 from ts_handlers.store.address import Address, entry_path
 from ts_handlers.store.canaries import load_record
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest, verify_files
+from ts_handlers.store.local.layout import CANARIES, ENTRIES
 from ts_handlers.store.remote.objects import Remote
 from ts_handlers.store.remote.sealed import SealedReader, seal
 from ts_handlers.store.remote.signing import Trust
@@ -39,12 +40,12 @@ class Fetched(Generic[T]):
 
 def entry_name(address: Address) -> str:
     """The name of an entry's objects, without the generation."""
-    return f"entries/{entry_path(address)}"
+    return f"{ENTRIES}/{entry_path(address)}"
 
 
 def canary_name(key: str, weights_digest: str) -> str:
     """The name of a canary record's objects, without the generation."""
-    return f"canaries/{key}/{weights_digest}"
+    return f"{CANARIES}/{key}/{weights_digest}"
 
 
 def fetch(remote: Remote, name: str, consume: Callable[[BinaryIO], T], *, charged: bool = True) -> Fetched[T]:

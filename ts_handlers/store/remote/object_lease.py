@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import uuid
 
+from ts_handlers.store.local.layout import LEASES
 from ts_handlers.store.remote.lease import Busy, Grant
 from ts_handlers.store.remote.objects import Remote
 
@@ -54,10 +55,10 @@ class ObjectLeases:
         self._remote.overwrite(self._path(grant.name, grant.token, ".sign"), _RELEASED.encode())
 
     def _path(self, name: str, token: int, suffix: str = "") -> str:
-        return f"leases/{name}/{token:010d}{suffix}"
+        return f"{LEASES}/{name}/{token:010d}{suffix}"
 
     def _tokens(self, name: str, charged: bool) -> list[int]:
-        found = self._remote.list(f"leases/{name}", charged=charged)
+        found = self._remote.list(f"{LEASES}/{name}", charged=charged)
         return [int(item) for item in found if re.fullmatch(r"\d{10}", item)]
 
     def _sign(self, name: str, token: int, charged: bool) -> str:

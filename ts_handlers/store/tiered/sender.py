@@ -13,15 +13,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ts_handlers.errors import RemoteError, StoreError
+from ts_handlers.errors import RemoteError, StoreError, one_line
 from ts_handlers.metrics import Metrics
 from ts_handlers.store.address import Address, entry_path, safe_name
+from ts_handlers.store.local.layout import CANARIES, REMOTE, UNSENT
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.remote import exchange
 from ts_handlers.store.remote.exchange import canary_name, entry_name
@@ -55,7 +55,7 @@ class Sender:
 
     def note(self, text: str) -> None:
         """Add a note, once."""
-        text = re.sub(r"\s+", " ", text).strip()[:400]
+        text = one_line(text)
         if text not in self.notes:
             self.notes.append(text)
 
@@ -122,7 +122,7 @@ class Sender:
             if whole:
                 self._send_entry(address, directory)
 
-        self.write_back.submit(entry_name(address) if whole else f"canaries/{key}", send)
+        self.write_back.submit(entry_name(address) if whole else f"{CANARIES}/{key}", send)
 
     def send_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> None:
         """Send a canary record."""
@@ -136,7 +136,7 @@ class Sender:
     def _marker(self, address: Address, weights_digest: str = "") -> Path:
         """The file that says that an entry, or one of its canary records, is not sent."""
         suffix = f".{safe_name(weights_digest)}" if weights_digest else ""
-        return self._local.root / "remote" / f"unsent-{address.key.digest}{suffix}"
+        return self._local.root / REMOTE / f"{UNSENT}{address.key.digest}{suffix}"
 
     def _mark(self, marker: Path) -> None:
         with contextlib.suppress(OSError):
@@ -146,10 +146,10 @@ class Sender:
     def _unsent(self, key: str) -> set[str]:
         """What is not sent of a key: weights digests of canary records; empty text stands for the entry."""
         try:
-            names = os.listdir(self._local.root / "remote")
+            names = os.listdir(self._local.root / REMOTE)
         except OSError:
             return set()
-        return {name.partition(".")[2] for name in names if name.partition(".")[0] == f"unsent-{key}"}
+        return {name.partition(".")[2] for name in names if name.partition(".")[0] == f"{UNSENT}{key}"}
 
     @contextlib.contextmanager
     def _marked(self, marker: Path) -> Iterator[None]:

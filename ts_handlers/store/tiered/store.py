@@ -27,6 +27,7 @@ from ts_handlers.metrics import Metrics
 from ts_handlers.store.address import Address, entry_path
 from ts_handlers.store.base import Corrupt, Hit, Miss
 from ts_handlers.store.entry import Manifest
+from ts_handlers.store.local.layout import FETCH_LOCK, LEASES
 from ts_handlers.store.local.lease import Lease
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.remote import exchange
@@ -63,7 +64,9 @@ class TieredStore:
         leases: LeaseService | None,
         metrics: Metrics,
     ) -> None:
-        self.root = local.root
+        self.name = local.name
+        self.state_directory = local.state_directory
+        self.shared_directory = local.shared_directory
         self._sender = Sender(local, remote, functools.cache(trust), metrics)
         self.notes = self._sender.notes
         self.write_back = self._sender.write_back
@@ -99,8 +102,8 @@ class TieredStore:
         """Be the only process of the host that asks for this key; True when another one asked in the meantime."""
         from filelock import FileLock, Timeout
 
-        folder, waited = self.root / "leases", False
-        lock = FileLock(folder / f"{address.key.digest}.fetch.lock")
+        folder, waited = self.state_directory / LEASES, False
+        lock = FileLock(folder / f"{address.key.digest}{FETCH_LOCK}")
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
             try:
@@ -272,3 +275,8 @@ class TieredStore:
         written = self._local.write_canary(address, weights_digest, record)
         self._sender.send_canary(address, weights_digest, record)
         return written
+
+    def close(self) -> None:
+        """Send what is pending, for as long as the end of a process may take; then close the local store."""
+        self.write_back.close()
+        self._local.close()

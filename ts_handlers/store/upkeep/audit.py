@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ts_handlers.store.canaries import check_canary_bytes
 from ts_handlers.store.entry import read_manifest, verify_files
+from ts_handlers.store.local.layout import CANARIES
 from ts_handlers.store.local.trash import move_aside
 from ts_handlers.store.local.usage import InUse, exclusive
 from ts_handlers.store.local.verified import KnownDigests
@@ -48,7 +49,7 @@ def audit(root: Path, *, repair: bool = False) -> Iterator[Finding]:
         keys.add(entry.key)
         action = _repair_entry(root, entry.directory, problem) if problem is not None and repair else None
         yield Finding("entry", entry.directory, entry.key, entry.model, entry.bytes, problem, action)
-    for folder in folders_below(root / "canaries", 1):
+    for folder in folders_below(root / CANARIES, 1):
         for path in canaries_of(root, folder.name):
             size, problem = measure(path)[0], _check_canary(path, path)
             if problem == GONE:

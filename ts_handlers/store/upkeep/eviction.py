@@ -1,4 +1,4 @@
-"""Making room: which entries go, and removing them without disturbing who uses them.
+"""Eviction: which entries go when a quota is exceeded, and how they go without disturbing who uses them.
 
 `plan` is pure: from what was found and the quotas to a list of evictions with reasons. `evict` carries one of them out.
 Each step of it leaves a state that a crash may leave for ever: an entry is renamed into the trash first (from then on
@@ -20,27 +20,24 @@ from pathlib import Path
 
 from ts_handlers.settings.quantities import parse_bytes
 from ts_handlers.settings.sections import Quota
+from ts_handlers.store.local.layout import CANARIES, EVICTED, TRASH, USAGE, VERIFIED
 from ts_handlers.store.local.pins import is_pinned
-from ts_handlers.store.local.trash import FOLDER as TRASH
 from ts_handlers.store.local.usage import exclusive, in_use, read_use, touch_use
-from ts_handlers.store.local.verified import FOLDER as VERIFIED
 from ts_handlers.store.local.verified import record_name
 from ts_handlers.store.upkeep.scan import EntryInfo, entry_folders, scan_entries
 
-EVICTED = "evicted-"  # prefix in the trash of what is on its way out
-
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
-    """Upper bounds; None is no bound."""
+class Quotas:
+    """The most that the store, or one model in it, may hold; None is no bound."""
 
     bytes: int | None = None
     entries: int | None = None
     inodes: int | None = None
 
     @classmethod
-    def of(cls, quota: Quota) -> Limits:
-        """The limits that settings ask for."""
+    def of(cls, quota: Quota) -> Quotas:
+        """The quotas that settings ask for."""
         return cls(None if quota.bytes is None else parse_bytes(quota.bytes), quota.entries, quota.inodes)
 
     def exceeded_by(self, candidates: Iterable[Candidate]) -> str | None:
@@ -84,33 +81,33 @@ class Eviction:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class EvictionPlan:
     """Evictions in order, and the quotas that stay exceeded because of what must stay."""
 
     evictions: tuple[Eviction, ...]
     unmet: tuple[str, ...]
 
 
-def plan(candidates: Sequence[Candidate], store: Limits, per_model: Limits) -> Plan:
+def plan(candidates: Sequence[Candidate], store: Quotas, per_model: Quotas) -> EvictionPlan:
     """Choose what goes so that the store and every model in it keep their quotas.
 
     Examples
     --------
     >>> old, new = (Candidate(Path(key), "m", key, 10, 3, used) for key, used in (("a", 1.0), ("b", 2.0)))
-    >>> [(e.candidate.key, e.reason) for e in plan([new, old], Limits(bytes=15), Limits()).evictions]
+    >>> [(e.candidate.key, e.reason) for e in plan([new, old], Quotas(bytes=15), Quotas()).evictions]
     [('a', 'the store exceeds its quota of bytes: 20 of 15')]
     """
     remaining = sorted(candidates, key=lambda candidate: (candidate.last_used, str(candidate.directory)))
     evictions: list[Eviction] = []
     unmet: list[str] = []
-    scopes: list[tuple[str, Limits, str | None]] = [
+    scopes: list[tuple[str, Quotas, str | None]] = [
         *((f"model {model}", per_model, model) for model in sorted({candidate.model for candidate in candidates})),
         ("the store", store, None),
     ]
-    for name, limits, model in scopes:
+    for name, quotas, model in scopes:
         while True:
             inside = [candidate for candidate in remaining if model in (None, candidate.model)]
-            excess = limits.exceeded_by(inside)
+            excess = quotas.exceeded_by(inside)
             if excess is None:
                 break
             victim = next((candidate for candidate in inside if candidate.kept_because is None), None)
@@ -119,7 +116,7 @@ def plan(candidates: Sequence[Candidate], store: Limits, per_model: Limits) -> P
                 break
             remaining.remove(victim)
             evictions.append(Eviction(victim, f"{name} exceeds its quota of {excess}"))
-    return Plan(tuple(evictions), tuple(unmet))
+    return EvictionPlan(tuple(evictions), tuple(unmet))
 
 
 def find_candidates(root: Path, refused: Iterable[Path] = ()) -> list[Candidate]:
@@ -196,9 +193,9 @@ def _forget(root: Path, directory: Path) -> None:
     with contextlib.suppress(OSError):
         (root / VERIFIED / record_name(os.path.realpath(directory))).unlink(missing_ok=True)
     if all(other.name != key for other in entry_folders(root)):
-        shutil.rmtree(root / "canaries" / key, ignore_errors=True)
+        shutil.rmtree(root / CANARIES / key, ignore_errors=True)
         with contextlib.suppress(OSError):
-            (root / "usage" / key).unlink(missing_ok=True)
+            (root / USAGE / key).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty; a publisher that loses its folder here makes it again
         for folder in list(directory.parents)[:3]:
             folder.rmdir()

@@ -1,4 +1,4 @@
-"""What crashes and evictions leave behind: found first, removed afterwards.
+"""Garbage in a store: what crashes and evictions leave behind is found first and removed afterwards.
 
 Everything here may be removed at any moment without harm, whatever other processes do; ages keep apart what has been
 forgotten from what is just being made. Quarantine records are never garbage, those of failed builds are some day.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import os
 import re
@@ -17,13 +16,32 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ts_handlers.guard.quarantine import LONGEST_HOLD_SECONDS, MARKERS, RECORDS, quarantine_files
+from ts_handlers.guard.quarantine import record_files
+from ts_handlers.guard.records import LONGEST_HOLD_SECONDS, FailedBuild
 from ts_handlers.store.canaries import last_use
 from ts_handlers.store.entry import MANIFEST
-from ts_handlers.store.local.verified import FOLDER as VERIFIED
+from ts_handlers.store.local.layout import (
+    BACKGROUND,
+    CANARIES,
+    EVICTED,
+    FETCH_LOCK,
+    LEASE_LOCK,
+    LEASE_STATUS,
+    LEASES,
+    MARKERS,
+    OUTCOME,
+    RECORDS,
+    REMOTE,
+    SHARED,
+    STAGING,
+    UNSENT,
+    USAGE,
+    VERIFIED,
+)
 from ts_handlers.store.local.verified import REHASH_SECONDS, read_record
-from ts_handlers.store.upkeep.eviction import EVICTED, remove_entry
+from ts_handlers.store.upkeep.eviction import remove_entry
 from ts_handlers.store.upkeep.scan import measure, scan_entries, scan_trash
+from ts_handlers.system.files import is_temporary, open_locked
 
 ORPHAN_SECONDS = 86400.0  # records of keys that have no entry; a new build of the key would use them again
 MARKER_SECONDS = 7 * 86400.0  # crash markers, from which the next start of the key would learn
@@ -31,8 +49,10 @@ DAMAGED_SECONDS = 7 * 86400.0  # damaged entries, kept for whoever wants to know
 
 CANARIES_PER_KEY = 64  # one for each of the weights that were served lately; others are recorded again when needed
 
-_LEASE_FILE = re.compile(r"(?P<lease>(?P<key>[0-9a-f]{32})(\.background)?)\.(fetch\.lock|lock|json|outcome)")
-_LEASE_TEMPORARY = re.compile(r"[0-9a-f]{32}(\.background)?\.(json|outcome)\.\w+")
+_LEASE = rf"(?P<lease>(?P<key>[0-9a-f]{{32}})({re.escape(BACKGROUND)})?)"
+_LEASE_FILE = re.compile(_LEASE + f"({'|'.join(map(re.escape, (FETCH_LOCK, LEASE_LOCK, LEASE_STATUS, OUTCOME)))})")
+# Of versions that named temporary files ``<name>.<process>``, without the leading dot.
+_OLD_LEASE_TEMPORARY = re.compile(_LEASE + rf"({'|'.join(map(re.escape, (LEASE_STATUS, OUTCOME)))})\.\w+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +94,7 @@ def _unfinished(root: Path, now: float) -> Iterator[Found]:
             yield item.path, None, "left by an eviction that did not finish"
         elif now - item.modified > DAMAGED_SECONDS:
             yield item.path, None, f"damaged, moved aside {(now - item.modified) / 86400:.0f} days ago"
-    for path in _children(root / "staging"):
+    for path in _children(root / STAGING):
         yield path, path, "left by a builder that died"
     for path in _temporary_files(root):
         if _is_older(path, ORPHAN_SECONDS, now):
@@ -83,35 +103,35 @@ def _unfinished(root: Path, now: float) -> Iterator[Found]:
 
 def _orphans(root: Path, keys: set[str], now: float) -> Iterator[Found]:
     """Records of what does not exist any more."""
-    for folder in ("canaries", "usage"):
+    for folder in (CANARIES, USAGE):
         for path in _children(root / folder):
             if path.name not in keys and _is_older(path, ORPHAN_SECONDS, now):
                 yield path, None, f"{folder}: its key has no entry"
-    for path in _children(root / "remote"):
-        unsent, _, key = path.name.partition(".")[0].partition("-")
-        if unsent == "unsent" and key not in keys and _is_older(path, ORPHAN_SECONDS, now):
+    for path in _children(root / REMOTE):
+        key = path.name.partition(".")[0].removeprefix(UNSENT)
+        if path.name.startswith(UNSENT) and key not in keys and _is_older(path, ORPHAN_SECONDS, now):
             yield path, None, "remote: its key has no entry"
-    for path in _children(root / "leases"):
+    for path in _children(root / LEASES):
         match = _LEASE_FILE.fullmatch(path.name)
         if match and match["key"] not in keys and _is_older(path, ORPHAN_SECONDS, now):
-            yield path, path.with_name(f"{match['lease']}.lock"), "leases: its key has no entry"
+            yield path, path.with_name(f"{match['lease']}{LEASE_LOCK}"), "leases: its key has no entry"
     for path in _children(root / MARKERS):
         if path.name.partition(".")[0] not in keys and _is_older(path, MARKER_SECONDS, now):
             yield path, path, "guards: left by a process that died long ago, and its key has no entry"
-    for path, failure in quarantine_files(root):
-        if failure.kind and _is_older(path, LONGEST_HOLD_SECONDS + MARKER_SECONDS, now):
+    for path, record in record_files(root):
+        if isinstance(record, FailedBuild) and _is_older(path, LONGEST_HOLD_SECONDS + MARKER_SECONDS, now):
             yield path, None, "quarantine: a build that failed long ago"
     for path in _children(root / VERIFIED):
-        record = read_record(path)
-        gone = record is None or not os.path.exists(record.subject)
+        known = read_record(path)
+        gone = known is None or not os.path.exists(known.subject)
         if _is_older(path, ORPHAN_SECONDS if gone else REHASH_SECONDS, now):
             yield path, None, "digests of files that are gone, or too old to be used"
 
 
 def _surplus(root: Path) -> Iterator[Found]:
     """Canary records of weights that have not been served for the longest time."""
-    for folder in _children(root / "canaries"):
-        records = [path for path in _children(folder) if not path.name.startswith(".")]
+    for folder in _children(root / CANARIES):
+        records = [path for path in _children(folder) if not is_temporary(path.name)]
         if len(records) > CANARIES_PER_KEY:
             for path in sorted(records, key=last_use)[:-CANARIES_PER_KEY]:
                 yield path, None, f"canaries: its key has {CANARIES_PER_KEY} that were used since"
@@ -141,13 +161,12 @@ def _lock(path: Path | None) -> Iterator[bool]:
     if path is None or not path.exists():
         yield True
         return
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+        descriptor = open_locked(path)
+    except BlockingIOError:
+        yield False
+        return
+    try:
         yield True
     finally:
         os.close(descriptor)
@@ -163,10 +182,15 @@ def _is_locked(path: Path) -> bool:
 
 def _temporary_files(root: Path) -> Iterator[Path]:
     """Files written beside their target and never renamed into place."""
-    for key in _children(root / "canaries"):
-        yield from (path for path in _children(key) if path.name.startswith("."))
-    yield from (path for path in _children(root / "leases") if _LEASE_TEMPORARY.fullmatch(path.name))
-    yield from (path for path in _children(root / RECORDS) if path.name.startswith("."))
+    for folder in (
+        *_children(root / CANARIES),
+        *_children(root / SHARED),
+        root / LEASES,
+        root / REMOTE,
+        root / RECORDS,
+    ):
+        yield from (path for path in _children(folder) if is_temporary(path.name))
+    yield from (path for path in _children(root / LEASES) if _OLD_LEASE_TEMPORARY.fullmatch(path.name))
 
 
 def _children(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""What lies in a store: reports, never changes anything, and never fails because of what it finds.
+"""Scanning a store: a report of what lies in it, which changes nothing and never fails because of what it finds.
 
 Digests are not computed here, so that a scan of a large store takes milliseconds.
 """
@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ts_handlers.store.entry import Manifest, read_manifest
+from ts_handlers.store.local.layout import CANARIES, ENTRIES, ENTRY_DEPTH, REASON, TRASH
 from ts_handlers.store.local.pins import is_pinned
 from ts_handlers.store.local.usage import read_use
-
-ENTRY_DEPTH = 4  # entries/<model>/<model digest>/<device>/<key>
+from ts_handlers.system.files import is_temporary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ def scan_entries(root: Path) -> list[EntryInfo]:
 
 def entry_folders(root: Path) -> Iterator[Path]:
     """The folder of every entry; those that vanish meanwhile are left out."""
-    return folders_below(root / "entries", ENTRY_DEPTH)
+    return folders_below(root / ENTRIES, ENTRY_DEPTH)
 
 
 def scan_entry(root: Path, directory: Path) -> EntryInfo | None:
@@ -98,7 +98,7 @@ def scan_entry(root: Path, directory: Path) -> EntryInfo | None:
     except (OSError, ValueError) as error:
         problem = str(error)
     size, inodes = measure(directory)
-    canary_size, canary_inodes = measure(root / "canaries" / directory.name)
+    canary_size, canary_inodes = measure(root / CANARIES / directory.name)
     last_used, uses = read_use(root, directory.name)
     return EntryInfo(
         directory=directory,
@@ -119,12 +119,12 @@ def scan_entry(root: Path, directory: Path) -> EntryInfo | None:
 def scan_trash(root: Path) -> list[TrashInfo]:
     """Everything that was moved aside and not yet removed."""
     infos = []
-    for path in folders_below(root / "trash", 1):
+    for path in folders_below(root / TRASH, 1):
         reason = None
         with contextlib.suppress(OSError):
             modified = path.stat().st_mtime
             with contextlib.suppress(FileNotFoundError):
-                reason = (path / "reason.txt").read_text(errors="replace").strip()
+                reason = (path / REASON).read_text(errors="replace").strip()
             infos.append(TrashInfo(path, reason, *measure(path), modified))
     return infos
 
@@ -132,7 +132,7 @@ def scan_trash(root: Path) -> list[TrashInfo]:
 def canaries_of(root: Path, key: str) -> list[Path]:
     """The canary records of a key."""
     with contextlib.suppress(OSError):
-        return sorted(path for path in (root / "canaries" / key).iterdir() if not path.name.startswith("."))
+        return sorted(path for path in (root / CANARIES / key).iterdir() if not is_temporary(path.name))
     return []
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ts_handlers.settings.sections import SpaceSettings
-from ts_handlers.store.upkeep.eviction import Limits, evict, find_candidates, plan
+from ts_handlers.store.upkeep.eviction import Quotas, evict, find_candidates, plan
 from ts_handlers.store.upkeep.garbage import find_garbage
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Report:
         return sum(step.bytes for step in self.done)
 
 
-def make_room(root: Path, store: Limits, per_model: Limits, *, dry_run: bool = False) -> Report:
+def make_room(root: Path, store: Quotas, per_model: Quotas, *, dry_run: bool = False) -> Report:
     """Collect garbage and evict until the store and each of its models keep their quotas.
 
     Any number of processes may do this at once, and each may die at any moment.
@@ -91,7 +91,7 @@ def make_room_in_background(
 
     def run() -> None:
         try:
-            report = make_room(root, Limits.of(settings.store), Limits.of(settings.per_model))
+            report = make_room(root, Quotas.of(settings.store), Quotas.of(settings.per_model))
         except Exception:
             logger.warning("the store %s could not be tidied", root, exc_info=True)
             return

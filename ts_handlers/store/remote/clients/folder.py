@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import uuid
 from pathlib import Path
 
 from ts_handlers.store.remote.breaker import UnusableError
 from ts_handlers.store.remote.clients.fsspec_client import FsspecClient
+from ts_handlers.system.files import atomic_file, is_temporary, write_atomically
 
 
 class FolderClient(FsspecClient):
@@ -22,35 +21,23 @@ class FolderClient(FsspecClient):
 
     def list(self, folder: str, recursive: bool) -> list[str]:
         """See `ObjectClient`; without the files that are being written."""
-        return [name for name in super().list(folder, recursive) if not name.rpartition("/")[2].startswith(".")]
+        return [name for name in super().list(folder, recursive) if not is_temporary(name.rpartition("/")[2])]
 
     def create(self, name: str, source: Path | bytes) -> None:
         """See `ObjectClient`; complete from the first moment. Raises `FileExistsError`."""
-        target = Path(self._path(name))
-        temporary = _beside(target)
-        try:
-            with open(temporary, "xb") as write:
-                if isinstance(source, bytes):
-                    write.write(source)
-                else:
-                    with open(source, "rb") as read:
-                        shutil.copyfileobj(read, write, 1 << 20)
-                write.flush()
-                os.fsync(write.fileno())
-            os.link(temporary, target)  # atomic on NFS too, unlike O_EXCL followed by writing
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        with atomic_file(self._target(name), durable=True, replace=False) as write:
+            if isinstance(source, bytes):
+                write.write(source)
+            else:
+                with open(source, "rb") as read:
+                    shutil.copyfileobj(read, write, 1 << 20)
 
     def overwrite(self, name: str, data: bytes) -> None:
         """See `ObjectClient`."""
+        write_atomically(self._target(name), data)
+
+    def _target(self, name: str) -> Path:
+        """The file of an object, in its folder, which is made."""
         target = Path(self._path(name))
-        temporary = _beside(target)
-        temporary.write_bytes(data)
-        os.replace(temporary, target)
-
-
-def _beside(target: Path) -> Path:
-    """A name for what is being written, in the target's folder, which is made."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return target

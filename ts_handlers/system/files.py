@@ -1,0 +1,157 @@
+"""Files that several processes share: written in one step, locked while they are in use.
+
+A reader of a shared file must never see half of it, and a process may be killed at any moment. So a file is written
+under a temporary name beside its target and then renamed; what a killed process leaves has a name that
+`is_temporary` recognises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, mode: int = 0o666, durable: bool = False, replace: bool = True) -> Iterator[BinaryIO]:
+    """A binary file to write, which appears as `path` at the end of the block, whole or not at all.
+
+    Until then it is called ``.<name>.<process>.<random>`` and lies in the same folder. If the block or a step after it
+    fails, the temporary file is removed and `path` is what it was before.
+
+    Parameters
+    ----------
+    path:
+        The target; its folder must exist.
+    mode:
+        Permissions of a new file, without the bits of the process's umask.
+    durable:
+        Flush the file to the disk before it gets its name, so that a power cut leaves the old file or the new one.
+    replace:
+        Whether an existing file is replaced. If not, the file gets its name by a hard link, which is atomic on NFS too.
+
+    Raises
+    ------
+    FileExistsError
+        There is a file and `replace` is False.
+    OSError
+        The folder is missing, cannot be written, or the disk is full.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> with atomic_file(folder / "facts.json") as file:
+    ...     _ = file.write(b"{}")
+    ...     [path.name == "facts.json" for path in folder.iterdir()]
+    [False]
+    >>> [path.name for path in folder.iterdir()]
+    ['facts.json']
+    """
+    # The random part: processes of two containers may have the same number.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(8).hex()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with open(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        if replace:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)
+            _unlink(temporary)
+    except BaseException:
+        _unlink(temporary)
+        raise
+
+
+def write_atomically(path: Path, data: bytes | str, *, mode: int = 0o666, durable: bool = False) -> None:
+    """Replace a file's whole content in one step; text is written as UTF-8. See `atomic_file`."""
+    with atomic_file(path, mode=mode, durable=durable) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file's name is that of one being written, or left by a process that died while it wrote.
+
+    Every name with a leading dot is: `atomic_file` makes such names, and nothing that is kept in a shared folder has
+    one.
+
+    Examples
+    --------
+    >>> is_temporary(".facts.json.17.0123456789abcdef"), is_temporary("facts.json")
+    (True, False)
+    """
+    return name.startswith(".")
+
+
+def fsync(path: Path) -> None:
+    """Flush one file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock(descriptor: int, path: Path, *, shared: bool = False, wait: bool = False) -> None:
+    """Lock an open file or folder, and look whether it is still the one at `path`.
+
+    The lock is a `flock`. The kernel releases it when the descriptor is closed or its process ends, however it ends. A
+    process that removes or replaces a file holds the file's lock, so the look must come after locking.
+
+    Parameters
+    ----------
+    shared:
+        Take a shared lock, which others may hold too, and not an exclusive one.
+    wait:
+        Wait for whoever holds the lock.
+
+    Raises
+    ------
+    BlockingIOError
+        Another process holds the lock, and `wait` is False.
+    FileNotFoundError
+        The file was removed or replaced between opening and locking it.
+    OSError
+        The file system has no locks.
+    """
+    fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    if not is_at(descriptor, path):
+        raise FileNotFoundError(errno.ENOENT, "it was removed or replaced", os.fspath(path))
+
+
+def open_locked(path: Path, flags: int = os.O_RDONLY | os.O_NOFOLLOW, *, shared: bool = False) -> int:
+    """Open a file or folder and lock it without waiting; closing the descriptor releases the lock.
+
+    Raises
+    ------
+    OSError
+        It cannot be opened, or as of `lock`; nothing stays open.
+    """
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    try:
+        lock(descriptor, path, shared=shared)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file or folder is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except OSError:
+        return False
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
