@@ -1,4 +1,8 @@
-"""TODO: compare.py."""
+"""Comparing what an artifact answers with what the eager model answers, and how much they may differ.
+
+`compare_sizes` compares a new artifact with the eager model at several sizes; `compare_outputs` compares two
+outputs that are already there, such as an artifact's and the recorded one of a canary.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +62,7 @@ def compare_outputs(found: Any, expected: Any, tolerance: float | None = None) -
         With the first tensor that differs and by how much.
     """
     (left, found_structure), (right, structure) = flatten(found), flatten(expected)
-    _compare_constants(constants_of(found_structure), constants_of(structure))
+    compare_constants(constants_of(found_structure), constants_of(structure))
     if len(left) != len(right):
         raise CanaryError(f"expected {len(right)} output tensors, found {len(left)}")
     worst = 0.0
@@ -79,8 +83,16 @@ def compare_outputs(found: Any, expected: Any, tolerance: float | None = None) -
     return worst
 
 
-def _compare_constants(found: list[str], expected: list[str]) -> None:
-    """Compare the numbers and texts in two outputs, which may have been computed from other weights."""
+def compare_constants(found: list[str], expected: list[str]) -> None:
+    """Compare the numbers and texts in two outputs, as `constants_of` gives them.
+
+    A compiled artifact holds these values, and a model may have computed them from weights that have changed since.
+
+    Raises
+    ------
+    CanaryError
+        They differ.
+    """
     if found != expected:
         raise CanaryError(f"the output's constants: expected {', '.join(expected)}, found {', '.join(found)}")
 

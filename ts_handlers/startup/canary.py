@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ts_handlers.backends.base import Target
-from ts_handlers.backends.compare import _compare_constants, compare_outputs
+from ts_handlers.backends.compare import compare_constants, compare_outputs
 from ts_handlers.backends.eager import eager_run
 from ts_handlers.execution.base import Loaded
 from ts_handlers.model.structure import constants_of, flatten
@@ -60,7 +60,7 @@ def _run_cases(cases: list[dict[str, Any]], target: Target, loaded: Loaded) -> f
     for case in cases:
         found = loaded.run([tensor.to(target.device) for tensor in case["inputs"]])
         leaves, structure = flatten(found)
-        _compare_constants(constants_of(structure), case["constants"])
+        compare_constants(constants_of(structure), case["constants"])
         worst = max(worst, compare_outputs(tuple(leaves), tuple(case["outputs"]), target.settings.canary.tolerance))
     return worst
 

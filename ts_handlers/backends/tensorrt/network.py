@@ -55,8 +55,8 @@ MIB = 1 << 20
 class Plan:
     """A serialised engine, its tensors in the order of the program, and how much of the graph it holds.
 
-    `returns` says where every output of the program is, see `tensorrt_outputs`. `converted` and `total` count operators
-    after lowering.
+    `returns` says where every output of the program is, see `ts_handlers.backends.tensorrt.outputs`. `converted` and
+    `total` count operators after lowering.
     """
 
     data: bytes
@@ -213,7 +213,7 @@ class Conversion:
     inputs, profiles, settings:
         As those of `Network`.
     float32_accumulation:
-        See `tensorrt_accumulation`.
+        See `ts_handlers.backends.tensorrt.accumulation`.
     """
 
     def __init__(

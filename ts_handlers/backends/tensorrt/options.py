@@ -1,4 +1,4 @@
-"""TODO: options.py."""
+"""What both TensorRT backends ask of the settings: the options in the key, and a GPU to run on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ts_handlers.settings.sections import TensorRTSettings
 
 
 def engine_options(settings: TensorRTSettings) -> dict[str, str]:
-    """The settings of the section that change every engine, for the key."""
+    """The settings of the section that change every engine, by the names that they have in the key."""
     facts = {
         "precision": settings.precision,
         "tf32": str(settings.tf32),

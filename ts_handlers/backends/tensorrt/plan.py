@@ -1,4 +1,4 @@
-"""TODO: plan.py."""
+"""A TensorRT plan in an entry: writing its files, loading it, and checking a new one against the eager model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ts_handlers.backends.base import Description, Target
 from ts_handlers.backends.tensorrt import library as tensorrt_library
 from ts_handlers.backends.tensorrt import weights as tensorrt_refit
 from ts_handlers.backends.tensorrt.outputs import take
-from ts_handlers.backends.tensorrt.profiles import _canary_sizes, _covered, _label, choose_profile
+from ts_handlers.backends.tensorrt.profiles import canary_sizes, choose_profile, covered_signature, show_bounds
 from ts_handlers.errors import BuildError, CanaryError
 from ts_handlers.execution.base import Loaded, Run
 from ts_handlers.model.archive_files import Tensors
@@ -24,17 +24,40 @@ PLAN, CACHE = "plan.engine", "plan.cache"
 
 
 def write_plan(plan: Any, directory: Path, description: Description) -> None:
-    """Leave a `tensorrt_build.Plan` in an entry."""
+    """Write a plan into an entry, and what loading it needs to know into the entry's description.
+
+    Parameters
+    ----------
+    plan:
+        A `ts_handlers.backends.tensorrt.network.Plan`.
+    """
     (directory / PLAN).write_bytes(plan.data)
     description["inputs"], description["outputs"] = list(plan.inputs), list(plan.outputs)
     description["returns"] = [list(place) for place in plan.returns]
     description["in_tensorrt"] = [plan.converted, plan.total]
 
 
-def _load(
+def load_plan(
     target: Target, directory: Path, description: Description, state: Tensors | None = None
 ) -> tuple[Loaded, Any]:
-    """The plan on the device, and its engine; `state` is instead of the archive's weights."""
+    """Put a plan on the device.
+
+    Parameters
+    ----------
+    state:
+        Weights to take instead of the archive's, by the archive's names.
+
+    Returns
+    -------
+    The artifact, and its `ts_handlers.backends.tensorrt.runtime.TensorRTEngine`.
+
+    Raises
+    ------
+    LoadError
+        TensorRT does not accept the plan or the weights.
+    RefitError
+        The plan cannot take these weights.
+    """
     from ts_handlers.backends.tensorrt.runtime import TensorRTEngine
     from ts_handlers.execution.runner import EngineRunner
     from ts_handlers.execution.torch_device import TorchDevice
@@ -46,7 +69,7 @@ def _load(
     engine: Any = TensorRTEngine(
         description["flavour"],
         directory / PLAN,
-        name=" | ".join(_label(ranges) for ranges in profiles),
+        name=" | ".join(show_bounds(ranges) for ranges in profiles),
         inputs=description["inputs"],
         outputs=description["outputs"],
         device=target.device,
@@ -79,8 +102,8 @@ def _load(
         facts["refit_refused"] = description["refit"]["refused"]
     loaded = Loaded(
         run=run,
-        signature=_covered(signature, profiles),
-        sizes=_canary_sizes(profiles),
+        signature=covered_signature(signature, profiles),
+        sizes=canary_sizes(profiles),
         variants=len(profiles),
         facts=facts,
         pool=runner.pool,
@@ -109,7 +132,7 @@ def verify(
     from ts_handlers.backends.eager import eager_run
 
     signature = target.require_signature()
-    loaded, engine = _load(target, directory, description, state)
+    loaded, engine = load_plan(target, directory, description, state)
     description["output_bytes"] = engine.output_bytes
     eager = eager or eager_run(target, signature.names)
     corners = [

@@ -24,7 +24,7 @@ from ts_handlers.execution.scratch import ALIGNMENT
 logger = logging.getLogger(__name__)
 
 # By the name of TensorRT's DataType, whose numbers change between versions.
-_DTYPES = {
+DTYPES = {
     "FLOAT": torch.float32,
     "HALF": torch.float16,
     "BF16": torch.bfloat16,
@@ -112,7 +112,7 @@ class TensorRTEngine:
 
     def _refit(self, weights: Mapping[str, torch.Tensor], trt_log: Any) -> None:
         refitter = self.trt.Refitter(self.engine, trt_log)
-        kinds = {dtype: getattr(self.trt.DataType, kind) for kind, dtype in _DTYPES.items()}
+        kinds = {dtype: getattr(self.trt.DataType, kind) for kind, dtype in DTYPES.items()}
         for name, tensor in weights.items():
             values = self.trt.Weights(kinds[tensor.dtype], tensor.data_ptr(), tensor.numel())
             if not refitter.set_named_weights(name, values, self.trt.TensorLocation.HOST):
@@ -183,6 +183,6 @@ class TensorRTEngine:
 
 
 def _dtype(kind: Any) -> torch.dtype:
-    if kind.name not in _DTYPES:
+    if kind.name not in DTYPES:
         raise LoadError(f"the plan has a tensor of TensorRT's type {kind.name}, which torch does not have")
-    return _DTYPES[kind.name]
+    return DTYPES[kind.name]

@@ -39,7 +39,7 @@ import without_engines
 from torch_tensorrt.dynamo._engine_cache import BaseEngineCache
 from tests.support.models import archive_source, eager_model, settings_of
 from ts_handlers import start_model
-from ts_handlers.backends import tensorrt_build as build
+from ts_handlers.backends.tensorrt import network as build
 from ts_handlers.backends.torch_tensorrt.engine_cache import engine_key
 from ts_handlers.settings.sections import TensorRTSettings
 

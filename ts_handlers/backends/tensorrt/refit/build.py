@@ -1,8 +1,8 @@
 """Building a plan that takes its weights from the archive.
 
-What `tensorrt_refit_proof` proves about the network is tried with the plan as well: it is refitted with weights near
-the model's own and compared with eager. Flavours and versions differ in which kinds of refittable plans they have, so
-the kinds are tried in order.
+What `ts_handlers.backends.tensorrt.refit.proof` proves about the network is tried with the plan as well: it is
+refitted with weights near the model's own and compared with eager. Flavours and versions differ in which kinds of
+refittable plans they have, so the kinds are tried in order.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def build_refittable(
     Parameters
     ----------
     conversion:
-        A `tensorrt_build.Conversion` of `flat`, the model with flat tensors in and out.
+        A `ts_handlers.backends.tensorrt.network.Conversion` of `flat`, the model with flat tensors in and out.
 
     Raises
     ------

@@ -130,7 +130,7 @@ def prove(
     Parameters
     ----------
     network, probed:
-        `tensorrt_build.Network` with the model's own weights, and with `probe`.
+        `ts_handlers.backends.tensorrt.network.Network` with the model's own weights, and with `probe`.
 
     Raises
     ------
@@ -162,7 +162,7 @@ def prove(
 
 
 def read_network(trt: Any, network: Any) -> NetworkReader:
-    """What a `tensorrt_build.Network` consists of."""
+    """What a `ts_handlers.backends.tensorrt.network.Network` consists of."""
     # TensorRT warns of each attribute that a layer gets as an input.
     log = logging.getLogger("torch_tensorrt [TensorRT Conversion Context]")
     level = log.level
@@ -239,7 +239,7 @@ def _batch_norms(graph: Any) -> Iterator[tuple[list[str | None], float]]:
 
 
 def describe(state: State, recipes: list[Recipe], flags: tuple[str, ...]) -> dict[str, Any]:
-    """The part ``refit`` of a plan's description; see `tensorrt_refit`."""
+    """The part ``refit`` of a plan's description; see `ts_handlers.backends.tensorrt.weights`."""
     return {
         "flags": list(flags),
         "weights": recipes,
