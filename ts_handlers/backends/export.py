@@ -13,7 +13,7 @@ import torch
 from ts_handlers.backends.base import Target, call_module, takes_names
 from ts_handlers.errors import BuildError
 from ts_handlers.model.signature import Signature, Sizes
-from ts_handlers.model.structure import flatten
+from ts_handlers.model.structure import OutputStructure, flatten
 
 PREFIX = "model."
 """What `FlatModel` puts before the names of a model's parameters and buffers."""
@@ -34,7 +34,7 @@ class FlatModel(torch.nn.Module):
 
 def output_structure(
     target: Target, module: torch.nn.Module, signature: Signature, sizes_list: list[Sizes]
-) -> dict[str, Any]:
+) -> OutputStructure:
     """How the eager model's output is nested, as `ts_handlers.model.structure` describes it.
 
     Parameters

@@ -4,7 +4,7 @@ The entry holds shared libraries (and, for a GPU, device code) but not the weigh
 name when the artifact is loaded, so an entry is a few megabytes and outlives a fine-tune. Loading imports neither
 `torch._inductor` nor `torch._dynamo` nor the model's own Python files.
 
-Building tries several ways of exporting, because not every model exports with every range:
+A build goes through export steps, because not every model exports with every range:
 
 1. ``dynamic``: all declared dimensions dynamic, sizes 0 and 1 not specialised (``backed_size_oblivious``);
 2. ``dynamic+ones``: dimensions dynamic from 2, and one more variant for each combination of dimensions of size 1;

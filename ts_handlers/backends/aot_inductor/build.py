@@ -1,4 +1,4 @@
-"""Building for the backend `aot_inductor`: one way of exporting after the other, until one agrees with eager.
+"""Building for the backend `aot_inductor`: one export step after the other, until one agrees with eager.
 
 Imported on a build only.
 """
@@ -78,7 +78,7 @@ def _build_step(
     workspace: Workspace,
     merged: set[str] | None,
 ) -> Description:
-    """One step. `merged` gets the names of the variants whose linear layers are merged; None leaves them apart."""
+    """One export step. `merged` gets the names of the variants whose linear layers are merged; None merges none."""
     example = target.example_sizes
     directory = workspace.directory
     description: Description = {"variants": [], "constants": {}, "weights_from": "archive"}

@@ -19,6 +19,7 @@ from typing import Any
 
 from ts_handlers.errors import BuildError, LoadError
 from ts_handlers.key.fingerprint import distribution_version
+from ts_handlers.system.patching import hidden_modules
 
 FLAVOURS = ("tensorrt", "tensorrt_rtx")
 # The modules that can provide a flavour, best first: the meta package, then the bindings that it re-exports.
@@ -112,15 +113,8 @@ def ready_for_torch_tensorrt() -> Iterator[None]:
     """
     with contextlib.suppress(LoadError):
         import_tensorrt(builder_flavour())
-    name = "tensorrt.plugin"
-    hidden = name not in sys.modules
-    if hidden:
-        sys.modules[name] = None  # type: ignore[assignment]
-    try:
+    with hidden_modules("tensorrt.plugin"):
         yield
-    finally:
-        if hidden:
-            sys.modules.pop(name, None)
 
 
 def version(flavour: str) -> str:
@@ -131,7 +125,7 @@ def version(flavour: str) -> str:
 def _module_name(flavour: str) -> str | None:
     for name in _MODULES[flavour]:
         if name in sys.modules:
-            # Torch-TensorRT puts a stand-in for its own flavour there, under the name "tensorrt".
+            # Torch-TensorRT puts a substitute for its own flavour there, under the name "tensorrt".
             module: Any = sys.modules[name]
             if module is not None and getattr(module, "_package_name", name) in (name, ""):
                 return name

@@ -18,6 +18,7 @@ import torch
 from ts_handlers.backends.tensorrt.library import builder_flavour, import_tensorrt
 from ts_handlers.errors import BuildError
 from ts_handlers.settings import SECTION
+from ts_handlers.system.patching import replaced_attribute
 
 NAMESPACE = "quantized_decomposed"
 _NAMES = ("quantize_per_tensor", "dequantize_per_tensor", "quantize_per_channel", "dequantize_per_channel")
@@ -83,11 +84,8 @@ def kept_from_folding() -> Iterator[None]:
     folder = constant_folding._TorchTensorRTConstantFolder
     original = folder.is_impure
     operators = _operators()
-    folder.is_impure = lambda self, node: node.target in operators or original(self, node)
-    try:
+    with replaced_attribute(folder, "is_impure", lambda self, node: node.target in operators or original(self, node)):
         yield
-    finally:
-        folder.is_impure = original
 
 
 def is_kept_from_folding(target: Any) -> bool:

@@ -4,9 +4,8 @@ For models that the backend `tensorrt` cannot export as one graph (graph breaks,
 start imports Torch-TensorRT and traces the model again, as at the first start; each graph then finds its engine in the
 entry instead of building it. See `ts_handlers.backends.torch_tensorrt.engine_cache` for what tells engines apart.
 
-Engines are kept without weights. Torch-TensorRT puts the graph's own weights into an engine that it finds, and matches
-them by value with a tolerance of 0.01, so an engine is only used with the very weights it was built with: their digest
-is in the key of the entry, and the entry's key is in the key of each engine.
+Engines are kept whole, with their weights. An engine serves only the weights that it was built with: their digest is
+in the key of the entry, and the entry's key is in the key of each engine.
 
 Operators without a converter run in torch; `describe` says how many.
 """
@@ -182,7 +181,7 @@ def _compile(target: Target, files: EngineFiles, options: dict[str, Any], shapes
     )
 
     def call(tensors: list[torch.Tensor]) -> Any:
-        # One mode for warm-up and requests: tensors made in inference mode would compile anew.
+        # One mode for warm-up and requests: tensors made in inference mode would compile again.
         with torch.inference_mode(False), torch.no_grad():
             return call_module(compiled, signature.names, [plain(tensor) for tensor in tensors], by_name)
 

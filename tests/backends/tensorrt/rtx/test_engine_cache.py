@@ -1,6 +1,6 @@
 """Our engine cache under the real Torch-TensorRT, without a GPU: real keys, real graphs, real plans, never run.
 
-Two processes with different hash seeds do it all. `without_engines` says what is stood in for.
+Two processes with different hash seeds do it all. `without_engines` says what is replaced.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ COLLIDING = ["softmax", "literal", "view", "edges", "stride", "width"]
 def test_graphs_that_differ_have_keys_of_their_own(found: list[dict[str, Any]], name: str) -> None:
     (left, _), (right, _), (left_again, _), (right_again, _) = found[0]["pairs"][name]
     assert left != right
-    assert (left, right) == (left_again, right_again)  # exported anew
+    assert (left, right) == (left_again, right_again)  # exported again
 
 
 @pytest.mark.parametrize("name", [*COLLIDING, "weights"])

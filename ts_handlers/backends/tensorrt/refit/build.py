@@ -55,7 +55,7 @@ def build_refittable(
         except Exception as error:
             raise RefitError(f"the model does not convert with other weights: {error}") from error
         trt = tensorrt_library.import_tensorrt(tensorrt_library.builder_flavour())
-        recipes = prove(trt, conversion.network, probed, state, probe)
+        formulas = prove(trt, conversion.network, probed, state, probe)
         del probed, probe
     perturbed = {**state.moving, **state.perturbed()}
     on_device = {PREFIX + name: value.to(target.device) for name, value in perturbed.items()}
@@ -66,7 +66,7 @@ def build_refittable(
 
     reasons = []
     for flags in KINDS:
-        attempt = {**description, "refit": describe(state, recipes, flags)}
+        attempt = {**description, "refit": describe(state, formulas, flags)}
         try:
             with workspace.phase("convert"):
                 plan = conversion.network.build(timing_cache, flags)
