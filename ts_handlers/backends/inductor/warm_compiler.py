@@ -33,8 +33,8 @@ def warm_compiler() -> Iterator[None]:
         # Inductor compiles a small library for each extension of the instruction sets (AVX512-VNNI, BF16, AMX) and
         # opens it in a child process. The seeded directory holds these libraries, and opening them again could only
         # tell what the key has told: instruction sets, C++ compiler and torch are those of the build.
-        probe: Any = lambda self, output_path: True  # noqa: E731
-        stack.enter_context(replaced_attribute(cpu_vec_isa.VecISA, "_probe_load", probe, optional=True))
+        no_probe: Any = lambda self, output_path: True  # noqa: E731
+        stack.enter_context(replaced_attribute(cpu_vec_isa.VecISA, "_probe_load", no_probe, optional=True))
         # A graph's first call goes operator by operator through Python, to warn of custom operators that return an
         # alias of an input. It has done so in the build.
         from torch._functorch._aot_autograd import runtime_wrappers

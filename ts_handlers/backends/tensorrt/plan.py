@@ -15,7 +15,6 @@ from ts_handlers.backends.tensorrt import library as tensorrt_library
 from ts_handlers.backends.tensorrt import weights as tensorrt_refit
 from ts_handlers.backends.tensorrt.outputs import take
 from ts_handlers.backends.tensorrt.profiles import canary_sizes, choose_profile, covered_signature, show_bounds
-from ts_handlers.errors import BuildError, CanaryError
 from ts_handlers.execution.base import Loaded, Run
 from ts_handlers.model.archive_files import Tensors
 from ts_handlers.model.structure import unflatten
@@ -126,27 +125,29 @@ def verify(
 ) -> Loaded:
     """Compare the plan with eager at the ends of every profile, and keep the kernels compiled on the way.
 
-    `state` is instead of the archive's weights, and `eager` computes with it.
-    """
-    from ts_handlers.backends.compare import compare_outputs
-    from ts_handlers.backends.eager import eager_run
+    Parameters
+    ----------
+    eager:
+        What to compare with; None takes the eager model.
+    state:
+        Weights to take instead of the archive's, with which `eager` computes.
 
-    signature = target.require_signature()
+    Raises
+    ------
+    BuildError
+        With the sizes at which the plan differs or does not run.
+    """
+    from ts_handlers.backends.compare import compare_sizes
+
     loaded, engine = load_plan(target, directory, description, state)
     description["output_bytes"] = engine.output_bytes
-    eager = eager or eager_run(target, signature.names)
     corners = [
         dict(zip(ranges, corner, strict=True))
         for ranges in description["profiles"]
         for corner in itertools.product(*(sorted(set(bounds)) for bounds in ranges.values()))
     ]
     with contextlib.nullcontext() if engine.recorder is None else engine.recorder.paused():
-        for sizes in corners:
-            tensors = [tensor.to(target.device) for tensor in signature.generate(sizes, seed=2)]
-            try:
-                compare_outputs(loaded.run(tensors), eager(tensors), target.settings.canary.tolerance)
-            except (CanaryError, RuntimeError) as error:
-                raise BuildError(f"at {sizes} the plan differs from eager: {error}") from error
+        compare_sizes(target, loaded, corners, eager=eager, what="plan")
     cache = engine.runtime_cache()
     if cache:
         (directory / CACHE).write_bytes(cache)

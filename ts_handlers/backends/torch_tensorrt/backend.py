@@ -69,7 +69,7 @@ class TorchTensorRTBackend:
     def toolchain(self, target: Target) -> str:
         """The toolchain of the device with TensorRT, Torch-TensorRT and Python, which pickles each engine's facts."""
         flavour = tensorrt_library.builder_flavour_for(target.settings.tensorrt.flavour)
-        package = "torch-tensorrt-rtx" if flavour == "tensorrt_rtx" else "torch-tensorrt"
+        package = tensorrt_library.FLAVOURS[flavour].converter
         facts = [fingerprint.toolchain(target.device.type), f"tensorrt={tensorrt_library.version(flavour)}"]
         facts.append(f"torch_tensorrt={fingerprint.distribution_version(package)}")
         facts.append(f"python={fingerprint.python_identity()}")

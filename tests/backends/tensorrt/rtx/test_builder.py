@@ -256,8 +256,8 @@ names = {
 }
 found["missing"] = [f"{kind}.{name}" for kind, members in names.items() for name in members
                     if not hasattr(getattr(trt, kind), name)]
-from ts_handlers.backends.tensorrt import runtime
-found["dtypes"] = [name for name in runtime.DTYPES if not hasattr(trt.DataType, name)]
+from ts_handlers.backends.tensorrt.dtypes import DTYPES
+found["dtypes"] = [name for name in DTYPES if not hasattr(trt.DataType, name)]
 
 from ts_handlers.backends.tensorrt.runtime import TensorRTEngine
 good = plan(lambda self, x: x + 1).data
