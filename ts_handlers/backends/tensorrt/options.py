@@ -17,7 +17,7 @@ def engine_options(settings: TensorRTSettings) -> dict[str, str]:
         "float32_accumulation": str(settings.float32_accumulation),
         "workspace_mb": str(settings.workspace_mb),
         "optimization_level": str(settings.optimization_level),
-        "hardware_compatible": str(settings.hardware_compatible),
+        "hardware_compatible": "False",  # once a setting; without it the keys of stored entries would change
     }
     facts.update({f"tensorrt.{name}": json.dumps(value) for name, value in settings.options.items()})
     return facts
