@@ -1,8 +1,8 @@
 """Keys that were recorded: an entry that is in somebody's store today must be found by the next version.
 
 `recorded_keys.json` holds the parts and the digest of each key, as commit 57742ee computed them with the constants of
-`tests.support.recorded_keys` in the place of this machine. A key that changes makes every entry of its kind a miss. When
-that is meant, or a file in examples/ has changed (then the part ``model`` changes, and no other), set
+`tests.support.recorded_keys` in the place of this machine. A key that changes makes every entry of its kind a miss.
+When that is meant, or a file in examples/ has changed (then the part ``model`` changes, and no other), set
 ``TS_HANDLERS_RECORD_KEYS=1`` and run this file; the difference in the JSON file says what will miss.
 """
 
@@ -64,6 +64,6 @@ def test_keys_are_those_that_were_recorded(example: str, tmp_path: Path) -> None
 
 def test_every_backend_and_variant_has_a_record() -> None:
     known = json.loads(RECORD.read_text("utf-8"))
-    assert {example: set(keys) for example, keys in known.items()} == dict.fromkeys(NAMES, set(VARIANTS))
+    assert {example: set(keys) for example, keys in known.items()} == {name: set(VARIANTS) for name in NAMES}
     digests = [key["digest"] for keys in known.values() for key in keys.values()]
     assert len(set(digests)) == len(digests)
