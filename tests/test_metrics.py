@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+import types
 
 import pytest
 
@@ -60,3 +62,8 @@ def test_each_compiled_graph_is_told_once_and_those_of_a_start_never(monkeypatch
     assert module.graphs_for_requests() == 0
     graphs = 1
     assert module.graphs_for_requests() == 1
+
+
+def test_a_module_that_is_being_imported_has_counted_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch._dynamo.utils", types.ModuleType("torch._dynamo.utils"))
+    assert module.compiled_graphs() == 0

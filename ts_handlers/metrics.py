@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 _LOCK = threading.Lock()
 
@@ -164,9 +165,12 @@ def process_age_ms() -> float | None:
 
 
 def dynamo_counter(group: str, name: str) -> int:
-    """A counter of torch._dynamo, 0 when it has not been imported."""
-    utils = sys.modules.get("torch._dynamo.utils")
-    return int(utils.counters[group][name]) if utils is not None else 0
+    """A counter of torch._dynamo, 0 when it has not been imported, or another thread is importing it."""
+    utils: Any = sys.modules.get("torch._dynamo.utils")
+    if utils is None:
+        return 0
+    counters = getattr(utils, "counters", None)
+    return 0 if counters is None else int(counters[group].get(name, 0))
 
 
 def compiled_graphs() -> int:

@@ -139,7 +139,15 @@ def constants_of(structure: OutputStructure) -> list[str]:
 
 
 def unflatten(leaves: list[torch.Tensor], structure: OutputStructure) -> Any:
-    """Put an artifact's flat output together as `flatten` described it."""
+    """Put an artifact's flat output together as `flatten` has taken it apart.
+
+    Parameters
+    ----------
+    leaves:
+        The tensors, in the order and of the number that `flatten` gave; their shapes are free.
+    structure:
+        The structure that `flatten` gave.
+    """
     iterator = iter(leaves)
     return _build(structure, iterator)
 

@@ -17,6 +17,7 @@ from ts_handlers import CompiledModel, start_model
 from ts_handlers.backends.base import Built, Description, Target, Workspace
 from ts_handlers.backends.tensorrt import backend as tensorrt
 from ts_handlers.backends.tensorrt import plan
+from ts_handlers.backends.tensorrt.profiles import bounds_of, profile_ranges
 from ts_handlers.execution import cuda_graphs
 from ts_handlers.execution.base import Loaded
 from ts_handlers.model.structure import flatten
@@ -47,7 +48,7 @@ def describe(
     target: Target, directory: Path, outputs: list[str], returns: list[list[Any]], structure: Any
 ) -> Description:
     """Leave a plan of the fake in `directory`, with the profiles of the settings; its description."""
-    profiles = [tensorrt.bounds_of(ranges) for ranges in tensorrt.profile_ranges(target)]
+    profiles = [bounds_of(ranges) for ranges in profile_ranges(target)]
     shapes = [[[bounds["batch"][part], 4] for part in range(3)] for bounds in profiles]
     write_fake_plan(directory / plan.PLAN, outputs, shapes)
     return {

@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,9 +29,6 @@ from ts_handlers.execution.base import Loaded
 from ts_handlers.key import fingerprint
 from ts_handlers.model.exported import ExportedSource
 from ts_handlers.settings import Settings
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from ts_handlers.backends.tensorrt.profiles import canary_sizes, choose_profile,
 from ts_handlers.execution.base import Loaded, Run
 from ts_handlers.model.archive_files import Tensors
 from ts_handlers.model.structure import unflatten
+from ts_handlers.settings.sections import ContextSettings
 
 PLAN, CACHE = "plan.engine", "plan.cache"
 
@@ -87,18 +88,9 @@ def load_plan(
         index = choose_profile(profiles, signature.sizes(tensors)) if several else 0
         return unflatten(take(returns, runner.run(index, tensors), tensors), output)
 
-    facts = {
-        "weights_from": "plan" if weights is None else "archive",
-        "flavour": tensorrt_library.version(description["flavour"]),
-        "profiles": profiles,
-        "in_tensorrt": description["in_tensorrt"],
-        "quantized": description["quantized"],
-        "contexts": contexts.count,
-        "scratch": contexts.scratch,
-        "memory": runner.memory(),
-    }
-    if "refused" in description.get("refit", {}):
-        facts["refit_refused"] = description["refit"]["refused"]
+    facts = _facts(description, contexts)
+    facts["weights_from"] = "plan" if weights is None else "archive"
+    facts["memory"] = runner.memory()
     loaded = Loaded(
         run=run,
         signature=covered_signature(signature, profiles),
@@ -109,6 +101,21 @@ def load_plan(
         end_warmup=functools.partial(_stop_recording, engine.recorder, facts),
     )
     return loaded, engine
+
+
+def _facts(description: Description, contexts: ContextSettings) -> dict[str, Any]:
+    """What `describe` says of a plan and how it runs."""
+    facts = {
+        "flavour": tensorrt_library.version(description["flavour"]),
+        "profiles": description["profiles"],
+        "in_tensorrt": description["in_tensorrt"],
+        "quantized": description["quantized"],
+        "contexts": contexts.count,
+        "scratch": contexts.scratch,
+    }
+    if "refused" in description.get("refit", {}):
+        facts["refit_refused"] = description["refit"]["refused"]
+    return facts
 
 
 def _stop_recording(recorder: Any, facts: dict[str, Any]) -> None:

@@ -158,7 +158,6 @@ def _compile(target: Target, files: EngineFiles, options: dict[str, Any], shapes
     -------
     The artifact, which compiles nothing, and the same call in a form that compiles what is missing.
     """
-    import torch._dynamo
     from torch._dynamo.utils import counters
     from torch_tensorrt.dynamo.backend.backends import torch_tensorrt_backend
 
@@ -191,22 +190,14 @@ def _compile(target: Target, files: EngineFiles, options: dict[str, Any], shapes
 
     sizes = _sizes(target, shapes)
     breaks = sum(counters["graph_break"].values())
-    # Beyond the limit Dynamo would run eagerly without saying so.
-    limits: dict[str, Any] = {"recompile_limit": 8 * len(sizes), "fail_on_recompile_limit_hit": True}
-    with torch._dynamo.config.patch(**limits), cache.serving():
-        for tensors in _inputs(target, sizes):
-            if shapes == RANGES:
-                _mark_ranges(signature, tensors)
-            call(tensors)
+    with cache.serving():
+        _compile_sizes(target, call, sizes, shapes)
     if not cache.operators:
         raise BuildError(
             f"no engine was built: {len(in_torch)} graphs with {[n or 0 for n in in_torch]} operators, none with "
             f"{options['min_block_size']} that convert (min_block_size in {PT2_SECTION}.options); take another backend"
         )
-    for one, tensors in zip(sizes, _inputs(target, sizes), strict=True):
-        reason = _run_compiled(call, tensors)
-        if reason is not None:
-            raise BuildError(f"at {one} the model would be compiled again at each request: {reason}")
+    _require_compiled(target, call, sizes)
     facts = {
         "flavour": tensorrt_library.version(tensorrt_library.builder_flavour()),
         "shapes": shapes,
@@ -228,6 +219,24 @@ def _compile(target: Target, files: EngineFiles, options: dict[str, Any], shapes
         reentrant=False,
     )
     return loaded, call
+
+
+def _compile_sizes(target: Target, call: Run, sizes: Sequence[Sizes], shapes: str) -> None:
+    """Run every size, with nothing that would run eagerly without saying so."""
+    limits: dict[str, Any] = {"recompile_limit": 8 * len(sizes), "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(**limits):
+        for tensors in _inputs(target, sizes):
+            if shapes == RANGES:
+                _mark_ranges(target.require_signature(), tensors)
+            call(tensors)
+
+
+def _require_compiled(target: Target, call: Run, sizes: Sequence[Sizes]) -> None:
+    """Raise `BuildError` where a size that has run would be compiled again."""
+    for one, tensors in zip(sizes, _inputs(target, sizes), strict=True):
+        reason = _run_compiled(call, tensors)
+        if reason is not None:
+            raise BuildError(f"at {one} the model would be compiled again at each request: {reason}")
 
 
 def _inputs(target: Target, sizes: Sequence[Sizes]) -> list[list[torch.Tensor]]:
