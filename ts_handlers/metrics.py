@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 _LOCK = threading.Lock()
+_DYNAMO = "torch._dynamo.utils"
 
 PHASES = (
     "process",  # age of the process when the handler was asked to initialise: interpreter, torch, handler imports
@@ -166,7 +167,7 @@ def process_age_ms() -> float | None:
 
 def dynamo_counter(group: str, name: str) -> int:
     """A counter of torch._dynamo, 0 when it has not been imported, or another thread is importing it."""
-    utils: Any = sys.modules.get("torch._dynamo.utils")
+    utils: Any = sys.modules.get(_DYNAMO)
     if utils is None:
         return 0
     counters = getattr(utils, "counters", None)
@@ -199,11 +200,13 @@ def start_under_way() -> Iterator[None]:
 def graphs_for_requests() -> int:
     """How many graphs Dynamo has compiled in this process since the last call, each of them told once.
 
-    Called after every request, by all models of the process; it reads two integers unless there is something to tell.
+    Called after every request, by all models of the process; it compares two integers unless there is something to tell.
     While a start is under way nothing is told: Dynamo's counter does not say for whom it compiled. Not seen is what
     compiles without Dynamo, such as the kernels of TensorRT for RTX at their first run.
     """
     global _graphs_seen
+    if _DYNAMO not in sys.modules:  # as with `aot_inductor` and `tensorrt`; asked first, because it costs least
+        return 0
     graphs = compiled_graphs()
     if graphs == _graphs_seen:
         return 0
