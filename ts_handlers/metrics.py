@@ -200,7 +200,7 @@ def start_under_way() -> Iterator[None]:
 def graphs_for_requests() -> int:
     """How many graphs Dynamo has compiled in this process since the last call, each of them told once.
 
-    Called after every request, by all models of the process; it compares two integers unless there is something to tell.
+    Called after every request, by all models of the process; it compares two integers unless there is one to tell.
     While a start is under way nothing is told: Dynamo's counter does not say for whom it compiled. Not seen is what
     compiles without Dynamo, such as the kernels of TensorRT for RTX at their first run.
     """
