@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from start_child import build_eager, read_inputs, start_ours
 
-from ts_handlers.backends.aot_inductor import load
 from ts_handlers.backends.aot_inductor.container import TorchRunner
+from ts_handlers.backends.aot_inductor.load import place_weights
 from ts_handlers.store.entry import read_manifest
 
 WARM_UP_CALLS = 20
@@ -30,10 +30,10 @@ def open_runner(model: Any) -> Callable[[list[torch.Tensor]], Any]:
     """torch's own runner on the artifact that `model` was loaded from, without anything of ours around it."""
     (manifest,) = Path(os.environ["TS_HANDLERS_CACHE"], "entries").rglob("manifest.json")
     description = read_manifest(manifest.parent).artifact
-    request = model._request
-    constants = load._constants(request, manifest.parent, description)
+    target = model._target
+    constants = place_weights(target, manifest.parent, description)
     (variant,) = description["variants"]
-    runner = TorchRunner(manifest.parent / variant["name"] / variant["library"], request.device, 1)
+    runner = TorchRunner(manifest.parent / variant["name"] / variant["library"], target.device, 1)
     runner.use_constants({name: constants[fqn] for name, fqn in runner.constant_names().items()})
     run: Callable[[list[torch.Tensor]], Any] = runner.run
     return run

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+import types
 
 import pytest
 
@@ -31,3 +33,38 @@ def test_only_declared_counters_count() -> None:
     assert metrics.counters["takeover"] == 1
     with pytest.raises(KeyError):
         metrics.count("nonsense")
+
+
+def test_only_declared_phases_are_timed() -> None:
+    metrics = Metrics()
+    with pytest.raises(ValueError, match="no phase of a start is called 'lokup'"), metrics.phase("lokup"):
+        pass
+    with pytest.raises(ValueError, match="no phase of a build is called 'exprt'"), metrics.build_phase("exprt"):
+        pass
+    with metrics.build_phase("export"), metrics.build_phase("my_backend.quantise"):
+        pass
+    assert (set(metrics.phases_ms), set(metrics.build_ms)) == (set(), {"export", "my_backend.quantise"})
+
+
+def test_each_compiled_graph_is_told_once_and_those_of_a_start_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = 0
+    monkeypatch.setitem(sys.modules, "torch._dynamo.utils", types.ModuleType("torch._dynamo.utils"))
+    monkeypatch.setattr(module, "compiled_graphs", lambda: graphs)
+    monkeypatch.setattr(module, "_graphs_seen", 0)
+    assert module.graphs_for_requests() == 0
+    graphs = 2
+    assert (module.graphs_for_requests(), module.graphs_for_requests()) == (2, 0)
+    with module.start_under_way():
+        graphs = 3
+        assert module.graphs_for_requests() == 0
+        graphs = 5
+    assert module.graphs_for_requests() == 0
+    graphs = 0  # torch._dynamo.reset
+    assert module.graphs_for_requests() == 0
+    graphs = 1
+    assert module.graphs_for_requests() == 1
+
+
+def test_a_module_that_is_being_imported_has_counted_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch._dynamo.utils", types.ModuleType("torch._dynamo.utils"))
+    assert module.compiled_graphs() == 0

@@ -17,7 +17,7 @@ from ts_handlers.errors import BusyError, InputError
 from ts_handlers.execution.base import Loaded, Run
 from ts_handlers.execution.contexts import ContextPool, PoolStats
 from ts_handlers.execution.slots import ModuleSlots
-from ts_handlers.metrics import Metrics, compiled_graphs
+from ts_handlers.metrics import Metrics, compiled_graphs, graphs_for_requests
 from ts_handlers.model.signature import Signature
 from ts_handlers.store.base import Store
 
@@ -110,6 +110,14 @@ class CompiledModel:
                     pool.favour_own()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self._answer(args, kwargs)
+        finally:
+            compiled = graphs_for_requests()
+            if compiled:
+                self.metrics.count("compile_after_ready", compiled)
+
+    def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         loaded = self._loaded
         signature = loaded.signature
         if not signature.inputs:

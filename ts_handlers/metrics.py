@@ -12,10 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from ts_handlers.system.processes import process_age_ms
 
 _LOCK = threading.Lock()
+_DYNAMO = "torch._dynamo.utils"
 
 PHASES = (
     "process",  # age of the process when the handler was asked to initialise: interpreter, torch, handler imports
@@ -29,6 +31,17 @@ PHASES = (
     "canary",
     "warmup",
 )
+"""Phases of a start, in the order in which a start goes through them."""
+
+BUILD_PHASES = (
+    "import",  # of a compiler that takes seconds to import
+    "export",
+    "prove",  # that a plan may take other weights
+    "convert",  # into a TensorRT network and plan
+    "compile",
+    "verify",  # against eager
+)
+"""Phases inside ``build``. A backend of another package names its own with a dot: ``my_backend.quantise``."""
 
 COUNTERS = (
     "hit",
@@ -44,7 +57,7 @@ COUNTERS = (
     "outside_eager",
     "refused",
     "busy",
-    "compile_after_ready",
+    "compile_after_ready",  # graphs that Dynamo compiled for requests, see `graphs_for_requests`
     "evicted",
     "background_build",  # child processes started to build
     "swap",  # from eager to the artifact that a child process has built
@@ -80,7 +93,15 @@ class Metrics:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the duration of the block to a phase, without that of phases inside the block."""
+        """Add the duration of the block to a phase of `PHASES`, without that of phases inside the block.
+
+        Raises
+        ------
+        ValueError
+            The phase is not declared.
+        """
+        if name not in PHASES:
+            raise ValueError(f"no phase of a start is called {name!r}; declared are {', '.join(PHASES)}")
         if self.observer is not None:
             self.observer(name)
         self._inner_ms.append(0.0)
@@ -96,7 +117,18 @@ class Metrics:
 
     @contextlib.contextmanager
     def build_phase(self, name: str) -> Iterator[None]:
-        """Add the duration of the block to a phase of the build."""
+        """Add the duration of the block to a phase of `BUILD_PHASES`, or to one that a backend names with a dot.
+
+        Raises
+        ------
+        ValueError
+            The phase is not declared and has no dot.
+        """
+        if name not in BUILD_PHASES and "." not in name:
+            raise ValueError(
+                f"no phase of a build is called {name!r}; declared are {', '.join(BUILD_PHASES)}, and a backend names "
+                "its own with a dot, as in 'my_backend.quantise'"
+            )
         if self.observer is not None:
             self.observer(f"build: {name}")
         with _timed(self.build_ms, name):
@@ -123,11 +155,50 @@ def _timed(durations: dict[str, float], name: str) -> Iterator[None]:
 
 
 def dynamo_counter(group: str, name: str) -> int:
-    """A counter of torch._dynamo, 0 when it has not been imported."""
-    utils = sys.modules.get("torch._dynamo.utils")
-    return int(utils.counters[group][name]) if utils is not None else 0
+    """A counter of torch._dynamo, 0 when it has not been imported, or another thread is importing it."""
+    utils: Any = sys.modules.get(_DYNAMO)
+    if utils is None:
+        return 0
+    counters = getattr(utils, "counters", None)
+    return 0 if counters is None else int(counters[group].get(name, 0))
 
 
 def compiled_graphs() -> int:
     """Number of graphs that Dynamo has compiled in this process."""
     return dynamo_counter("stats", "unique_graphs")
+
+
+_graphs_seen = 0
+_starts_under_way = 0
+
+
+@contextlib.contextmanager
+def start_under_way() -> Iterator[None]:
+    """What Dynamo compiles inside the block belongs to a start, also if a request meets it first."""
+    global _graphs_seen, _starts_under_way
+    with _LOCK:
+        _starts_under_way += 1
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _starts_under_way -= 1
+            _graphs_seen = compiled_graphs()
+
+
+def graphs_for_requests() -> int:
+    """How many graphs Dynamo has compiled in this process since the last call, each of them told once.
+
+    Called after every request, by all models of the process; it compares two integers unless there is one to tell.
+    While a start is under way nothing is told: Dynamo's counter does not say for whom it compiled. Not seen is what
+    compiles without Dynamo, such as the kernels of TensorRT for RTX at their first run.
+    """
+    global _graphs_seen
+    if _DYNAMO not in sys.modules:  # as with `aot_inductor` and `tensorrt`; asked first, because it costs least
+        return 0
+    graphs = compiled_graphs()
+    if graphs == _graphs_seen:
+        return 0
+    with _LOCK:
+        new, _graphs_seen = graphs - _graphs_seen, graphs
+        return 0 if _starts_under_way else max(new, 0)  # torch._dynamo.reset may have set it back

@@ -28,7 +28,7 @@ from tests.support.fake_engine import (
 from ts_handlers.errors import ContextMemoryError
 from ts_handlers.execution.contexts import ContextPool, Ticket
 from ts_handlers.execution.runner import EngineRunner
-from ts_handlers.execution.scratch import MemoryPlan, ProfileMemory, SharedScratch
+from ts_handlers.execution.scratch import ProfileMemory, SharedScratch, SlotMemory
 from ts_handlers.settings.sections import ContextSettings
 
 KiB = 1024
@@ -204,12 +204,12 @@ def test_prediction_is_what_is_allocated(needs: list[tuple[int, int]], count: in
     runner = EngineRunner([FakeEngine(device, needs=needs)], ContextSettings(count=count, scratch=scratch), device)
     memory = runner.memory()
     assert memory["predicted"]["total_bytes"] == memory["used"]["torch_bytes"] == device.allocated
-    largest = runner.plan.largest_count(device.allocated)
+    largest = runner.predicted.largest_count(device.allocated)
     assert largest >= count
     if device.allocated:
-        assert MemoryPlan(runner.plan.profiles, largest, scratch).total <= device.allocated
+        assert SlotMemory(runner.predicted.profiles, largest, scratch).total <= device.allocated
         if largest < 2**31:  # otherwise a further slot costs nothing
-            assert MemoryPlan(runner.plan.profiles, largest + 1, scratch).total > device.allocated
+            assert SlotMemory(runner.predicted.profiles, largest + 1, scratch).total > device.allocated
         small = FakeDevice(Machine(), free=device.allocated - 1)
         with pytest.raises(ContextMemoryError):
             EngineRunner([FakeEngine(small, needs=needs)], ContextSettings(count=count, scratch=scratch), small)
@@ -217,7 +217,7 @@ def test_prediction_is_what_is_allocated(needs: list[tuple[int, int]], count: in
 
 
 def test_refusal_names_every_figure() -> None:
-    plan = MemoryPlan((ProfileMemory("a", 10 * KiB, KiB), ProfileMemory("b", 20 * KiB, KiB)), 4, "private")
+    plan = SlotMemory((ProfileMemory("a", 10 * KiB, KiB), ProfileMemory("b", 20 * KiB, KiB)), 4, "private")
     assert (plan.scratch_each, plan.buffers_each, plan.total) == (20 * KiB, 2 * KiB, 88 * KiB)
     with pytest.raises(ContextMemoryError) as refusal:
         plan.require(30 * KiB)

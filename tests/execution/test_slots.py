@@ -157,9 +157,8 @@ def test_compiled_models_answer_right_from_four_threads(backend: str, archive: P
 FROM_THREADS = """
     import pathlib, sys
     import torch
-    sys.path.insert(0, str(pathlib.Path(__import__("models").__file__).parent / "contexts"))
+    from tests.execution.test_slots import ask_from_threads
     from tests.support.models import archive_source, eager_model, settings_of
-    from test_slots import ask_from_threads
     from ts_handlers import start_model
 
     archive, store, backend = sys.argv[1:]

@@ -159,7 +159,7 @@ def test_a_model_whose_weights_are_folded_gets_plans_of_its_own(tmp_path: Path) 
 
 
 def test_a_plan_that_lost_a_weight_on_its_way_is_not_served(archives: list[Path], store: Path, tmp_path: Path) -> None:
-    """A description that forgets a weight, or mixes up two: TensorRT or the canary refuses it, and it is built anew."""
+    """A description that lacks or mixes up weights: TensorRT or the canary refuses it, and it is built again."""
     import shutil
 
     import msgspec

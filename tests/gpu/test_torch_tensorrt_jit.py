@@ -134,10 +134,10 @@ def test_other_options_are_a_miss(built: dict[str, Any], archive_folder: Path, s
     assert (facts["result"], facts["missed"]) == ("built", ["options"])
 
 
-def test_the_ladder_of_pt2_comes_here_when_the_model_cannot_be_exported(
+def test_the_fallback_order_of_pt2_comes_here_when_the_model_cannot_be_exported(
     built: dict[str, Any], archive_folder: Path, store: Path
 ) -> None:
-    ladder = ["tensorrt", "torch_tensorrt", "eager"]
-    facts = start(archive_folder, store, {}, backends=ladder, strict=False)
+    backends = ["tensorrt", "torch_tensorrt", "eager"]
+    facts = start(archive_folder, store, {}, backends=backends, strict=False)
     assert (facts["backend"], facts["result"]) == ("torch_tensorrt", "hit")
     assert [fallback["backend"] for fallback in facts["fallbacks"]] == ["tensorrt"]

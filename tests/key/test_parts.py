@@ -174,7 +174,7 @@ def test_key_is_the_same_in_every_process(archive: Path) -> None:
         import torch
         from tests.support.models import archive_source, settings_of
         from ts_handlers import ModuleSource
-        from test_key import key_of
+        from tests.key.test_parts import key_of
         made = archive_source(sys.argv[1]).eager()
         made.options = {"b", "a", "c"}
         sources = [archive_source(sys.argv[1]), ModuleSource("eager", made)]

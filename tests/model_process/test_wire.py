@@ -16,9 +16,9 @@ from ts_handlers.model_process.wire import (
     Call,
     Connection,
     ConnectionLost,
-    Description,
     Hello,
     Message,
+    ModelDescription,
     Refusal,
     Started,
     TensorSpec,
@@ -44,7 +44,7 @@ def pair() -> Iterator[Pair]:
         Started(),
         Answer((), {"kind": "constant", "value": None}, {"hit": 1.0}),
         Refusal("InputError", "größer", {}),
-        Description({"a": [1, None]}, (InputSpec("x", "int64", ("n", 4)),), {"n": Dimension(1, 8)}, 3, (4,), {}),
+        ModelDescription({"a": [1, None]}, (InputSpec("x", "int64", ("n", 4)),), {"n": Dimension(1, 8)}, 3, (4,), {}),
     ],
 )
 def test_messages_arrive_as_they_were(pair: Pair, message: Message) -> None:

@@ -200,7 +200,7 @@ def test_options_of_torch_tensorrt_go_to_the_section_tensorrt() -> None:
         "min_block_size": 1,
         "torch_executed_ops": ["torch.ops.aten.erf.default"],
         "optimization_level": 5,
-        "hardware_compatible": True,
+        "hardware_compatible": False,
         "disable_tf32": True,
         "enable_autocast": True,
         "workspace_size": (1 << 30) + 1,
@@ -214,9 +214,20 @@ def test_options_of_torch_tensorrt_go_to_the_section_tensorrt() -> None:
         "min_block_size": 1,
         "torch_executed_ops": ["torch.ops.aten.erf.default"],
     }
-    assert (tensorrt.optimization_level, tensorrt.hardware_compatible, tensorrt.tf32) == (5, True, False)
+    assert (tensorrt.optimization_level, tensorrt.tf32) == (5, False)
     assert (tensorrt.precision, tensorrt.workspace_mb, tensorrt.flavour) == ("autocast", 1025, "tensorrt_rtx")
     assert parse({}, pt2=tensorrt_pt2(workspace_size=0)).tensorrt.workspace_mb is None
+
+
+def test_a_removed_setting_is_accepted_only_as_it_was_by_default() -> None:
+    assert parse({"tensorrt": {"hardware_compatible": False}}) == parse({})
+    for value in (True, 1, "yes", None):
+        with pytest.raises(
+            SettingsError, match=r"tensorrt\.hardware_compatible: this setting was removed .*by the name"
+        ):
+            parse({"tensorrt": {"hardware_compatible": value}})
+    with pytest.raises(SettingsError, match=r"pt2\.compile\.options\.hardware_compatible: this setting was removed"):
+        parse({}, pt2=tensorrt_pt2(hardware_compatible=True))
 
 
 def test_a_named_ladder_keeps_the_options_of_torch_tensorrt() -> None:

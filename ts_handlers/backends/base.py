@@ -1,7 +1,51 @@
 """The contract of a backend, and what it is asked for.
 
 A backend turns a model into files (`build`) and files into something callable (`load`). It knows neither the store nor
-TorchServe. `build` may raise `BuildError` and `load` `LoadError`; any other exception counts as the same.
+TorchServe. `build` may raise `BuildError` and `load` `LoadError`; any other exception counts as the same, and the next
+backend of the fallback order is tried.
+
+A backend is one file or folder, and one line that names it: in `ts_handlers.settings.registry` for those of this
+package; for those of others a call of `ts_handlers.register_backend`, or an entry point in ``ts_handlers.backends``,
+which child processes find too. This one compiles nothing, and keeps what it would serve as a TorchScript file::
+
+    class ScriptBackend:
+        name = "script"  # as in `backends: [script, eager]`
+        persistent = True
+        needs_eager_module = False
+
+        def bakes_weights(self, target):
+            return True  # new weights are a miss
+
+        def options(self, target):
+            return {}  # nothing but dtype, inputs and model changes the file, and these are in every key
+
+        def toolchain(self, target):
+            return fingerprint.toolchain(target.device.type)  # another torch is a miss
+
+        def build(self, target, workspace):
+            signature = target.require_signature()
+            inputs = [tensor.to(target.device) for tensor in signature.generate(target.example_sizes)]
+            with workspace.phase("export"):
+                torch.jit.trace(target.eager(), inputs).save(workspace.directory / "model.ts")
+            return Built({"file": "model.ts"})  # what `load` gets as its description; JSON-compatible
+
+        def load(self, target, directory, description):
+            module = torch.jit.load(directory / description["file"], map_location=target.device)
+
+            def run(tensors):
+                with torch.inference_mode():
+                    return module(*tensors)
+
+            return Loaded(run, target.require_signature())
+
+        def substitute(self, settings, error):
+            return None
+
+
+    register_backend("script", ScriptBackend())
+
+Before an artifact is served it is compared with the eager model at the smallest and the example sizes; a backend that
+accepts whole ranges of sizes checks itself at the ends of them, see `ts_handlers.backends.compare.compare_sizes`.
 """
 
 from __future__ import annotations
@@ -22,6 +66,7 @@ from ts_handlers.model.signature import Signature
 from ts_handlers.settings import SECTION, Settings
 
 Description = dict[str, Any]
+"""What an artifact's manifest says for its backend: JSON-compatible, written by `build` and read by `load`."""
 Phase = Callable[[str], AbstractContextManager[None]]
 
 
@@ -106,7 +151,8 @@ class Workspace:
     directory:
         Gets the artifact's files.
     phase:
-        Times a block as a phase of the build, for example ``with workspace.phase("export"):``.
+        Times a block as a phase of the build, for example ``with workspace.phase("export"):``; the names are those of
+        `ts_handlers.metrics.BUILD_PHASES`, and with a dot a backend's own (``"script.trace"``).
     shared:
         A folder for files that later builds profit from, such as TensorRT's timing cache; None where there is none.
     """

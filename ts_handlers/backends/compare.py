@@ -1,7 +1,12 @@
-"""TODO: compare.py."""
+"""Comparing what an artifact answers with what the eager model answers, and how much they may differ.
+
+A `Case` is an input with the eager model's answer, made by `eager_case`. A build compares at the ends of its ranges and
+forgets the cases (`compare_sizes`); the canary keeps them in the store, and compares every later load with them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +14,9 @@ import torch
 
 from ts_handlers.backends.base import Target
 from ts_handlers.backends.eager import eager_run
-from ts_handlers.errors import BuildError, CanaryError, InputError
-from ts_handlers.execution.base import Loaded
-from ts_handlers.model.signature import Sizes
+from ts_handlers.errors import BuildError, CanaryError, InputError, one_line
+from ts_handlers.execution.base import Loaded, Run
+from ts_handlers.model.signature import Signature, Sizes
 from ts_handlers.model.structure import constants_of, flatten
 
 # Largest accepted relative error, ||artifact - eager|| / ||eager||, by dtype of the output. Compiled float32 differs
@@ -39,6 +44,43 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return error / norm if norm > 0 else error
 
 
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An input, and what the eager model answers to it.
+
+    Attributes
+    ----------
+    sizes:
+        The sizes of the dynamic dimensions.
+    inputs:
+        The tensors in declared order, on the CPU.
+    outputs:
+        The tensors of the answer as `ts_handlers.model.structure.flatten` gives them, on the CPU.
+    constants:
+        The numbers and texts of the answer, as `ts_handlers.model.structure.constants_of` gives them.
+    """
+
+    sizes: Sizes
+    inputs: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+    constants: list[str]
+
+
+def eager_case(eager: Run, signature: Signature, sizes: Sizes, seed: int, device: torch.device) -> Case:
+    """Draw an input of these sizes and ask the eager model, which is on `device`."""
+    inputs = signature.generate(sizes, seed=seed)
+    outputs, structure = flatten(eager([tensor.to(device) for tensor in inputs]))
+    kept = [tensor.detach().cpu().clone() for tensor in outputs]  # an output may share memory with an input
+    return Case(dict(sizes), inputs, kept, constants_of(structure))
+
+
+def compare_case(run: Run, case: Case, device: torch.device, tolerance: float | None) -> float:
+    """Run an artifact on a case's input and compare the answers; returns and raises as `compare_outputs`."""
+    leaves, structure = flatten(run([tensor.to(device) for tensor in case.inputs]))
+    _compare_constants(constants_of(structure), case.constants)
+    return _compare_tensors(leaves, case.outputs, tolerance)
+
+
 def compare_outputs(found: Any, expected: Any, tolerance: float | None = None) -> float:
     """Compare two outputs of a model, tensor by tensor, and their constants.
 
@@ -59,10 +101,14 @@ def compare_outputs(found: Any, expected: Any, tolerance: float | None = None) -
     """
     (left, found_structure), (right, structure) = flatten(found), flatten(expected)
     _compare_constants(constants_of(found_structure), constants_of(structure))
-    if len(left) != len(right):
-        raise CanaryError(f"expected {len(right)} output tensors, found {len(left)}")
+    return _compare_tensors(left, right, tolerance)
+
+
+def _compare_tensors(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], tolerance: float | None) -> float:
+    if len(found) != len(expected):
+        raise CanaryError(f"expected {len(expected)} output tensors, found {len(found)}")
     worst = 0.0
-    for index, (a, b) in enumerate(zip(left, right, strict=True)):
+    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
         if a.shape != b.shape or a.dtype != b.dtype:
             raise CanaryError(f"output {index}: expected {b.dtype} {tuple(b.shape)}, found {a.dtype} {tuple(a.shape)}")
         if not a.numel():
@@ -80,25 +126,40 @@ def compare_outputs(found: Any, expected: Any, tolerance: float | None = None) -
 
 
 def _compare_constants(found: list[str], expected: list[str]) -> None:
-    """Compare the numbers and texts in two outputs, which may have been computed from other weights."""
+    """Compare the numbers and texts in two outputs, as `constants_of` gives them.
+
+    A compiled artifact holds these values, and a model may have computed them from weights that have changed since.
+
+    Raises
+    ------
+    CanaryError
+        They differ.
+    """
     if found != expected:
         raise CanaryError(f"the output's constants: expected {', '.join(expected)}, found {', '.join(found)}")
 
 
-def compare_sizes(target: Target, loaded: Loaded, cases: Sequence[Sizes]) -> None:
+def compare_sizes(
+    target: Target, loaded: Loaded, wanted: Sequence[Sizes], *, eager: Run | None = None, what: str = "artifact"
+) -> None:
     """Compare an artifact that was just built with the eager model at the given sizes.
+
+    Parameters
+    ----------
+    eager:
+        What to compare with; None takes the eager model.
+    what:
+        The artifact's name in the message.
 
     Raises
     ------
     BuildError
         With the sizes at which it differs or does not run.
     """
-    eager = eager_run(target, loaded.signature.names)
-    for sizes in cases:
-        tensors = [tensor.to(target.device) for tensor in loaded.signature.generate(sizes, seed=2)]
-        expected = eager(tensors)
+    eager = eager or eager_run(target, loaded.signature.names)
+    for sizes in wanted:
+        case = eager_case(eager, loaded.signature, sizes, seed=2, device=target.device)
         try:
-            compare_outputs(loaded.run(tensors), expected, target.settings.canary.tolerance)
+            compare_case(loaded.run, case, target.device, target.settings.canary.tolerance)
         except (CanaryError, RuntimeError, InputError) as error:
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-            raise BuildError(f"at {sizes} the artifact differs from eager: {reason[:300]}") from error
+            raise BuildError(f"at {sizes} the {what} differs from eager: {one_line(error)}") from error

@@ -1,4 +1,8 @@
-"""TODO: export.py."""
+"""Exporting a model with `torch.export`, for the backends that compile one whole graph; imported on a build only.
+
+A compiled graph takes and returns flat lists of tensors. `FlatModel` gives the model that form, `output_structure` says
+how its output was nested, and `export_program` exports it with dynamic dimensions.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,10 @@ import torch
 from ts_handlers.backends.base import Target, call_module, takes_names
 from ts_handlers.errors import BuildError
 from ts_handlers.model.signature import Signature, Sizes
-from ts_handlers.model.structure import flatten
+from ts_handlers.model.structure import OutputStructure, flatten
 
-PREFIX = "model."  # of the parameter names inside FlatModel
+PREFIX = "model."
+"""What `FlatModel` puts before the names of a model's parameters and buffers."""
 
 
 class FlatModel(torch.nn.Module):
@@ -29,8 +34,19 @@ class FlatModel(torch.nn.Module):
 
 def output_structure(
     target: Target, module: torch.nn.Module, signature: Signature, sizes_list: list[Sizes]
-) -> dict[str, Any]:
-    """How the eager model's output is nested; raises `BuildError` when that depends on the input."""
+) -> OutputStructure:
+    """How the eager model's output is nested, as `ts_handlers.model.structure` describes it.
+
+    Parameters
+    ----------
+    sizes_list:
+        The sizes at which the model runs; it also runs at the smallest ones.
+
+    Raises
+    ------
+    BuildError
+        The structure depends on the input.
+    """
     smallest = {name: dimension.min for name, dimension in signature.dimensions.items()}
     by_name = takes_names(module, signature.names)
     structures = []
@@ -50,6 +66,28 @@ def export_program(
     ranges: dict[str, tuple[int, int]],
     oblivious: bool,
 ) -> Any:
+    """Export a model with the dimensions in `ranges` dynamic.
+
+    Parameters
+    ----------
+    inputs:
+        Example tensors on the model's device, one for each input of `signature`, in order.
+    ranges:
+        (smallest, largest) size of each dynamic dimension; others are fixed at the examples' sizes.
+    oblivious:
+        Do not specialise sizes 0 and 1.
+
+    Returns
+    -------
+    A `torch.export.ExportedProgram`, not decomposed.
+
+    Raises
+    ------
+    BuildError
+        The model changes its state or its inputs.
+    Exception
+        torch.export raises many kinds when it cannot export the model with these ranges.
+    """
     import torch.fx.experimental._config
 
     from ts_handlers.model.exported_program import refuse_mutations

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ts_handlers.backends.tensorrt.library import FLAVOURS
 from ts_handlers.doctor.base import Finding, Question, probe, run
 from ts_handlers.key import fingerprint
 
@@ -30,11 +31,6 @@ with warnings.catch_warnings(record=True) as caught:
     facts["architectures"] = torch.cuda.get_arch_list() if facts["available"] else []
 facts["warnings"] = [str(warning.message) for warning in caught]
 """
-
-_FLAVOURS = {
-    "tensorrt": ("torch-tensorrt", "tensorrt", ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")),
-    "tensorrt_rtx": ("torch-tensorrt-rtx", "tensorrt_rtx", ("tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13")),
-}
 
 
 def check_compiler(question: Question) -> Iterator[Finding]:
@@ -132,8 +128,10 @@ def check_tensorrt(question: Question) -> Iterator[Finding]:
     A broken installation raises anything from AssertionError to KeyError, or ends the process, so a child imports it.
     """
     installed = False
-    for flavour, (converter, runtime, names) in _FLAVOURS.items():
-        versions = {name: fingerprint.distribution_version(name) for name in (converter, *names)}
+    for flavour, packaging in FLAVOURS.items():
+        converter, runtime = packaging.converter, packaging.modules[0]
+        names = (converter, *packaging.distributions)
+        versions = {name: fingerprint.distribution_version(name) for name in names}
         present = [f"{name} {version}" for name, version in versions.items() if version is not None]
         if not present:
             continue

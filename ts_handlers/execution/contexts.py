@@ -5,9 +5,9 @@ What a slot is depends on the backend: a TensorRT execution context with its str
 that: it is threads and queues only.
 
 Waiting calls are served in the order in which they came, and a slot that comes back goes straight to the first of
-them, so that nobody overtakes. Free slots are lent in turn, the one idle for longest first, so that warm-up reaches
-each. A model that serves lends every thread the slot that it had last, where that is free: what libraries keep for each
-pair of thread and stream (cuBLAS's workspaces of 32 MiB) is then kept once for each thread.
+them, so that nobody overtakes. Of the free slots the one that has been idle for longest is lent first, so that warm-up
+reaches each. A model that serves lends every thread the slot that it had last, where that is free: what libraries keep
+for each pair of thread and stream (cuBLAS's workspaces of 32 MiB) is then kept once for each thread.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class ContextPool(Generic[S]):
         return _Loan(self)
 
     def request(self) -> Ticket[S]:
-        """Ask for a slot without waiting; the ticket is granted at once or stands in the queue.
+        """Ask for a slot without waiting; the ticket is granted at once or waits in the queue.
 
         `lend` is made of this, `cancel` and `give_back`.
         """

@@ -1,6 +1,6 @@
 """The boundary between the execution-context pool and an inference engine.
 
-One side is `ts_handlers.execution.runner` with its pool, its memory plan and its scratch chain; the other side is an
+One side is `ts_handlers.execution.runner` with its pool, its memory and its scratch chain; the other side is an
 adapter for TensorRT, or the fake of the tests. Names follow torch.cuda and TensorRT, so that ``torch.cuda.Stream`` and
 ``torch.cuda.Event`` fit as they are.
 """

@@ -13,7 +13,7 @@ from typing import Any
 
 from ts_handlers.execution.contexts import ContextPool
 from ts_handlers.execution.engine import Context, Device, Engine, Stream
-from ts_handlers.execution.scratch import MemoryPlan, SharedScratch, plan_memory
+from ts_handlers.execution.scratch import SharedScratch, SlotMemory, predict_memory
 from ts_handlers.settings.sections import ContextSettings
 
 
@@ -61,19 +61,21 @@ class EngineRunner:
     ----------
     pool:
         Hand it on as `Loaded.pool`.
-    plan:
-        What was predicted.
+    predicted:
+        The memory that the slots were predicted to take.
     """
 
     def __init__(self, engines: Sequence[Engine], settings: ContextSettings, device: Device) -> None:
-        self.plan: MemoryPlan = plan_memory(engines, settings.count, settings.scratch)
-        self.plan.require(device.free_bytes())
+        self.predicted: SlotMemory = predict_memory(engines, settings.count, settings.scratch)
+        self.predicted.require(device.free_bytes())
         self._engines = tuple(engines)
         self._device = device
         allocated, used = device.allocated_bytes(), device.used_bytes()
         shared = SharedScratch() if settings.scratch == "shared" and settings.count > 1 else None
         streams = [device.new_stream() for _ in range(settings.count)]
-        buffers = [device.allocate(self.plan.scratch_each, stream) for stream in (streams[:1] if shared else streams)]
+        buffers = [
+            device.allocate(self.predicted.scratch_each, stream) for stream in (streams[:1] if shared else streams)
+        ]
         slots = []
         for number, stream in enumerate(streams):
             scratch = buffers[0] if shared else buffers[number]
@@ -108,7 +110,7 @@ class EngineRunner:
         `torch_bytes` is what torch's allocator gave, `device_bytes` the change of the whole device, which includes what
         TensorRT allocates for each context by itself and what other processes did meanwhile.
         """
-        return {"predicted": self.plan.describe(), "used": dict(self._used)}
+        return {"predicted": self.predicted.describe(), "used": dict(self._used)}
 
     def close(self, timeout: float | None = None) -> bool:
         """Refuse further calls and wait for those under way; False when they were not done in `timeout` seconds."""

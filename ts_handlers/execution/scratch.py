@@ -32,7 +32,7 @@ class ProfileMemory:
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryPlan:
+class SlotMemory:
     """The memory of k slots, in bytes, before it is allocated.
 
     A slot holds one context for each profile, of which one runs at a time; so one scratch buffer, as large as the
@@ -101,7 +101,7 @@ class MemoryPlan:
         }
 
 
-def plan_memory(engines: Sequence[Engine], count: int, scratch: Scratch) -> MemoryPlan:
+def predict_memory(engines: Sequence[Engine], count: int, scratch: Scratch) -> SlotMemory:
     """Predict the memory of `count` slots with a context for each profile of each engine."""
     profiles = [
         ProfileMemory(
@@ -112,7 +112,7 @@ def plan_memory(engines: Sequence[Engine], count: int, scratch: Scratch) -> Memo
         for engine in engines
         for profile in range(engine.profiles)
     ]
-    return MemoryPlan(tuple(profiles), count, scratch)
+    return SlotMemory(tuple(profiles), count, scratch)
 
 
 def _rounded(nbytes: int) -> int:

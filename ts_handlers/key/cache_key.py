@@ -1,6 +1,6 @@
 """A cache key as data: named parts in order, a digest over them, and the difference of two keys.
 
-How the parts are computed stands in `ts_handlers.key.parts`; reading and comparing keys needs no torch.
+`ts_handlers.key.parts` computes the parts; reading and comparing keys needs no torch.
 """
 
 from __future__ import annotations

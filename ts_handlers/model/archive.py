@@ -1,4 +1,4 @@
-"""TODO: archive.py."""
+"""An archive as the source of a model: a Python file with one module class, beside a file with its weights."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from ts_handlers.errors import SettingsError
 from ts_handlers.model.signature import Signature
 from ts_handlers.settings import SECTION, Dimension, InputSpec
 
-_ANEW = "or export the program anew"
+_AGAIN = "or export the program again"
 
 
 def compare_dtype(program: Any, dtype: str | None) -> None:
@@ -61,7 +61,7 @@ def compare_inputs(inputs: Sequence[InputSpec], dimensions: Mapping[str, Dimensi
     if list(declared.names) != names:
         raise SettingsError(
             f"{SECTION}.inputs: {', '.join(declared.names)}, but the exported program takes {', '.join(names)}; "
-            f"declare these, in this order, {_ANEW}"
+            f"declare these, in this order, {_AGAIN}"
         )
     first: dict[str, tuple[str, int | str]] = {}  # by the program's dimension: where it occurred, and what was declared
     for index, (own, spec) in enumerate(zip(inputs, declared.inputs, strict=True)):
@@ -69,12 +69,12 @@ def compare_inputs(inputs: Sequence[InputSpec], dimensions: Mapping[str, Dimensi
         if spec.dtype != own.dtype:
             raise SettingsError(
                 f"{where}.dtype: {spec.dtype}, but the exported program takes {own.name!r} in {own.dtype}; write "
-                f"{own.dtype}, {_ANEW}"
+                f"{own.dtype}, {_AGAIN}"
             )
         if len(spec.shape) != len(own.shape):
             raise SettingsError(
                 f"{where}.shape: {len(spec.shape)} dimensions, but the exported program takes {own.name!r} with "
-                f"{len(own.shape)}; declare these, {_ANEW}"
+                f"{len(own.shape)}; declare these, {_AGAIN}"
             )
         for axis, (size, wanted) in enumerate(zip(own.shape, spec.shape, strict=True)):
             place = f"dimension {axis} of {own.name!r}"

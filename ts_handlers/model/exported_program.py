@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from ts_handlers.errors import BuildError
 from ts_handlers.model.exported_declaration import compare_inputs
 from ts_handlers.model.signature import Signature
-from ts_handlers.model.structure import flatten
+from ts_handlers.model.structure import OutputStructure, flatten
 from ts_handlers.settings import Dimension, InputSpec
 
 LARGEST = 2**31 - 1  # for a dimension that the program leaves unbounded
@@ -23,7 +23,7 @@ _CHECKED = re.compile(rf"{_SIZE} == {_SIZE}|(\d+ <=? )?{_SIZE}( <=? \d+)?|{_SIZE
 
 def describe_program(
     program: Any, declared: Signature | None
-) -> tuple[tuple[InputSpec, ...], dict[str, Dimension], dict[str, Any]]:
+) -> tuple[tuple[InputSpec, ...], dict[str, Dimension], OutputStructure]:
     """Inputs, dynamic dimensions and output structure of a program.
 
     Parameters
@@ -133,7 +133,7 @@ def _symbol(program: Any, size: Any, symbols: dict[Any, str], dimensions: dict[s
     return symbols[expression]
 
 
-def _structure(program: Any) -> dict[str, Any]:
+def _structure(program: Any) -> OutputStructure:
     spec = program.call_spec.out_spec
     leaves = [torch.zeros(()) for _ in range(spec.num_leaves)]
     constants = {

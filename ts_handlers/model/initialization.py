@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ts_handlers.system.patching import replaced_attribute
+
 # What torch.nn.init and transformers' own initialisation end in, and the parameter that is filled in instead. The mean
 # and the lower bound are what the rejection sampling of trunc_normal_ accepts at once.
 _METHODS = {"normal_": "mean", "uniform_": "from"}
@@ -87,7 +89,6 @@ def skip_random_initialization(limit: int = 1 << 30) -> Iterator[SkippedInitiali
     """
     record = SkippedInitialization(limit)
     owner = threading.get_ident()
-    originals: dict[str, Callable[..., Any]] = {name: getattr(torch.Tensor, name) for name in _METHODS}
 
     def skipping(original: Callable[..., Any], constant: str) -> Callable[..., Any]:
         def fill(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -98,13 +99,8 @@ def skip_random_initialization(limit: int = 1 << 30) -> Iterator[SkippedInitiali
 
         return fill
 
-    for name, original in originals.items():
-        setattr(torch.Tensor, name, skipping(original, _METHODS[name]))
-    try:
+    with contextlib.ExitStack() as stack:
+        for name, parameter in _METHODS.items():
+            fill = skipping(getattr(torch.Tensor, name), parameter)
+            stack.enter_context(replaced_attribute(torch.Tensor, name, fill))
         yield record
-    finally:
-        for name, original in originals.items():
-            if name in torch.Tensor.__dict__:
-                delattr(torch.Tensor, name)
-            if getattr(torch.Tensor, name) is not original:
-                setattr(torch.Tensor, name, original)

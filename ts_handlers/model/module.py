@@ -1,4 +1,4 @@
-"""TODO: module.py."""
+"""A module that already exists in this process as the source of a model."""
 
 from __future__ import annotations
 

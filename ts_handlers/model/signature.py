@@ -54,6 +54,10 @@ class Signature:
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> list[torch.Tensor]:
         """Put a call's arguments in declared order, contiguous and on `device`.
 
+        Returns
+        -------
+        One tensor for each declared input, with the shape and dtype of the argument; `check` looks at these.
+
         Raises
         ------
         InputError
@@ -95,7 +99,11 @@ class Signature:
         return values
 
     def check(self, tensors: Sequence[torch.Tensor]) -> Sizes:
-        """Check tensors in declared order and return the sizes of the dynamic dimensions, not to be changed.
+        """Check tensors in declared order.
+
+        Returns
+        -------
+        The sizes of the dynamic dimensions, by name. It is kept for later calls: do not change it.
 
         Raises
         ------
@@ -154,7 +162,14 @@ class Signature:
 
         Returns
         -------
-        One tensor per declared input, in order, with its declared dtype.
+        One tensor for each declared input, in order, with its declared dtype, and its declared shape with the sizes in
+        the place of the names.
+
+        Examples
+        --------
+        >>> signature = Signature([InputSpec("x", "float32", ("batch", 3))], {"batch": Dimension(1, 8)})
+        >>> [tuple(tensor.shape) for tensor in signature.generate({"batch": 2})]
+        [(2, 3)]
         """
         generator = torch.Generator().manual_seed(seed)
         tensors = []

@@ -1,15 +1,15 @@
-"""Nested outputs of a model as a flat list of tensors and a description that JSON can hold.
+"""Nested outputs of a model as a flat list of tensors and a structure that JSON can hold.
 
 A compiled artifact takes and gives flat lists of tensors. `flatten` takes the eager model's output apart and
 `unflatten` puts an artifact's output together in the same shape, without importing the library that defined the
 output class: a Hugging Face ``ModelOutput`` comes back as an `OutputMapping`.
 
-The description is one of::
+An `OutputStructure` is one of::
 
     {"kind": "tensor"}
     {"kind": "constant", "value": None | bool | int | float | str}
-    {"kind": "tuple" | "list", "items": [description, ...]}
-    {"kind": "dict" | "mapping" | "namedtuple", "keys": [str, ...], "items": [description, ...]}
+    {"kind": "tuple" | "list", "items": [structure, ...]}
+    {"kind": "dict" | "mapping" | "namedtuple", "keys": [str, ...], "items": [structure, ...]}
 
 ``mapping`` stands for an output class with attributes (a dataclass or a ``ModelOutput``).
 """
@@ -26,13 +26,14 @@ import torch
 
 from ts_handlers.errors import BuildError
 
-Description = dict[str, Any]
+OutputStructure = dict[str, Any]
+"""How an output is nested, in one of the forms above."""
 
 
 class OutputMapping(Mapping[str, Any]):
     """A model's output with named fields: ``out.logits``, ``out["logits"]`` and ``out[0]`` are the same tensor.
 
-    Stands in for the model-output class of the eager model (for example ``transformers.utils.ModelOutput``), whose
+    Replaces the model-output class of the eager model (for example ``transformers.utils.ModelOutput``), whose
     module is not imported on a warm start.
 
     Examples
@@ -72,12 +73,12 @@ class OutputMapping(Mapping[str, Any]):
         return tuple(self._fields.values())
 
 
-def flatten(output: Any) -> tuple[list[torch.Tensor], Description]:
+def flatten(output: Any) -> tuple[list[torch.Tensor], OutputStructure]:
     """Take a model's output apart.
 
     Returns
     -------
-    The tensors in order, and the description of the rest.
+    The tensors in order, and the structure that holds them.
 
     Raises
     ------
@@ -86,15 +87,15 @@ def flatten(output: Any) -> tuple[list[torch.Tensor], Description]:
 
     Examples
     --------
-    >>> leaves, description = flatten((torch.zeros(2), {"n": 3}))
-    >>> len(leaves), unflatten(leaves, description)[1]
+    >>> leaves, structure = flatten((torch.zeros(2), {"n": 3}))
+    >>> len(leaves), unflatten(leaves, structure)[1]
     (1, {'n': 3})
     """
     leaves: list[torch.Tensor] = []
-    return leaves, _describe(output, leaves)
+    return leaves, _take_apart(output, leaves)
 
 
-def _describe(value: Any, leaves: list[torch.Tensor]) -> Description:
+def _take_apart(value: Any, leaves: list[torch.Tensor]) -> OutputStructure:
     if isinstance(value, torch.Tensor):
         leaves.append(value)
         return {"kind": "tensor"}
@@ -103,11 +104,11 @@ def _describe(value: Any, leaves: list[torch.Tensor]) -> Description:
     named = _fields(value)
     if named is not None:
         kind, fields = named
-        items = [_describe(item, leaves) for item in fields.values()]
+        items = [_take_apart(item, leaves) for item in fields.values()]
         return {"kind": kind, "keys": list(fields), "items": items}
     if isinstance(value, (tuple, list)):
         kind = "list" if isinstance(value, list) else "tuple"
-        return {"kind": kind, "items": [_describe(item, leaves) for item in value]}
+        return {"kind": kind, "items": [_take_apart(item, leaves) for item in value]}
     raise BuildError(
         f"the model returned a {type(value).__qualname__}; expected tensors, numbers, strings, tuples, lists, dicts or "
         "a model-output class: return one of these from forward(), or use the backend 'inductor'"
@@ -130,31 +131,39 @@ def _fields(value: Any) -> tuple[str, dict[str, Any]] | None:
     return None
 
 
-def constants_of(description: Description) -> list[str]:
+def constants_of(structure: OutputStructure) -> list[str]:
     """The constants of an output in order, as JSON."""
-    if description["kind"] == "constant":
-        return [json.dumps(description["value"])]
-    return [text for item in description.get("items", ()) for text in constants_of(item)]
+    if structure["kind"] == "constant":
+        return [json.dumps(structure["value"])]
+    return [text for item in structure.get("items", ()) for text in constants_of(item)]
 
 
-def unflatten(leaves: list[torch.Tensor], description: Description) -> Any:
-    """Put an artifact's flat output together as `flatten` described it."""
+def unflatten(leaves: list[torch.Tensor], structure: OutputStructure) -> Any:
+    """Put an artifact's flat output together as `flatten` has taken it apart.
+
+    Parameters
+    ----------
+    leaves:
+        The tensors, in the order and of the number that `flatten` gave; their shapes are free.
+    structure:
+        The structure that `flatten` gave.
+    """
     iterator = iter(leaves)
-    return _build(description, iterator)
+    return _build(structure, iterator)
 
 
-def _build(description: Description, leaves: Iterator[torch.Tensor]) -> Any:
-    kind = description["kind"]
+def _build(structure: OutputStructure, leaves: Iterator[torch.Tensor]) -> Any:
+    kind = structure["kind"]
     if kind == "tensor":
         return next(leaves)
     if kind == "constant":
-        return description["value"]
-    items = [_build(item, leaves) for item in description["items"]]
+        return structure["value"]
+    items = [_build(item, leaves) for item in structure["items"]]
     if kind == "tuple":
         return tuple(items)
     if kind == "list":
         return items
     if kind == "namedtuple":
-        return collections.namedtuple("Output", description["keys"])(*items)
-    fields = dict(zip(description["keys"], items, strict=True))
+        return collections.namedtuple("Output", structure["keys"])(*items)
+    fields = dict(zip(structure["keys"], items, strict=True))
     return fields if kind == "dict" else OutputMapping(fields)

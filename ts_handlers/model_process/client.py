@@ -29,7 +29,7 @@ from ts_handlers.model_process.wire import (
     Connection,
     ConnectionLost,
     Describe,
-    Description,
+    ModelDescription,
     Refusal,
     Started,
 )
@@ -70,7 +70,7 @@ class ModelProcess:
         self.joined = 0
         """How many processes this worker has joined."""
 
-    def join(self) -> Description:
+    def join(self) -> ModelDescription:
         """Find or start the process, and follow it from now on.
 
         Raises
@@ -99,9 +99,9 @@ class ModelProcess:
         """
         return self._exchange(lambda lane, suspect: lane.call(tensors, suspect))
 
-    def describe(self) -> Description:
+    def describe(self) -> ModelDescription:
         """What the process says of itself and its model; raises as `run` does."""
-        description: Description = self._exchange(lambda lane, suspect: lane.describe())
+        description: ModelDescription = self._exchange(lambda lane, suspect: lane.describe())
         self._on_counted(description.counted)
         return description
 
@@ -221,10 +221,10 @@ class _Lane:
         self.under_way = False
         return output
 
-    def describe(self) -> Description:
+    def describe(self) -> ModelDescription:
         self.under_way = True
         self._connection.send(Describe())
-        description: Description = self._receive(Description)
+        description: ModelDescription = self._receive(ModelDescription)
         self.under_way = False
         return description
 

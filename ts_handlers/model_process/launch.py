@@ -23,7 +23,7 @@ from typing import Any
 from ts_handlers import errors
 from ts_handlers.errors import ModelError, WarmStartError
 from ts_handlers.model_process.folder import folder_of, sweep
-from ts_handlers.model_process.wire import Connection, ConnectionLost, Description, Hello
+from ts_handlers.model_process.wire import Connection, ConnectionLost, Hello, ModelDescription
 from ts_handlers.system.child_python import run_module
 from ts_handlers.system.processes import parent_of, process_start
 
@@ -59,7 +59,7 @@ class Launcher:
         self._spec = dict(spec)
         self._folder = folder_of(spec)
 
-    def join(self, deadline: float | None = None) -> tuple[Connection, Description]:
+    def join(self, deadline: float | None = None) -> tuple[Connection, ModelDescription]:
         """A connection that stands for this worker, and what the process says of its model; starts it if need be.
 
         Parameters
@@ -122,7 +122,7 @@ class Launcher:
         connection.send(Hello(os.getpid()))
         return connection
 
-    def _greet(self) -> tuple[Connection, Description] | None:
+    def _greet(self) -> tuple[Connection, ModelDescription] | None:
         channel = self._folder.connect()
         if channel is None:
             return None
@@ -130,7 +130,7 @@ class Launcher:
         try:
             connection.send(Hello(os.getpid(), worker=True), (1, 2))
             message, _ = connection.receive()
-            if isinstance(message, Description):
+            if isinstance(message, ModelDescription):
                 return connection, message
         except ConnectionLost:  # it ends just now
             pass

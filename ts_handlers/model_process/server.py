@@ -29,8 +29,8 @@ from ts_handlers.model_process.wire import (
     Connection,
     ConnectionLost,
     Describe,
-    Description,
     Hello,
+    ModelDescription,
     Refusal,
     Started,
 )
@@ -232,12 +232,12 @@ class Server:
                 logger.error("a call goes on %g s after its worker has ended; this process ends", seconds)
                 os._exit(HANGS_STATUS)
 
-    def _description(self, first: bool = False) -> Description:
+    def _description(self, first: bool = False) -> ModelDescription:
         signature = self._model.signature
         with self._lock:
             workers = tuple(pid for pid, _ in self._workers.values())
         accepts = signature.inputs, signature.dimensions
-        return Description(self._model.describe(), *accepts, os.getpid(), workers, self._counted.take(), first)
+        return ModelDescription(self._model.describe(), *accepts, os.getpid(), workers, self._counted.take(), first)
 
     def _add_worker(self, connection: Connection, pid: int, descriptors: list[int]) -> None:
         with self._lock:
@@ -274,7 +274,7 @@ class _Calls:
         model: CompiledModel,
         gate: Gate,
         counted: Counted,
-        description: Callable[[], Description],
+        description: Callable[[], ModelDescription],
     ) -> None:
         self._connection = connection
         self._model = model

@@ -29,7 +29,7 @@ from ts_handlers.model.base import ModelSource, Recipe
 from ts_handlers.model.signature import Signature, Sizes
 from ts_handlers.model_process.client import ModelProcess
 from ts_handlers.model_process.launch import Launcher, parent_identity
-from ts_handlers.model_process.wire import Description
+from ts_handlers.model_process.wire import ModelDescription
 from ts_handlers.settings import SECTION, Settings
 from ts_handlers.version import __version__
 
@@ -53,7 +53,7 @@ class SharedModel(CompiledModel):
         How long that took.
     """
 
-    def __init__(self, target: Target, process: ModelProcess, description: Description, join_ms: float) -> None:
+    def __init__(self, target: Target, process: ModelProcess, description: ModelDescription, join_ms: float) -> None:
         facts = description.facts
         declared = target.signature or Signature(description.inputs, description.dimensions)
         if target.settings.outside == "eager":  # which only the other process can tell

@@ -49,7 +49,7 @@ class Call(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Describe(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Asks for `Description`."""
+    """Asks for `ModelDescription`."""
 
 
 class Started(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -72,7 +72,7 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True, tag=True):
     counted: dict[str, float]
 
 
-class Description(msgspec.Struct, frozen=True, array_like=True, tag=True):
+class ModelDescription(msgspec.Struct, frozen=True, array_like=True, tag="Description"):
     """What the model's `describe` says, what it accepts, and the process that holds it.
 
     `first` is true once: for the worker that reports how the process has started.
@@ -87,7 +87,7 @@ class Description(msgspec.Struct, frozen=True, array_like=True, tag=True):
     first: bool = False
 
 
-Message = Hello | Call | Describe | Started | Answer | Refusal | Description
+Message = Hello | Call | Describe | Started | Answer | Refusal | ModelDescription
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

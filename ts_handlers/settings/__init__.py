@@ -1,8 +1,8 @@
 """The handler's section of model-config.yaml, as frozen settings; `model` has the list."""
 
+from ts_handlers.settings.dtypes import DTYPES as DTYPES
 from ts_handlers.settings.location import default_store_root as default_store_root
 from ts_handlers.settings.model import DEFAULT_STARTUP_TIMEOUT_SECONDS as DEFAULT_STARTUP_TIMEOUT_SECONDS
-from ts_handlers.settings.model import DTYPES as DTYPES
 from ts_handlers.settings.model import PT2_SECTION as PT2_SECTION
 from ts_handlers.settings.model import SECTION as SECTION
 from ts_handlers.settings.model import CanarySettings as CanarySettings

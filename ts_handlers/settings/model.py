@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from ts_handlers.settings.dtypes import DtypeName, FloatDtype, Number
 from ts_handlers.settings.registry import DEFAULT_BACKENDS
 from ts_handlers.settings.sections import (
     BackgroundSettings,
@@ -17,27 +18,10 @@ from ts_handlers.settings.sections import (
     TrustSettings,
 )
 
-DTYPES = (
-    "float64",
-    "float32",
-    "float16",
-    "bfloat16",
-    "int64",
-    "int32",
-    "int16",
-    "int8",
-    "uint8",
-    "bool",
-)
 SECTION = "handler.ts_handlers"
 PT2_SECTION = "pt2.compile"
 DEFAULT_STARTUP_TIMEOUT_SECONDS = 120
 """How long TorchServe waits for a worker when model-config.yaml does not say it."""
-
-DtypeName = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
-
-
-Number = int | float  # `float` alone would round large integers
 
 
 class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -136,7 +120,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dimensions: dict[str, Dimension] = msgspec.field(default_factory=dict)
     outside: Literal["refuse", "eager"] = "refuse"
     warmup: tuple[dict[str, int], ...] = ()
-    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None
+    dtype: FloatDtype | None = None
     mmap: Literal["auto", "always", "never"] = "auto"
     key_files_ignored: tuple[str, ...] = ()
     verify: Literal["changed", "always"] = "changed"

@@ -17,6 +17,7 @@ import msgspec
 
 from ts_handlers.errors import SettingsError
 from ts_handlers.settings.model import PT2_SECTION, SECTION, CompileSettings, Settings
+from ts_handlers.settings.removed import without_removed
 from ts_handlers.settings.torch_compile import apply_compile
 from ts_handlers.settings.validation import validate
 
@@ -61,6 +62,8 @@ def parse_settings(model_yaml_config: Mapping[str, Any] | None) -> Settings:
             f"{SECTION}.compile: unknown key; arguments of torch.compile stand in TorchServe's own section, "
             "`pt2: {compile: {enable: true, ...}}`"
         )
+    if isinstance(section, Mapping):
+        section = without_removed(section, SECTION)
     settings: Settings = _convert(section, Settings, SECTION)
     compile_section = _compile_section(config)
     if compile_section is not None:

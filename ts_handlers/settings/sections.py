@@ -112,8 +112,6 @@ class TensorRTSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Largest scratch memory that a layer may use while the plan is built, in MiB; None is TensorRT's default.
     optimization_level:
         0 (fast build) to 5 (fast plan); None is TensorRT's default.
-    hardware_compatible:
-        Build a plan that also runs on GPUs of later generations, where the flavour can.
     ranges:
         One optimization profile of the plan for each element, which maps dimension names to ``{min, opt, max}``; they
         share the plan's weights. Empty takes one for exactly each of the first four warm-up sizes and one for the
@@ -134,7 +132,6 @@ class TensorRTSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     float32_accumulation: bool = False
     workspace_mb: int | None = None
     optimization_level: int | None = None
-    hardware_compatible: bool = False
     ranges: tuple[dict[str, Range], ...] = ()
     refit: bool = False
     partial: Literal["next", "module"] = "next"

@@ -9,6 +9,7 @@ import msgspec
 
 from ts_handlers.errors import SettingsError
 from ts_handlers.settings.model import PT2_SECTION, SECTION, CompileSettings, Settings
+from ts_handlers.settings.removed import HARDWARE_COMPATIBLE, refuse_other
 
 _TENSORRT: tuple[str, ...] = ("tensorrt", "torch_tensorrt", "eager")
 FALLBACK_ORDERS: dict[str, tuple[str, ...]] = {
@@ -22,7 +23,6 @@ _MIB = 1 << 20
 # Options of Torch-TensorRT that have a setting of their own: its name, the option's type, and how to translate it.
 _SETTINGS: dict[str, tuple[str, type, Any]] = {
     "optimization_level": ("optimization_level", int, lambda value: value),
-    "hardware_compatible": ("hardware_compatible", bool, lambda value: value),
     "disable_tf32": ("tf32", bool, lambda value: not value),
     "enable_autocast": ("precision", bool, lambda value: "autocast" if value else "as_is"),
     "workspace_size": ("workspace_mb", int, lambda value: -(-value // _MIB) or None),  # 0 is TensorRT's default
@@ -76,7 +76,9 @@ def _move_options(
     changes: dict[str, Any] = {}
     options = dict(settings.tensorrt.options)
     for name, value in compile_settings.options.items():
-        if name in _SETTINGS:
+        if name == "hardware_compatible":
+            refuse_other(value, False, f"{PT2_SECTION}.options.{name}", HARDWARE_COMPATIBLE)
+        elif name in _SETTINGS:
             setting, kind, translate = _SETTINGS[name]
             if type(value) is not kind:
                 raise SettingsError(f"{PT2_SECTION}.options.{name}: expected {kind.__name__}, found {value!r}")

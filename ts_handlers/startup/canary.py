@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from ts_handlers.backends.base import Target
-from ts_handlers.backends.compare import _compare_constants, compare_outputs
+from ts_handlers.backends.compare import Case, compare_case, eager_case
 from ts_handlers.backends.eager import eager_run
 from ts_handlers.execution.base import Loaded
-from ts_handlers.model.structure import constants_of, flatten
 from ts_handlers.startup.warmup import _declared_sizes, few_threads
 from ts_handlers.store.address import Address
 from ts_handlers.store.base import Store
@@ -56,13 +56,10 @@ def _is_complete(record: dict[str, Any]) -> bool:
 
 
 def _run_cases(cases: list[dict[str, Any]], target: Target, loaded: Loaded) -> float:
-    worst = 0.0
-    for case in cases:
-        found = loaded.run([tensor.to(target.device) for tensor in case["inputs"]])
-        leaves, structure = flatten(found)
-        _compare_constants(constants_of(structure), case["constants"])
-        worst = max(worst, compare_outputs(tuple(leaves), tuple(case["outputs"]), target.settings.canary.tolerance))
-    return worst
+    tolerance = target.settings.canary.tolerance
+    fields = [field.name for field in dataclasses.fields(Case)]
+    wanted = [Case(**{name: case[name] for name in fields}) for case in cases]
+    return max(compare_case(loaded.run, case, target.device, tolerance) for case in wanted)
 
 
 def _record(target: Target, loaded: Loaded) -> dict[str, Any]:
@@ -76,9 +73,6 @@ def _record(target: Target, loaded: Loaded) -> dict[str, Any]:
         wanted = [sizes for position, sizes in enumerate(wanted) if sizes not in wanted[:position]]
     cases = []
     for index, sizes in enumerate(wanted if loaded.sizes is None else loaded.sizes):
-        inputs = signature.generate(sizes, seed=target.settings.canary.seed + index)
-        outputs, structure = flatten(eager([tensor.to(target.device) for tensor in inputs]))
-        kept = [tensor.detach().cpu().clone() for tensor in outputs]
-        constants = constants_of(structure)
-        cases.append({"sizes": dict(sizes), "inputs": inputs, "outputs": kept, "constants": constants})
+        case = eager_case(eager, signature, sizes, target.settings.canary.seed + index, target.device)
+        cases.append({field.name: getattr(case, field.name) for field in dataclasses.fields(case)})
     return {"cases": cases}

@@ -27,7 +27,7 @@ from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.execution.torch_device import begin_cuda
 from ts_handlers.key import fingerprint
 from ts_handlers.key.parts import compute_key
-from ts_handlers.metrics import Metrics
+from ts_handlers.metrics import Metrics, start_under_way
 from ts_handlers.model.base import ModelSource
 from ts_handlers.settings import Settings
 from ts_handlers.settings.sections import GuardSettings
@@ -92,6 +92,10 @@ class _Starter:
         self.estimate: float | None = None
 
     def run(self) -> CompiledModel:
+        with start_under_way():
+            return self._run()
+
+    def _run(self) -> CompiledModel:
         remaining = [get_backend(name) for name in self._settings.backends]
         if any(backend.persistent for backend in remaining) and self._target.source.weights_by_name:
             self._target.require_signature()

@@ -312,7 +312,7 @@ def test_damaged_library_is_never_loaded(
     data = library.read_bytes()
     changed = {"truncated": data[:4096], "flipped": data[:-9] + b"x" + data[-8:], "not a library": b"x" * len(data)}
     library.write_bytes(changed[damage])
-    monkeypatch.setattr("ts_handlers.backends.aot_inductor.backend.open_library", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr("ts_handlers.backends.aot_inductor.load.open_library", lambda *a: pytest.fail("loaded"))
     with pytest.raises(MissError, match="missed: corrupt"):
         start(built.archive, store)
     assert len(list((store / "trash").iterdir())) == 1

@@ -135,7 +135,7 @@ def test_a_missing_constant_is_an_error(library: Library, capfd: pytest.CaptureF
     path, constants = library
     container = open_library(path, CPU)
     name, *_ = constants
-    with pytest.raises(LoadError, match="reason stands in the worker's log"):
+    with pytest.raises(LoadError, match="reason is in the worker's log"):
         container.use_constants({other: tensor for other, tensor in constants.items() if other != name})
     assert name in capfd.readouterr().err
 

@@ -30,6 +30,7 @@ from tests.support.models import (
 from tests.support.subprocesses import run_python
 from ts_handlers import CompiledModel, ExportedSource, start_model
 from ts_handlers.backends.aot_inductor import backend as aot_inductor
+from ts_handlers.backends.aot_inductor import load
 from ts_handlers.backends.aot_inductor.linears import merge_linears
 from ts_handlers.backends.base import Target
 from ts_handlers.errors import LoadError, MissError
@@ -413,7 +414,7 @@ def test_a_warm_start_does_not_import_the_pass(built: tuple[Path, Path]) -> None
         import sys
         from tests.support.models import archive_source, settings_of
         from ts_handlers import start_model
-        from ts_handlers.backends import aot_inductor
+        from ts_handlers.backends.aot_inductor import backend as aot_inductor
         aot_inductor.MERGES_LINEARS = ("cpu",)
         section = {section!r}
         model = start_model(archive_source({archive!r}), settings_of(section, store={store!r}, on_miss="fail"))
@@ -428,7 +429,7 @@ def test_a_warm_start_does_not_import_the_pass(built: tuple[Path, Path]) -> None
 def test_one_start_places_each_weight_once(built: tuple[Path, Path]) -> None:
     directory, description = entry(built[1])
     target = Target(archive_source(built[0]), settings_of(BLOCK_SECTION), torch.device("cpu"))
-    first, second = (aot_inductor._constants(target, directory, description) for _ in range(2))
+    first, second = (load.place_weights(target, directory, description) for _ in range(2))
     assert all(first[name] is second[name] for name in description["constants"])
     weights = target.source.weights()
     merged = first["merged.model.query.weight"]
@@ -464,10 +465,10 @@ def test_weights_that_do_not_fit_are_named(name: str, built: tuple[Path, Path]) 
     else:
         state[name] = state[name][1:]
     with pytest.raises(LoadError, match=rf"weight '{name}' has shape .*the artifact was built for"):
-        aot_inductor._constants(target, directory, description)
+        load.place_weights(target, directory, description)
     del state[name]
     with pytest.raises(LoadError, match=rf"lack '{name}', which the artifact needs"):
-        aot_inductor._constants(target, directory, description)
+        load.place_weights(target, directory, description)
 
 
 # A loop over the rows has one graph for each batch size.

@@ -17,6 +17,7 @@ from ts_handlers import CompiledModel, start_model
 from ts_handlers.backends.base import Built, Description, Target, Workspace
 from ts_handlers.backends.tensorrt import backend as tensorrt
 from ts_handlers.backends.tensorrt import plan
+from ts_handlers.backends.tensorrt.profiles import bounds_of, profile_ranges
 from ts_handlers.execution import cuda_graphs
 from ts_handlers.execution.base import Loaded
 from ts_handlers.model.structure import flatten
@@ -47,7 +48,7 @@ def describe(
     target: Target, directory: Path, outputs: list[str], returns: list[list[Any]], structure: Any
 ) -> Description:
     """Leave a plan of the fake in `directory`, with the profiles of the settings; its description."""
-    profiles = [tensorrt._canonical(ranges) for ranges in tensorrt.profile_ranges(target)]
+    profiles = [bounds_of(ranges) for ranges in profile_ranges(target)]
     shapes = [[[bounds["batch"][part], 4] for part in range(3)] for bounds in profiles]
     write_fake_plan(directory / plan.PLAN, outputs, shapes)
     return {
@@ -72,7 +73,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, driver: Driver) -> An
         return Built(description, plan.verify(target, directory, description))
 
     def load(self: Any, target: Target, directory: Path, description: Description) -> Loaded:
-        return plan._load(target, directory, description)[0]
+        return plan.load_plan(target, directory, description)[0]
 
     monkeypatch.setattr(tensorrt.TensorRTBackend, "build", build)
     monkeypatch.setattr(tensorrt.TensorRTBackend, "load", load)
@@ -197,7 +198,7 @@ def test_outputs_that_are_one_tensor_or_an_input_are_put_where_the_model_has_the
     tensor = torch.zeros(1)
     structure = {"sum": tensor, "all": (tensor, 3), "again": tensor}
     description = describe(target, tmp_path, ["y"], [["output", 0], ["input", 0], ["output", 0]], structure)
-    loaded, _ = plan._load(target, tmp_path, description)
+    loaded, _ = plan.load_plan(target, tmp_path, description)
     x = torch.randn(5, 4)
     answer = loaded.run([x])
     assert torch.allclose(answer["sum"], x.sum(1), atol=1e-5)

@@ -4,7 +4,7 @@ The entry holds shared libraries (and, for a GPU, device code) but not the weigh
 name when the artifact is loaded, so an entry is a few megabytes and outlives a fine-tune. Loading imports neither
 `torch._inductor` nor `torch._dynamo` nor the model's own Python files.
 
-Building tries several ways of exporting, because not every model exports with every range:
+A build goes through export steps, because not every model exports with every range:
 
 1. ``dynamic``: all declared dimensions dynamic, sizes 0 and 1 not specialised (``backed_size_oblivious``);
 2. ``dynamic+ones``: dimensions dynamic from 2, and one more variant for each combination of dimensions of size 1;
@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,9 +29,6 @@ from ts_handlers.execution.base import Loaded
 from ts_handlers.key import fingerprint
 from ts_handlers.model.exported import ExportedSource
 from ts_handlers.settings import Settings
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 

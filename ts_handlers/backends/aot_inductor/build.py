@@ -1,4 +1,4 @@
-"""Building for the backend `aot_inductor`: one way of exporting after the other, until one agrees with eager.
+"""Building for the backend `aot_inductor`: one export step after the other, until one agrees with eager.
 
 Imported on a build only.
 """
@@ -77,59 +77,19 @@ def _build_step(
     workspace: Workspace,
     merged: set[str] | None,
 ) -> Description:
-    """One step. `merged` gets the names of the variants whose linear layers are merged; None leaves them apart."""
+    """One export step. `merged` gets the names of the variants whose linear layers are merged; None merges none."""
     example = target.example_sizes
     directory = workspace.directory
     description: Description = {"variants": [], "constants": {}, "weights_from": "archive"}
     extras: Tensors = {}
-    weights = target.source.weights()
     structure = output_structure(target, module, signature, [{**example, **fixed} for _, fixed, _, _ in variants])
-    for name, fixed, ranges, oblivious in variants:
-        flat = FlatModel(module, signature.names).eval()
-        sizes = {**example, **fixed}
-        inputs = tuple(tensor.to(target.device) for tensor in signature.generate(sizes, seed=1))
+    for variant in variants:
+        name, fixed, ranges, _ = variant
         with workspace.phase("export"):
-            program = export_program(flat, inputs, signature, ranges, oblivious)
-            constants = {**program.state_dict, **program.constants}
-            archived = {fqn for fqn in live_weights(program) if fqn.removeprefix(PREFIX) in weights}
-            if not all(_same(constants[fqn], weights[fqn.removeprefix(PREFIX)]) for fqn in archived):
-                description["weights_from"] = "module"
-            parts: dict[str, list[str]] = {}
-            if merged is not None and description["weights_from"] == "archive":
-                merged.add(name)
-                parts = linears.merge_linears(program, archived)
-                constants.update(program.state_dict)
-                if not parts:
-                    merged.remove(name)
-        try:
-            with workspace.phase("compile"):
-                files = compile_program(program, target, directory / name, baked=False)
-            ensure_loadable()
-            library = open_library(directory / name / files["library"], target.device)
-            fqns = set(library.constant_names().values())
-            refuse_folded_weights(program, fqns)
-        finally:
-            for fqn in parts:  # what is left of the trace would keep their memory during the check
-                constants[fqn].untyped_storage().resize_(0)
+            exported = _export(target, module, signature, variant, description, merged)
+        files, fqns = _compile(exported, target, workspace, name)
         description["variants"].append({"name": name, "fixed": fixed, "ranges": ranges, **files})
-        for fqn in sorted(fqns):
-            tensor = constants[fqn].detach()
-            stored = fqn.removeprefix(PREFIX)
-            spec = {
-                "name": stored,
-                "dtype": str(tensor.dtype)[6:],
-                "shape": list(tensor.shape),
-                "stride": list(tensor.stride()),
-                "extra": stored not in weights and fqn not in parts,
-            }
-            if fqn in parts:
-                spec["parts"] = [
-                    {"name": part.removeprefix(PREFIX), "shape": list(constants[part].shape)} for part in parts[fqn]
-                ]
-            if description["constants"].setdefault(fqn, spec) != spec:
-                raise BuildError(f"the variants put {fqn!r} together from different weights")
-            if spec["extra"]:
-                extras[stored] = tensor.cpu()
+        _describe_constants(exported, fqns, target.source.weights(), description, extras)
     if description["weights_from"] == "module":
         logger.warning(
             "%s changes its weights while it is built, so a warm start has to build the eager model",
@@ -142,6 +102,84 @@ def _build_step(
         accepted = _verify(target, signature, directory, description, variants)
     description["dimensions"] = accepted
     return description
+
+
+@dataclasses.dataclass(frozen=True)
+class _Exported:
+    """A variant's program, its parameters, buffers and constants by name, and the merged ones with their parts."""
+
+    program: Any
+    constants: dict[str, torch.Tensor]
+    parts: linears.Parts
+
+
+def _export(
+    target: Target,
+    module: torch.nn.Module,
+    signature: Signature,
+    variant: Variant,
+    description: Description,
+    merged: set[str] | None,
+) -> _Exported:
+    """Export a variant, and merge its linear layers where `merged` is a set; notes where the weights come from."""
+    name, fixed, ranges, oblivious = variant
+    weights = target.source.weights()
+    flat = FlatModel(module, signature.names).eval()
+    sizes = {**target.example_sizes, **fixed}
+    inputs = tuple(tensor.to(target.device) for tensor in signature.generate(sizes, seed=1))
+    program = export_program(flat, inputs, signature, ranges, oblivious)
+    constants = {**program.state_dict, **program.constants}
+    archived = {fqn for fqn in live_weights(program) if fqn.removeprefix(PREFIX) in weights}
+    if not all(_same(constants[fqn], weights[fqn.removeprefix(PREFIX)]) for fqn in archived):
+        description["weights_from"] = "module"
+    parts: linears.Parts = {}
+    if merged is not None and description["weights_from"] == "archive":
+        merged.add(name)  # before merging: a merge that fails counts too
+        parts = linears.merge_linears(program, archived)
+        constants.update(program.state_dict)
+        if not parts:
+            merged.remove(name)
+    return _Exported(program, constants, parts)
+
+
+def _compile(exported: _Exported, target: Target, workspace: Workspace, name: str) -> tuple[dict[str, str], set[str]]:
+    """Compile a variant; returns the description of its files, and the names of the weights that they take."""
+    directory = workspace.directory / name
+    try:
+        with workspace.phase("compile"):
+            files = compile_program(exported.program, target, directory, baked=False)
+        ensure_loadable()
+        fqns = set(open_library(directory / files["library"], target.device).constant_names().values())
+        refuse_folded_weights(exported.program, fqns)
+    finally:
+        for fqn in exported.parts:  # what is left of the trace would keep their memory during the check
+            exported.constants[fqn].untyped_storage().resize_(0)
+    return files, fqns
+
+
+def _describe_constants(
+    exported: _Exported, fqns: set[str], weights: Tensors, description: Description, extras: Tensors
+) -> None:
+    """Describe how each weight is put together from the archive's; `extras` gets those that it does not have."""
+    constants, parts = exported.constants, exported.parts
+    for fqn in sorted(fqns):
+        tensor = constants[fqn].detach()
+        stored = fqn.removeprefix(PREFIX)
+        spec = {
+            "name": stored,
+            "dtype": str(tensor.dtype)[6:],
+            "shape": list(tensor.shape),
+            "stride": list(tensor.stride()),
+            "extra": stored not in weights and fqn not in parts,
+        }
+        if fqn in parts:
+            spec["parts"] = [
+                {"name": part.removeprefix(PREFIX), "shape": list(constants[part].shape)} for part in parts[fqn]
+            ]
+        if description["constants"].setdefault(fqn, spec) != spec:
+            raise BuildError(f"the variants put {fqn!r} together from different weights")
+        if spec["extra"]:
+            extras[stored] = tensor.cpu()
 
 
 def _same(tensor: torch.Tensor, stored: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Exporting and compiling for the backend `aot_inductor`: the steps of the ladder, and what each is checked for.
+"""Exporting and compiling for the backend `aot_inductor`: the export steps, and what each is checked for.
 
 Imported on a build only.
 """
@@ -25,7 +25,7 @@ Variant = tuple[str, Sizes, dict[str, tuple[int, int]], bool]  # name, fixed siz
 
 
 def export_steps(signature: Signature, target: Target) -> Iterator[tuple[str, list[Variant]]]:
-    """The steps, each with its variants."""
+    """The export steps, widest ranges first, each with its name and its variants."""
     ranges = {name: (d.min, d.max) for name, d in signature.dimensions.items() if d.min != d.max}
     fixed = {name: d.min for name, d in signature.dimensions.items() if d.min == d.max}
     if not ranges:

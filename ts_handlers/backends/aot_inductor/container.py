@@ -192,7 +192,7 @@ class Container:
         inputs = self._input_array(*_handles(tensors))
         outputs = self._output_array()
         if self._run(self._container, inputs, self._inputs, outputs, self._outputs, stream, None):
-            raise RuntimeError("the compiled model failed; the reason stands in the worker's log")
+            raise RuntimeError("the compiled model failed; the reason is in the worker's log")
         return _take(outputs)
 
     def _number(self, name: str) -> int:
@@ -202,7 +202,7 @@ class Container:
 
     def _call(self, name: str, *arguments: Any) -> None:
         if getattr(self._interface, _PREFIX + name)(*arguments):
-            raise LoadError(f"{_PREFIX}{name} failed; the reason stands in the worker's log")
+            raise LoadError(f"{_PREFIX}{name} failed; the reason is in the worker's log")
 
 
 def _handles(tensors: list[torch.Tensor]) -> list[int]:

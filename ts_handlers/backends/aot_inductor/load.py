@@ -42,7 +42,7 @@ def _signature_of(description: Description) -> Signature:
     return Signature(inputs, {name: Dimension(*bounds) for name, bounds in description["dimensions"].items()})
 
 
-def _constants(target: Target, directory: Path, description: Description) -> Tensors:
+def place_weights(target: Target, directory: Path, description: Description) -> Tensors:
     """Every constant by the name that the artifact uses, with the dtype, shape, stride and device it was built for."""
     if not description["constants"]:
         return {}
@@ -129,7 +129,7 @@ def _graph_slots(target: Target, directory: Path, variants: list[Description], c
     return GraphSlots(slots, contexts, target.device)
 
 
-def _choose_variant(fixed: list[Sizes], signature: Signature, tensors: list[torch.Tensor]) -> int:
+def choose_variant(fixed: list[Sizes], signature: Signature, tensors: list[torch.Tensor]) -> int:
     """The variant for these sizes: the one that fixes most of them."""
     sizes = signature.sizes(tensors)
     fitting = [i for i, wanted in enumerate(fixed) if all(sizes[name] == size for name, size in wanted.items())]
@@ -158,7 +158,7 @@ def ensure_loadable() -> None:
 def load_artifact(target: Target, directory: Path, description: Description) -> Loaded:
     """Load the shared libraries in place and give them the weights by name."""
     signature = _signature_of(description)
-    constants = _constants(target, directory, description)
+    constants = place_weights(target, directory, description)
     variants = description["variants"]
     fixed = [variant["fixed"] for variant in variants]
     output = description["output"]
@@ -173,7 +173,7 @@ def load_artifact(target: Target, directory: Path, description: Description) -> 
     only = runs[0] if len(runs) == 1 else None
 
     def run(tensors: list[torch.Tensor]) -> Any:
-        infer = only or runs[_choose_variant(fixed, signature, tensors)]
+        infer = only or runs[choose_variant(fixed, signature, tensors)]
         return unflatten(infer(tensors), output)
 
     facts = {

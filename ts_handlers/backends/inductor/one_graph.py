@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ts_handlers.model.signature import Signature
+from ts_handlers.system.patching import replaced_attribute
 
 _MEMORY_FORMAT = "_conv_determine_backend_memory_format"
 
@@ -31,28 +32,22 @@ def one_graph(enabled: bool) -> Iterator[None]:
 
     symbolic_config: Any = torch.fx.experimental._config
     with symbolic_config.patch(backed_size_oblivious=enabled):
-        if enabled and hasattr(torch._C, _MEMORY_FORMAT):
-            with _without_batch_guard():
-                yield
-        else:
+        original = getattr(torch._C, _MEMORY_FORMAT, None)
+        if not enabled or original is None:
+            yield
+            return
+        with replaced_attribute(torch._C, _MEMORY_FORMAT, _without_batch_guard(original)):
             yield
 
 
-@contextlib.contextmanager
-def _without_batch_guard() -> Iterator[None]:
-    original = getattr(torch._C, _MEMORY_FORMAT)
-
+def _without_batch_guard(original: Any) -> Any:
     @functools.wraps(original)
     def memory_format(image: torch.Tensor, weight: torch.Tensor, backend: Any) -> Any:
         if isinstance(image.shape[0], torch.SymInt):
             image = image.new_empty_strided((2, *image.shape[1:]), image.stride())
         return original(image, weight, backend)
 
-    setattr(torch._C, _MEMORY_FORMAT, memory_format)
-    try:
-        yield
-    finally:
-        setattr(torch._C, _MEMORY_FORMAT, original)
+    return memory_format
 
 
 def mark_dynamic(signature: Signature, tensors: list[torch.Tensor]) -> None:

@@ -24,8 +24,15 @@ from ts_handlers.backends.base import Backend, Built, Description, Target, Works
 from ts_handlers.backends.tensorrt import library as tensorrt_library
 from ts_handlers.backends.tensorrt import weights as tensorrt_refit
 from ts_handlers.backends.tensorrt.options import engine_options, require_gpu
-from ts_handlers.backends.tensorrt.plan import _load, verify, write_plan
-from ts_handlers.backends.tensorrt.profiles import Ranges, _canonical, _hull, _part, input_ranges, profile_ranges
+from ts_handlers.backends.tensorrt.plan import load_plan, verify, write_plan
+from ts_handlers.backends.tensorrt.profiles import (
+    Ranges,
+    bounds_of,
+    enclosing_ranges,
+    input_ranges,
+    profile_ranges,
+    sizes_at,
+)
 from ts_handlers.errors import BuildError, FailedBeforeError, RefitError
 from ts_handlers.execution.base import Loaded
 from ts_handlers.key import fingerprint
@@ -59,7 +66,7 @@ class TensorRTBackend:
         if self.refits(target):
             facts["refit"] = "True"
         facts["partial"] = target.settings.tensorrt.partial
-        profiles = [_canonical(ranges) for ranges in profile_ranges(target)]
+        profiles = [bounds_of(ranges) for ranges in profile_ranges(target)]
         facts["profiles"] = json.dumps(profiles, separators=(",", ":"))
         return facts
 
@@ -81,9 +88,9 @@ class TensorRTBackend:
         signature = target.require_signature()
         module = target.eager()
         profiles = profile_ranges(target)
-        whole = _hull(profiles)
-        description: Description = {"flavour": flavour, "profiles": [_canonical(ranges) for ranges in profiles]}
-        sizes = [_part(ranges, "opt") for ranges in profiles]
+        whole = enclosing_ranges(profiles)
+        description: Description = {"flavour": flavour, "profiles": [bounds_of(ranges) for ranges in profiles]}
+        sizes = [sizes_at(ranges, "opt") for ranges in profiles]
         description["output"] = output_structure(target, module, signature, sizes)
         flat = FlatModel(module, signature.names).eval()
         with workspace.phase("export"):
@@ -132,7 +139,7 @@ class TensorRTBackend:
             from ts_handlers.backends.tensorrt.partial_module import load_module
 
             return load_module(target, directory, description)
-        return _load(target, directory, description)[0]
+        return load_plan(target, directory, description)[0]
 
     def substitute(self, settings: Settings, error: Exception) -> Backend | None:
         """A plan with its weights inside, for one that is refitted, unless nothing could be built at all."""

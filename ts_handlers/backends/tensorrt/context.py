@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ts_handlers.backends.tensorrt.buffers import _view, size_in_bytes
+from ts_handlers.backends.tensorrt.buffers import size_in_bytes, tensor_in
 from ts_handlers.execution.cuda_graphs import GraphRecorder
 
 
@@ -93,7 +93,7 @@ class TensorRTContext:
     def _fill(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Copy inputs into the buffers from which graphs read."""
         fixed = [
-            _view(self._inputs[name], tensor.shape, tensor.dtype)
+            tensor_in(self._inputs[name], tensor.shape, tensor.dtype)
             for name, tensor in zip(self._engine.inputs, inputs, strict=True)
         ]
         for place, tensor in zip(fixed, inputs, strict=True):
@@ -134,7 +134,7 @@ class TensorRTContext:
             if size_in_bytes(found, dtype) > self._outputs[name].nbytes:  # an output that grows as its input shrinks
                 # The smaller buffer lives on where a graph writes into it.
                 self._outputs.update(self._allocate({name: size_in_bytes(found, dtype)}))
-            answers.append(_view(self._outputs[name], found, dtype))
+            answers.append(tensor_in(self._outputs[name], found, dtype))
             context.set_tensor_address(name, self._outputs[name].data_ptr())
         bound.answers, bound.shapes = answers, shapes
 

@@ -1,4 +1,4 @@
-"""TODO: inputs.py."""
+"""The shapes of one input of a TensorRT plan over a range of sizes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class InputRange:
-    """One input of a plan: its name in the graph, its dtype, and its shape at the ends and the middle of the range."""
+    """One input of a plan.
+
+    Attributes
+    ----------
+    name:
+        Its name in the graph.
+    dtype:
+        Its dtype.
+    min, opt, max:
+        Its smallest and largest shape, and the shape to optimise for; all three are equal for a static shape.
+    """
 
     name: str
     dtype: torch.dtype

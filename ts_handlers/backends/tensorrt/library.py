@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -19,15 +20,54 @@ from typing import Any
 
 from ts_handlers.errors import BuildError, LoadError
 from ts_handlers.key.fingerprint import distribution_version
+from ts_handlers.system.patching import hidden_modules
 
-FLAVOURS = ("tensorrt", "tensorrt_rtx")
-# The modules that can provide a flavour, best first: the meta package, then the bindings that it re-exports.
-_MODULES = {
-    "tensorrt": ("tensorrt", "tensorrt_bindings"),
-    "tensorrt_rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
+
+@dataclasses.dataclass(frozen=True)
+class Flavour:
+    """How a flavour is packaged.
+
+    Attributes
+    ----------
+    modules:
+        The modules that can provide its Python API, best first: the meta package, then the bindings that it re-exports.
+    library_package, library_pattern:
+        The package in whose folder its shared libraries lie, and their file names.
+    distributions:
+        What it may be installed as.
+    converter:
+        The distribution of Torch-TensorRT that builds its plans.
+    extra:
+        What installs all of it.
+    """
+
+    modules: tuple[str, str]
+    library_package: str
+    library_pattern: str
+    distributions: tuple[str, ...]
+    converter: str
+    extra: str
+
+
+FLAVOURS = {
+    "tensorrt": Flavour(
+        modules=("tensorrt", "tensorrt_bindings"),
+        library_package="tensorrt_libs",
+        library_pattern="libnvinfer.so.*",
+        distributions=("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
+        converter="torch-tensorrt",
+        extra="ts-handlers[tensorrt]",
+    ),
+    "tensorrt_rtx": Flavour(
+        modules=("tensorrt_rtx", "tensorrt_rtx_bindings"),
+        library_package="tensorrt_rtx_libs",
+        library_pattern="libtensorrt_rtx.so.*",
+        distributions=("tensorrt-rtx", "tensorrt-rtx-cu12", "tensorrt-rtx-cu13"),
+        converter="torch-tensorrt-rtx",
+        extra="ts-handlers[tensorrt-rtx]",
+    ),
 }
-_LIBRARY_PACKAGES = {"tensorrt": "tensorrt_libs", "tensorrt_rtx": "tensorrt_rtx_libs"}
-_LIBRARY_PATTERNS = {"tensorrt": "libnvinfer.so.*", "tensorrt_rtx": "libtensorrt_rtx.so.*"}
+"""By the names that the setting `tensorrt.flavour` and descriptions use."""
 
 logger = logging.getLogger("ts_handlers.tensorrt")
 
@@ -50,8 +90,7 @@ def choose_flavour(wanted: str) -> str:
         return builder_flavour() if builder_flavour() in installed else installed[0]
     if wanted in installed:
         return wanted
-    extras = {"tensorrt": "ts-handlers[tensorrt]", "tensorrt_rtx": "ts-handlers[tensorrt-rtx]"}
-    needed = extras.get(wanted, "ts-handlers[tensorrt] or ts-handlers[tensorrt-rtx]")
+    needed = " or ".join(each.extra for name, each in FLAVOURS.items() if wanted in ("auto", name))
     found = ", ".join(installed) or "none"
     raise LoadError(f"the TensorRT flavour {wanted!r} is not installed (found: {found}); install {needed}")
 
@@ -81,7 +120,7 @@ def import_tensorrt(flavour: str) -> Any:
 
 def builder_flavour() -> str:
     """The flavour for which the installed Torch-TensorRT builds plans."""
-    return "tensorrt_rtx" if distribution_version("torch-tensorrt-rtx") else "tensorrt"
+    return "tensorrt_rtx" if distribution_version(FLAVOURS["tensorrt_rtx"].converter) else "tensorrt"
 
 
 def builder_flavour_for(wanted: str) -> str:
@@ -98,7 +137,7 @@ def builder_flavour_for(wanted: str) -> str:
     if flavour != builds:
         raise BuildError(
             f"the installed Torch-TensorRT builds plans for {builds}, not for {flavour}; "
-            "install the other one (torch-tensorrt or torch-tensorrt-rtx), or change tensorrt.flavour"
+            f"install the other one ({FLAVOURS[flavour].converter}), or change tensorrt.flavour"
         )
     return flavour
 
@@ -112,15 +151,8 @@ def ready_for_torch_tensorrt() -> Iterator[None]:
     """
     with contextlib.suppress(LoadError):
         import_tensorrt(builder_flavour())
-    name = "tensorrt.plugin"
-    hidden = name not in sys.modules
-    if hidden:
-        sys.modules[name] = None  # type: ignore[assignment]
-    try:
+    with hidden_modules("tensorrt.plugin"):
         yield
-    finally:
-        if hidden:
-            sys.modules.pop(name, None)
 
 
 def version(flavour: str) -> str:
@@ -129,9 +161,9 @@ def version(flavour: str) -> str:
 
 
 def _module_name(flavour: str) -> str | None:
-    for name in _MODULES[flavour]:
+    for name in FLAVOURS[flavour].modules:
         if name in sys.modules:
-            # Torch-TensorRT puts a stand-in for its own flavour there, under the name "tensorrt".
+            # Torch-TensorRT puts a substitute for its own flavour there, under the name "tensorrt".
             module: Any = sys.modules[name]
             if module is not None and getattr(module, "_package_name", name) in (name, ""):
                 return name
@@ -143,11 +175,12 @@ def _module_name(flavour: str) -> str | None:
 
 
 def _libraries(flavour: str) -> list[Path]:
-    spec = importlib.util.find_spec(_LIBRARY_PACKAGES[flavour])
+    spec = importlib.util.find_spec(FLAVOURS[flavour].library_package)
     if spec is None:
         return []  # installed by the system, where the loader finds it
+    pattern = FLAVOURS[flavour].library_pattern
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    return [path for folder in folders for path in sorted(folder.glob(_LIBRARY_PATTERNS[flavour]))]
+    return [path for folder in folders for path in sorted(folder.glob(pattern))]
 
 
 @functools.cache

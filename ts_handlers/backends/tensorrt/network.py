@@ -36,7 +36,7 @@ GOVERNED = {
     "disable_tf32": "tf32",
     "workspace_size": "workspace_mb",
     "optimization_level": "optimization_level",
-    "hardware_compatible": "hardware_compatible",
+    "hardware_compatible": "always off: an entry is found by the name of its GPU",
     "enable_autocast": "precision",
     "immutable_weights": "always on: a plan belongs to its weights",
     "timing_cache_path": "kept in the store",
@@ -54,8 +54,8 @@ MIB = 1 << 20
 class Plan:
     """A serialised engine, its tensors in the order of the program, and how much of the graph it holds.
 
-    `returns` says where every output of the program is, see `tensorrt_outputs`. `converted` and `total` count operators
-    after lowering.
+    `returns` says where every output of the program is, see `ts_handlers.backends.tensorrt.outputs`. `converted` and
+    `total` count operators after lowering.
     """
 
     data: bytes
@@ -106,7 +106,7 @@ def compilation_settings(settings: TensorRTSettings, device_index: int) -> Any:
         "disable_tf32": not settings.tf32,
         "workspace_size": 0 if settings.workspace_mb is None else settings.workspace_mb * MIB,
         "optimization_level": settings.optimization_level,
-        "hardware_compatible": settings.hardware_compatible,
+        "hardware_compatible": False,
         "immutable_weights": True,
         "enable_autocast": settings.precision == "autocast",
         **settings.options,
@@ -212,7 +212,7 @@ class Conversion:
     inputs, profiles, settings:
         As those of `Network`.
     float32_accumulation:
-        See `tensorrt_accumulation`.
+        See `ts_handlers.backends.tensorrt.accumulation`.
     """
 
     def __init__(

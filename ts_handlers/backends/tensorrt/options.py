@@ -1,4 +1,4 @@
-"""TODO: options.py."""
+"""What both TensorRT backends ask of the settings: the options in the key, and a GPU to run on."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ts_handlers.settings.sections import TensorRTSettings
 
 
 def engine_options(settings: TensorRTSettings) -> dict[str, str]:
-    """The settings of the section that change every engine, for the key."""
+    """The settings of the section that change every engine, by the names that they have in the key."""
     facts = {
         "precision": settings.precision,
         "tf32": str(settings.tf32),
         "float32_accumulation": str(settings.float32_accumulation),
         "workspace_mb": str(settings.workspace_mb),
         "optimization_level": str(settings.optimization_level),
-        "hardware_compatible": str(settings.hardware_compatible),
+        "hardware_compatible": "False",  # once a setting; without it the keys of stored entries would change
     }
     facts.update({f"tensorrt.{name}": json.dumps(value) for name, value in settings.options.items()})
     return facts

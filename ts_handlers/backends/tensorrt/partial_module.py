@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ts_handlers.backends.base import Built, Description, Target, Workspace
-from ts_handlers.errors import BuildError, CanaryError
+from ts_handlers.errors import BuildError
 from ts_handlers.execution.base import Loaded
 from ts_handlers.model.signature import Signature
 from ts_handlers.model.structure import unflatten
@@ -40,8 +40,7 @@ def build_module(
     """
     import torch_tensorrt
 
-    from ts_handlers.backends.compare import compare_outputs
-    from ts_handlers.backends.eager import eager_run
+    from ts_handlers.backends.compare import compare_sizes
     from ts_handlers.backends.tensorrt.profiles import input_ranges
 
     if len(description["profiles"]) > 1:
@@ -74,14 +73,8 @@ def build_module(
     description["module"] = FILE
     description["in_tensorrt"] = [partial.converted, partial.total]
     loaded = load_module(target, workspace.directory, description)
-    eager = eager_run(target, signature.names)
     with workspace.phase("verify"):
-        for sizes in signature.corner_sizes():
-            tensors = [tensor.to(target.device) for tensor in signature.generate(sizes, seed=2)]
-            try:
-                compare_outputs(loaded.run(tensors), eager(tensors), target.settings.canary.tolerance)
-            except (CanaryError, RuntimeError) as error:
-                raise BuildError(f"at {sizes} Torch-TensorRT's module differs from eager: {error}") from error
+        compare_sizes(target, loaded, signature.corner_sizes(), what="module of Torch-TensorRT")
     return Built(description)
 
 

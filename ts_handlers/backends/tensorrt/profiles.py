@@ -1,9 +1,13 @@
-"""TODO: profiles.py."""
+"""Optimization profiles: the ranges of sizes that a TensorRT plan is built for, and which profile serves a request.
+
+TensorRT chooses kernels for each profile. The ranges are `Ranges` while a plan is built, and `Bounds` in its
+description, for example ``{"batch": [1, 4, 16]}`` for smallest, optimal and largest size.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,12 +18,12 @@ from ts_handlers.settings import Dimension
 from ts_handlers.settings.sections import Range, TensorRTSettings
 
 Ranges = dict[str, Range]
-
-
-Bounds = dict[str, list[int]]  # (min, opt, max) by dimension name, as in the manifest
-
+"""One profile by dimension name, while a plan is built."""
+Bounds = dict[str, list[int]]
+"""The same in a description: ``[min, opt, max]`` by dimension name."""
 
 EXACT_PROFILES = 4
+"""How many warm-up sizes get a profile of their own."""
 
 
 def profile_ranges(target: Target) -> list[Ranges]:
@@ -42,7 +46,7 @@ def profile_ranges(target: Target) -> list[Ranges]:
     return [*exact, declared]
 
 
-def _hull(profiles: Sequence[Ranges]) -> Ranges:
+def enclosing_ranges(profiles: Sequence[Ranges]) -> Ranges:
     """The smallest ranges that hold those of every profile."""
     return {
         name: Range(min(p[name].min for p in profiles), profiles[0][name].opt, max(p[name].max for p in profiles))
@@ -50,11 +54,13 @@ def _hull(profiles: Sequence[Ranges]) -> Ranges:
     }
 
 
-def _canonical(ranges: Ranges) -> Bounds:
+def bounds_of(ranges: Ranges) -> Bounds:
+    """A profile as a description and the key hold it, sorted by name."""
     return {name: [r.min, r.opt, r.max] for name, r in sorted(ranges.items())}
 
 
-def _part(ranges: Ranges, part: str) -> Sizes:
+def sizes_at(ranges: Ranges, part: Literal["min", "opt", "max"]) -> Sizes:
+    """The sizes at one point of a profile."""
     return {name: getattr(r, part) for name, r in ranges.items()}
 
 
@@ -90,16 +96,23 @@ def choose_profile(profiles: Sequence[Bounds], sizes: Sizes) -> int:
 
     fitting = [index for index, ranges in enumerate(profiles) if holds(ranges)]
     if not fitting:
-        known = "; ".join(_label(ranges) for ranges in profiles)
+        known = "; ".join(show_bounds(ranges) for ranges in profiles)
         raise InputError(f"the TensorRT plan was not built for sizes {sizes}, only for {known}: extend tensorrt.ranges")
     return min(fitting, key=rank)
 
 
-def _label(ranges: Bounds) -> str:
+def show_bounds(ranges: Bounds) -> str:
+    """A profile as text.
+
+    Examples
+    --------
+    >>> show_bounds({"batch": [1, 4, 16]}), show_bounds({})
+    ('batch=1..16', 'static')
+    """
     return ",".join(f"{name}={low}..{high}" for name, (low, _, high) in sorted(ranges.items())) or "static"
 
 
-def _covered(signature: Signature, profiles: Sequence[Bounds]) -> Signature:
+def covered_signature(signature: Signature, profiles: Sequence[Bounds]) -> Signature:
     """The declared signature narrowed to the smallest box round all profiles."""
     dimensions = {}
     for name in signature.dimensions:
@@ -108,7 +121,7 @@ def _covered(signature: Signature, profiles: Sequence[Bounds]) -> Signature:
     return Signature(signature.inputs, dimensions)
 
 
-def _canary_sizes(profiles: Sequence[Bounds]) -> list[Sizes]:
+def canary_sizes(profiles: Sequence[Bounds]) -> list[Sizes]:
     """What each profile was optimised for, then the smallest sizes of the first one."""
     sizes = [{name: opt for name, (_, opt, _) in ranges.items()} for ranges in profiles]
     smallest = {name: low for name, (low, _, _) in profiles[0].items()}

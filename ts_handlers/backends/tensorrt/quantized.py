@@ -15,15 +15,17 @@ from typing import Any
 
 import torch
 
+from ts_handlers.backends.tensorrt.dtypes import tensorrt_dtype
 from ts_handlers.backends.tensorrt.library import builder_flavour, import_tensorrt
 from ts_handlers.errors import BuildError
 from ts_handlers.settings import SECTION
+from ts_handlers.system.patching import replaced_attribute
 
 NAMESPACE = "quantized_decomposed"
 _NAMES = ("quantize_per_tensor", "dequantize_per_tensor", "quantize_per_channel", "dequantize_per_channel")
 _KEPT_BY_TORCH_TENSORRT = ("tensorrt.quantize_op.default", "tensorrt.dynamic_block_quantize_op.default")  # modelopt's
-_KINDS = {torch.int8: "INT8", torch.float8_e4m3fn: "FP8"}
-_PRECISIONS = {"INT8": "int8", "FP8": "fp8"}
+_QUANTIZED = (torch.int8, torch.float8_e4m3fn)
+_PRECISIONS = {"INT8": "int8", "FP8": "fp8"}  # by the name of TensorRT's type, as the setting `precision` calls it
 
 
 def prepare(program: Any) -> None:
@@ -55,7 +57,7 @@ def _convert(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     operator = target.__name__.partition(".")[0]
     per_channel = operator.endswith("per_channel")
     quantized = args[6 if per_channel else 5]
-    if quantized not in _KINDS:
+    if quantized not in _QUANTIZED:
         raise BuildError(f"{operator} with {quantized}: TensorRT takes int8 and float8_e4m3fn")
     if bool((torch.as_tensor(args[2]) != 0).any()):
         raise BuildError(f"{operator} with a zero point: TensorRT is symmetric; quantise with zero points of 0")
@@ -66,7 +68,7 @@ def _convert(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         out = dtype._from(kwargs.get("out_dtype") or torch.float32).to(types)
         layer = ctx.net.add_dequantize(tensor, scale, out)
     else:
-        layer = ctx.net.add_quantize(tensor, scale, getattr(types, _KINDS[quantized]))
+        layer = ctx.net.add_quantize(tensor, scale, tensorrt_dtype(types, quantized))
     if layer is None:
         raise BuildError(f"TensorRT does not take {operator} here; its log says why")
     if per_channel:
@@ -83,11 +85,8 @@ def kept_from_folding() -> Iterator[None]:
     folder = constant_folding._TorchTensorRTConstantFolder
     original = folder.is_impure
     operators = _operators()
-    folder.is_impure = lambda self, node: node.target in operators or original(self, node)
-    try:
+    with replaced_attribute(folder, "is_impure", lambda self, node: node.target in operators or original(self, node)):
         yield
-    finally:
-        folder.is_impure = original
 
 
 def is_kept_from_folding(target: Any) -> bool:

@@ -16,25 +16,13 @@ import torch
 
 from ts_handlers.backends.tensorrt.buffers import size_in_bytes
 from ts_handlers.backends.tensorrt.context import TensorRTContext
+from ts_handlers.backends.tensorrt.dtypes import tensorrt_dtype, torch_dtype
 from ts_handlers.backends.tensorrt.library import import_tensorrt, trt_logger
 from ts_handlers.errors import LoadError
 from ts_handlers.execution.cuda_graphs import GraphRecorder
 from ts_handlers.execution.scratch import ALIGNMENT
 
 logger = logging.getLogger(__name__)
-
-# By the name of TensorRT's DataType, whose numbers change between versions.
-_DTYPES = {
-    "FLOAT": torch.float32,
-    "HALF": torch.float16,
-    "BF16": torch.bfloat16,
-    "INT64": torch.int64,
-    "INT32": torch.int32,
-    "INT8": torch.int8,
-    "UINT8": torch.uint8,
-    "BOOL": torch.bool,
-    "FP8": torch.float8_e4m3fn,
-}
 
 
 class TensorRTEngine:
@@ -103,7 +91,7 @@ class TensorRTEngine:
         if present != {*self.inputs, *self.outputs}:
             raise LoadError(f"the plan has the tensors {sorted(present)}, expected {[*self.inputs, *self.outputs]}")
         self.profiles = max(int(self.engine.num_optimization_profiles), 1)
-        self.dtypes = {tensor: _dtype(self.engine.get_tensor_dtype(tensor)) for tensor in present}
+        self.dtypes = {tensor: torch_dtype(self.engine.get_tensor_dtype(tensor)) for tensor in present}
         self._config: Any = None
         self._cache: Any = None
         if hasattr(self.engine, "create_runtime_config") and hasattr(self.trt, "IRuntimeCache"):
@@ -112,9 +100,9 @@ class TensorRTEngine:
 
     def _refit(self, weights: Mapping[str, torch.Tensor], trt_log: Any) -> None:
         refitter = self.trt.Refitter(self.engine, trt_log)
-        kinds = {dtype: getattr(self.trt.DataType, kind) for kind, dtype in _DTYPES.items()}
+        types = self.trt.DataType
         for name, tensor in weights.items():
-            values = self.trt.Weights(kinds[tensor.dtype], tensor.data_ptr(), tensor.numel())
+            values = self.trt.Weights(tensorrt_dtype(types, tensor.dtype), tensor.data_ptr(), tensor.numel())
             if not refitter.set_named_weights(name, values, self.trt.TensorLocation.HOST):
                 raise LoadError(f"the plan {self.name!r} does not take the weight {name!r}; TensorRT's log says why")
         missing = refitter.get_missing_weights()
@@ -180,9 +168,3 @@ class TensorRTEngine:
     def new_context(self, profile: int, stream: torch.cuda.Stream) -> TensorRTContext:
         """A context for use on `stream` only."""
         return TensorRTContext(self, profile, stream)
-
-
-def _dtype(kind: Any) -> torch.dtype:
-    if kind.name not in _DTYPES:
-        raise LoadError(f"the plan has a tensor of TensorRT's type {kind.name}, which torch does not have")
-    return _DTYPES[kind.name]

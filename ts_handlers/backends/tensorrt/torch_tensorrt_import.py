@@ -19,6 +19,7 @@ from types import ModuleType
 
 from ts_handlers.backends.tensorrt.library import ready_for_torch_tensorrt
 from ts_handlers.errors import BuildError, one_line
+from ts_handlers.system.patching import hide_module
 
 NAME = "torch_tensorrt"
 PROBE_SECONDS = 300
@@ -55,7 +56,7 @@ def _import() -> str | None:
     if reason is None:
         reason = _import_here()
     if reason is not None:
-        sys.modules[NAME] = None  # type: ignore[assignment]
+        hide_module(NAME)
     return reason
 
 

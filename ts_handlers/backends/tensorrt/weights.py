@@ -1,7 +1,7 @@
 """New weights for a stored plan: how each of the plan's weights is computed from the archive's.
 
-The build proves these recipes, see `ts_handlers.backends.tensorrt.refit.proof`; a start computes them anew and hands
-them to TensorRT's refitter. Needs torch only.
+The build proves these formulas, see `ts_handlers.backends.tensorrt.refit.proof`; a start computes the weights again and
+hands them to TensorRT's refitter. Needs torch only.
 
 Format of the part ``refit`` of a description, where the plan takes weights::
 
@@ -28,23 +28,24 @@ from ts_handlers.errors import RefitError
 from ts_handlers.key import fingerprint
 from ts_handlers.model.archive_files import Tensors
 
-Recipe = dict[str, Any]
+WeightFormula = dict[str, Any]
+"""One element of ``weights`` above: what a weight of the plan is computed from, and by which of `FORMULAS`."""
 
 
-def _copy(recipe: Recipe, sources: Sequence[torch.Tensor | None]) -> torch.Tensor:
+def _copy(formula: WeightFormula, sources: Sequence[torch.Tensor | None]) -> torch.Tensor:
     (source,) = sources
     assert source is not None
-    return source.t() if recipe["transposed"] else source
+    return source.t() if formula["transposed"] else source
 
 
-def _batch_norm_scale(recipe: Recipe, sources: Sequence[torch.Tensor | None]) -> torch.Tensor:
+def _batch_norm_scale(formula: WeightFormula, sources: Sequence[torch.Tensor | None]) -> torch.Tensor:
     weight, variance = _filled(sources, (1.0, 1.0))
-    return weight / torch.sqrt(variance + recipe["eps"])
+    return weight / torch.sqrt(variance + formula["eps"])
 
 
-def _batch_norm_shift(recipe: Recipe, sources: Sequence[torch.Tensor | None]) -> torch.Tensor:
+def _batch_norm_shift(formula: WeightFormula, sources: Sequence[torch.Tensor | None]) -> torch.Tensor:
     weight, bias, mean, variance = _filled(sources, (1.0, 0.0, 0.0, 1.0))
-    return bias - mean * (weight / torch.sqrt(variance + recipe["eps"]))
+    return bias - mean * (weight / torch.sqrt(variance + formula["eps"]))
 
 
 def _filled(sources: Sequence[torch.Tensor | None], neutral: Sequence[float]) -> list[torch.Tensor]:
@@ -54,14 +55,14 @@ def _filled(sources: Sequence[torch.Tensor | None], neutral: Sequence[float]) ->
 
 
 # Written as the converters of Torch-TensorRT compute them, rounding included.
-FORMULAS: dict[str, Callable[[Recipe, Sequence[torch.Tensor | None]], torch.Tensor]] = {
+FORMULAS: dict[str, Callable[[WeightFormula, Sequence[torch.Tensor | None]], torch.Tensor]] = {
     "copy": _copy,
     "batch_norm_scale": _batch_norm_scale,
     "batch_norm_shift": _batch_norm_shift,
 }
 
 
-def compute(recipe: Recipe, state: Tensors) -> torch.Tensor:
+def compute(formula: WeightFormula, state: Tensors) -> torch.Tensor:
     """A weight of the plan as a contiguous vector on the CPU.
 
     Parameters
@@ -69,9 +70,9 @@ def compute(recipe: Recipe, state: Tensors) -> torch.Tensor:
     state:
         The model's state on the CPU, in the model's dtypes.
     """
-    sources = [None if name is None else state[name] for name in recipe["from"]]
-    value = FORMULAS[recipe["formula"]](recipe, sources)
-    return value.to(getattr(torch, recipe["dtype"])).contiguous().flatten()
+    sources = [None if name is None else state[name] for name in formula["from"]]
+    value = FORMULAS[formula["formula"]](formula, sources)
+    return value.to(getattr(torch, formula["dtype"])).contiguous().flatten()
 
 
 def plan_weights(target: Target, description: Description, state: Tensors | None = None) -> Tensors | None:
@@ -96,7 +97,7 @@ def plan_weights(target: Target, description: Description, state: Tensors | None
         return None
     known = _archive_state(target, refit) if state is None else state
     with torch.no_grad():
-        return {recipe["name"]: compute(recipe, known) for recipe in refit["weights"]}
+        return {formula["name"]: compute(formula, known) for formula in refit["weights"]}
 
 
 def _archive_state(target: Target, refit: dict[str, Any]) -> Tensors:

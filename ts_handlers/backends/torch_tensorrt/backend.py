@@ -4,9 +4,8 @@ For models that the backend `tensorrt` cannot export as one graph (graph breaks,
 start imports Torch-TensorRT and traces the model again, as at the first start; each graph then finds its engine in the
 entry instead of building it. See `ts_handlers.backends.torch_tensorrt.engine_cache` for what tells engines apart.
 
-Engines are kept without weights. Torch-TensorRT puts the graph's own weights into an engine that it finds, and matches
-them by value with a tolerance of 0.01, so an engine is only used with the very weights it was built with: their digest
-is in the key of the entry, and the entry's key is in the key of each engine.
+Engines are kept whole, with their weights. An engine serves only the weights that it was built with: their digest is
+in the key of the entry, and the entry's key is in the key of each engine.
 
 Operators without a converter run in torch; `describe` says how many.
 """
@@ -70,7 +69,7 @@ class TorchTensorRTBackend:
     def toolchain(self, target: Target) -> str:
         """The toolchain of the device with TensorRT, Torch-TensorRT and Python, which pickles each engine's facts."""
         flavour = tensorrt_library.builder_flavour_for(target.settings.tensorrt.flavour)
-        package = "torch-tensorrt-rtx" if flavour == "tensorrt_rtx" else "torch-tensorrt"
+        package = tensorrt_library.FLAVOURS[flavour].converter
         facts = [fingerprint.toolchain(target.device.type), f"tensorrt={tensorrt_library.version(flavour)}"]
         facts.append(f"torch_tensorrt={fingerprint.distribution_version(package)}")
         facts.append(f"python={fingerprint.python_identity()}")
@@ -159,7 +158,6 @@ def _compile(target: Target, files: EngineFiles, options: dict[str, Any], shapes
     -------
     The artifact, which compiles nothing, and the same call in a form that compiles what is missing.
     """
-    import torch._dynamo
     from torch._dynamo.utils import counters
     from torch_tensorrt.dynamo.backend.backends import torch_tensorrt_backend
 
@@ -182,7 +180,7 @@ def _compile(target: Target, files: EngineFiles, options: dict[str, Any], shapes
     )
 
     def call(tensors: list[torch.Tensor]) -> Any:
-        # One mode for warm-up and requests: tensors made in inference mode would compile anew.
+        # One mode for warm-up and requests: tensors made in inference mode would compile again.
         with torch.inference_mode(False), torch.no_grad():
             return call_module(compiled, signature.names, [plain(tensor) for tensor in tensors], by_name)
 
@@ -192,22 +190,14 @@ def _compile(target: Target, files: EngineFiles, options: dict[str, Any], shapes
 
     sizes = _sizes(target, shapes)
     breaks = sum(counters["graph_break"].values())
-    # Beyond the limit Dynamo would run eagerly without saying so.
-    limits: dict[str, Any] = {"recompile_limit": 8 * len(sizes), "fail_on_recompile_limit_hit": True}
-    with torch._dynamo.config.patch(**limits), cache.serving():
-        for tensors in _inputs(target, sizes):
-            if shapes == RANGES:
-                _mark_ranges(signature, tensors)
-            call(tensors)
+    with cache.serving():
+        _compile_sizes(target, call, sizes, shapes)
     if not cache.operators:
         raise BuildError(
             f"no engine was built: {len(in_torch)} graphs with {[n or 0 for n in in_torch]} operators, none with "
             f"{options['min_block_size']} that convert (min_block_size in {PT2_SECTION}.options); take another backend"
         )
-    for one, tensors in zip(sizes, _inputs(target, sizes), strict=True):
-        reason = _run_compiled(call, tensors)
-        if reason is not None:
-            raise BuildError(f"at {one} the model would be compiled again at each request: {reason}")
+    _require_compiled(target, call, sizes)
     facts = {
         "flavour": tensorrt_library.version(tensorrt_library.builder_flavour()),
         "shapes": shapes,
@@ -229,6 +219,24 @@ def _compile(target: Target, files: EngineFiles, options: dict[str, Any], shapes
         reentrant=False,
     )
     return loaded, call
+
+
+def _compile_sizes(target: Target, call: Run, sizes: Sequence[Sizes], shapes: str) -> None:
+    """Run every size, with nothing that would run eagerly without saying so."""
+    limits: dict[str, Any] = {"recompile_limit": 8 * len(sizes), "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(**limits):
+        for tensors in _inputs(target, sizes):
+            if shapes == RANGES:
+                _mark_ranges(target.require_signature(), tensors)
+            call(tensors)
+
+
+def _require_compiled(target: Target, call: Run, sizes: Sequence[Sizes]) -> None:
+    """Raise `BuildError` where a size that has run would be compiled again."""
+    for one, tensors in zip(sizes, _inputs(target, sizes), strict=True):
+        reason = _run_compiled(call, tensors)
+        if reason is not None:
+            raise BuildError(f"at {one} the model would be compiled again at each request: {reason}")
 
 
 def _inputs(target: Target, sizes: Sequence[Sizes]) -> list[list[torch.Tensor]]:

@@ -28,6 +28,7 @@ import torch
 
 from ts_handlers.backends.torch_tensorrt.graph_digest import canonical_graph, canonical_value
 from ts_handlers.system.files import atomic_file
+from ts_handlers.system.patching import replaced_attribute
 
 logger = logging.getLogger(__name__)
 
@@ -204,11 +205,8 @@ class EngineCache:
             self._files.save(key, msgspec.msgpack.encode(kept))
             return built
 
-        _conversion.interpret_module_to_result = interpret
-        try:
+        with replaced_attribute(_conversion, "interpret_module_to_result", interpret):
             yield
-        finally:
-            _conversion.interpret_module_to_result = build
 
     def _load(self, key: str) -> dict[str, Any] | None:
         blob = self._files.load(key)

@@ -1,25 +1,20 @@
 """TorchServe's `BaseHandler`, imported without its optional compilers.
 
 It imports torch_tensorrt when that is installed, which takes seconds and, when the installation is broken, raises
-exceptions that the base handler does not expect, so that every worker dies. The entry None in `sys.modules` makes that
-import an ordinary ImportError; it is removed afterwards.
+exceptions that the base handler does not expect, so that every worker dies. While it is hidden, that import is an
+ordinary ImportError.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
+
+from ts_handlers.system.patching import hidden_modules
 
 
 def _import() -> Any:
-    blocked = [name for name in ("torch_tensorrt",) if name not in sys.modules]
-    for name in blocked:
-        sys.modules[name] = None  # type: ignore[assignment]
-    try:
+    with hidden_modules("torch_tensorrt"):
         from ts.torch_handler.base_handler import BaseHandler
-    finally:
-        for name in blocked:
-            sys.modules.pop(name, None)
     return BaseHandler
 
 

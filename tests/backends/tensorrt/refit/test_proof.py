@@ -1,6 +1,6 @@
-"""Starts with plans that take weights and plans that do not: the key, the ladder and what is computed for the refitter.
+"""Starts with plans that take weights and plans that do not: the key, the fallback, and what the refitter is given.
 
-TensorRT itself is stood in for at the backend's `build` and at the engine: no plan is built or run here.
+TensorRT itself is replaced at the backend's `build` and at the engine: no plan is built or run here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ROWS = torch.arange(8.0).reshape(2, 4)
 
 
 class Plans:
-    """What stands in for TensorRT; `refused` is why it makes no plan that takes weights."""
+    """What replaces TensorRT; `refused` is why it makes no plan that takes weights."""
 
     def __init__(self) -> None:
         self.refused: str | None = None
@@ -205,10 +205,10 @@ def test_formulas_follow_batch_norm() -> None:
             assert value is not None
             value.copy_(torch.rand(4) + 0.5)
     state = {name: value.detach() for name, value in norm.state_dict().items()}
-    recipe = {"eps": norm.eps, "dtype": "float32"}
-    scale = compute({**recipe, "formula": "batch_norm_scale", "from": ["weight", "running_var"]}, state)
+    formula = {"eps": norm.eps, "dtype": "float32"}
+    scale = compute({**formula, "formula": "batch_norm_scale", "from": ["weight", "running_var"]}, state)
     names = ["weight", "bias", "running_mean", "running_var"]
-    shift = compute({**recipe, "formula": "batch_norm_shift", "from": names}, state)
+    shift = compute({**formula, "formula": "batch_norm_shift", "from": names}, state)
     x = torch.randn(5, 4)
     assert torch.allclose(x * scale + shift, norm(x), atol=1e-6)
 

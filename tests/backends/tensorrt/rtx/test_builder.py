@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import without_gpu
 import torch
-from ts_handlers.backends import tensorrt_build as build
+from ts_handlers.backends.tensorrt import network as build
 from ts_handlers.errors import BuildError, LoadError, SettingsError
 from ts_handlers.settings.sections import TensorRTSettings
 from ts_handlers.backends.tensorrt.torch_tensorrt_import import import_torch_tensorrt
@@ -256,8 +256,8 @@ names = {
 }
 found["missing"] = [f"{kind}.{name}" for kind, members in names.items() for name in members
                     if not hasattr(getattr(trt, kind), name)]
-from ts_handlers.backends import tensorrt_runtime
-found["dtypes"] = [name for name in tensorrt_runtime._DTYPES if not hasattr(trt.DataType, name)]
+from ts_handlers.backends.tensorrt.dtypes import DTYPES
+found["dtypes"] = [name for name in DTYPES if not hasattr(trt.DataType, name)]
 
 from ts_handlers.backends.tensorrt.runtime import TensorRTEngine
 good = plan(lambda self, x: x + 1).data

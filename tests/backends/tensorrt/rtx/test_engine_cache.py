@@ -1,6 +1,6 @@
 """Our engine cache under the real Torch-TensorRT, without a GPU: real keys, real graphs, real plans, never run.
 
-Two processes with different hash seeds do it all. `without_engines` says what is stood in for.
+Two processes with different hash seeds do it all. `without_engines` says what is replaced.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import without_engines
 from torch_tensorrt.dynamo._engine_cache import BaseEngineCache
 from tests.support.models import archive_source, eager_model, settings_of
 from ts_handlers import start_model
-from ts_handlers.backends import tensorrt_build as build
+from ts_handlers.backends.tensorrt import network as build
 from ts_handlers.backends.torch_tensorrt.engine_cache import engine_key
 from ts_handlers.settings.sections import TensorRTSettings
 
@@ -177,7 +177,7 @@ COLLIDING = ["softmax", "literal", "view", "edges", "stride", "width"]
 def test_graphs_that_differ_have_keys_of_their_own(found: list[dict[str, Any]], name: str) -> None:
     (left, _), (right, _), (left_again, _), (right_again, _) = found[0]["pairs"][name]
     assert left != right
-    assert (left, right) == (left_again, right_again)  # exported anew
+    assert (left, right) == (left_again, right_again)  # exported again
 
 
 @pytest.mark.parametrize("name", [*COLLIDING, "weights"])

@@ -93,26 +93,26 @@ def child(folder: Path, code: str) -> Any:
     return in_child(folder, MODELS + code)
 
 
-def test_recipes_give_the_weights_of_a_network_that_they_have_not_seen(tensorrt_folder: Path) -> None:
-    """A third conversion, with other weights, is the judge: every byte that changes is what a recipe gives."""
+def test_formulas_give_the_weights_of_a_network_that_they_have_not_seen(tensorrt_folder: Path) -> None:
+    """A third conversion, with other weights, is the judge: every byte that changes is what a formula gives."""
     found = child(
         tensorrt_folder,
         """
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
     kind = WithoutAffine if dtype == torch.float32 else Net
     mine, other = seeded(kind, dtype), seeded(kind, dtype, seed=1)
-    first, state, recipes = proof(mine, image.to(dtype))
+    first, state, formulas = proof(mine, image.to(dtype))
     second = conversion(other, image.to(dtype))
     new = {name: value for name, value in other.state_dict().items()}
     pairs = list(zip(values(first), values(second), strict=True))
     changed = [right for left, right in pairs if not torch.equal(left.value, right.value)]
-    made = [compute(recipe, new) for recipe in recipes]
+    made = [compute(formula, new) for formula in formulas]
     found[str(dtype)] = {
         "equal": all(torch.equal(a, b.value) for a, b in zip(made, changed, strict=True)),
         "weights": [len(changed), len(pairs)],
-        "formulas": sorted({recipe["formula"] for recipe in recipes}),
+        "formulas": sorted({formula["formula"] for formula in formulas}),
         "moving": sorted(state.moving), "fixed": sorted(state.fixed),
-        "covered": sorted({name for recipe in recipes for name in recipe["from"] if name}),
+        "covered": sorted({name for formula in formulas for name in formula["from"] if name}),
     }
     if dtype == torch.float32:
         plan = first.network.build(None)
@@ -136,9 +136,9 @@ def test_tied_weights_move_together(tensorrt_folder: Path) -> None:
     found = child(
         tensorrt_folder,
         """
-_, state, recipes = proof(seeded(Tied), torch.ones(3, 5, dtype=torch.int64))
+_, state, formulas = proof(seeded(Tied), torch.ones(3, 5, dtype=torch.int64))
 found["tied"] = state.tied
-found["from"] = [recipe["from"] for recipe in recipes]
+found["from"] = [formula["from"] for formula in formulas]
 weights = seeded(Tied).state_dict()
 words = torch.ones(3, 5, dtype=torch.int64)
 found["one name"] = [reason(seeded(Tied), words, {name: weights[name]}) for name in weights]
@@ -187,8 +187,8 @@ except RefitError as error:
 two = model(lambda self, x: self.layer(x) + self.extra)
 with torch.no_grad():
     two.layer.bias.copy_(two.extra)  # equal today, and still told apart
-_, _, recipes = proof(two, x)
-found["told apart"] = sorted(name for recipe in recipes for name in recipe["from"])
+_, _, formulas = proof(two, x)
+found["told apart"] = sorted(name for formula in formulas for name in formula["from"])
 """,
     )
     assert "cannot be computed from the model's weights" in found["folded"]
@@ -275,9 +275,9 @@ def test_scales_of_a_quantised_model_move(tensorrt_folder: Path) -> None:
 from tests.support.quantized_models import quantized_code
 names = {}
 exec(quantized_code("int8", activations=False), names)
-_, state, recipes = proof(names["Model"]().eval(), torch.randn(3, 64))
+_, state, formulas = proof(names["Model"]().eval(), torch.randn(3, 64))
 found["moving"], found["fixed"] = sorted(state.moving), sorted(state.fixed)
-found["from"] = sorted(name for recipe in recipes for name in recipe["from"])
+found["from"] = sorted(name for formula in formulas for name in formula["from"])
 """,
     )
     assert found["from"] == found["moving"] == ["first.bias", "first.scale", "second.bias", "second.scale"]

@@ -1,8 +1,8 @@
 """Building a plan that takes its weights from the archive.
 
-What `tensorrt_refit_proof` proves about the network is tried with the plan as well: it is refitted with weights near
-the model's own and compared with eager. Flavours and versions differ in which kinds of refittable plans they have, so
-the kinds are tried in order.
+What `ts_handlers.backends.tensorrt.refit.proof` proves about the network is tried with the plan as well: it is
+refitted with weights near the model's own and compared with eager. Flavours and versions differ in which kinds of
+refittable plans they have, so the kinds are tried in order.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def build_refittable(
     Parameters
     ----------
     conversion:
-        A `tensorrt_build.Conversion` of `flat`, the model with flat tensors in and out.
+        A `ts_handlers.backends.tensorrt.network.Conversion` of `flat`, the model with flat tensors in and out.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def build_refittable(
         except Exception as error:
             raise RefitError(f"the model does not convert with other weights: {error}") from error
         trt = tensorrt_library.import_tensorrt(tensorrt_library.builder_flavour())
-        recipes = prove(trt, conversion.network, probed, state, probe)
+        formulas = prove(trt, conversion.network, probed, state, probe)
         del probed, probe
     perturbed = {**state.moving, **state.perturbed()}
     on_device = {PREFIX + name: value.to(target.device) for name, value in perturbed.items()}
@@ -66,7 +66,7 @@ def build_refittable(
 
     reasons = []
     for flags in KINDS:
-        attempt = {**description, "refit": describe(state, recipes, flags)}
+        attempt = {**description, "refit": describe(state, formulas, flags)}
         try:
             with workspace.phase("convert"):
                 plan = conversion.network.build(timing_cache, flags)

@@ -3,7 +3,7 @@
 What is computed from weights alone must move or cast them, by the operators of the graph. Then the graph is converted
 twice, with the model's weights and with random ones, the *probe*. Whatever of the network is the same in both does not
 depend on the weights; every weight that differs must be reproduced, byte for byte and in both networks, by exactly one
-recipe; and every weight of the model must be in a recipe. Anything else makes the plan one for its own weights: a wrong
+formula; and every weight of the model must be in a formula. Otherwise the plan serves its own weights only: a wrong
 guess would answer wrongly later. See docs/decisions/0009-refit.md.
 """
 
@@ -20,7 +20,7 @@ import torch
 from ts_handlers.backends.export import PREFIX, live_placeholders
 from ts_handlers.backends.tensorrt.refit.network_reader import NetworkReader, Weight
 from ts_handlers.backends.tensorrt.refit.operators import refuse_functions
-from ts_handlers.backends.tensorrt.weights import Recipe, compute, value_digest
+from ts_handlers.backends.tensorrt.weights import WeightFormula, compute, value_digest
 from ts_handlers.errors import RefitError
 from ts_handlers.model.archive_files import Tensors
 
@@ -124,25 +124,25 @@ def prove(
     probed: Any,
     state: State,
     probe: Tensors,
-) -> list[Recipe]:
-    """Recipes for all weights of `network` that depend on the model's, which are named and marked refittable there.
+) -> list[WeightFormula]:
+    """Formulas for all weights of `network` that depend on the model's, which are named and marked refittable there.
 
     Parameters
     ----------
     network, probed:
-        `tensorrt_build.Network` with the model's own weights, and with `probe`.
+        `ts_handlers.backends.tensorrt.network.Network` with the model's own weights, and with `probe`.
 
     Raises
     ------
     RefitError
-        Something depends on the weights in a way that no recipe covers.
+        Something depends on the weights in a way that no formula covers.
     """
     own, other = (read_network(trt, each) for each in (network, probed))
     if own.structure != other.structure or len(own.weights) != len(other.weights):
         raise RefitError("the network itself, not only its weights, depends on the model's weights")
     candidates = _Candidates(network.graph, state)
     both = ({**state.moving, **state.fixed}, {**state.fixed, **probe})
-    recipes: list[Recipe] = []
+    formulas: list[WeightFormula] = []
     for left, right in zip(own.weights, other.weights, strict=True):
         if _same(left.value, right.value):
             continue
@@ -150,19 +150,19 @@ def prove(
         if len(found) != 1:
             how = "cannot be computed from the model's weights" if not found else "can be computed in several ways"
             raise RefitError(f"a weight of the network ({left.where}, {left.value.numel()} values) {how}")
-        recipe = {"name": f"ts_handlers.{len(recipes)}", **found[0], "dtype": str(left.value.dtype)[6:]}
-        _mark(network.definition, left, recipe["name"])
-        recipes.append(recipe)
-    covered = {name for recipe in recipes for name in recipe["from"]}
+        formula = {"name": f"ts_handlers.{len(formulas)}", **found[0], "dtype": str(left.value.dtype)[6:]}
+        _mark(network.definition, left, formula["name"])
+        formulas.append(formula)
+    covered = {name for formula in formulas for name in formula["from"]}
     covered |= {name for group in state.tied if covered & set(group) for name in group}
     left_out = sorted(set(state.moving) - covered)
     if left_out:
         raise RefitError(f"these weights of the model are not seen in the plan: {', '.join(left_out[:5])}")
-    return recipes
+    return formulas
 
 
 def read_network(trt: Any, network: Any) -> NetworkReader:
-    """What a `tensorrt_build.Network` consists of."""
+    """What a `ts_handlers.backends.tensorrt.network.Network` consists of."""
     # TensorRT warns of each attribute that a layer gets as an input.
     log = logging.getLogger("torch_tensorrt [TensorRT Conversion Context]")
     level = log.level
@@ -178,11 +178,11 @@ def _mark(definition: Any, weight: Weight, name: str) -> None:
         raise RefitError(f"TensorRT does not make a weight refittable ({weight.where})")
 
 
-def _reproduces(recipe: Recipe, states: tuple[Tensors, Tensors], weights: tuple[Weight, Weight]) -> bool:
+def _reproduces(formula: WeightFormula, states: tuple[Tensors, Tensors], weights: tuple[Weight, Weight]) -> bool:
     dtype = str(weights[0].value.dtype)[6:]
     with torch.no_grad():
         return all(
-            _same(compute({**recipe, "dtype": dtype}, state), weight.value)
+            _same(compute({**formula, "dtype": dtype}, state), weight.value)
             for state, weight in zip(states, weights, strict=True)
         )
 
@@ -198,11 +198,11 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 class _Candidates:
-    """The recipes that may give a weight: copies of weights of its size, and batch norms."""
+    """The formulas that may give a weight: copies of weights of its size, and batch norms."""
 
     def __init__(self, graph: Any, state: State) -> None:
         aliases = {name for group in state.tied for name in group[1:]}
-        self._by_size: dict[int, list[Recipe]] = defaultdict(list)
+        self._by_size: dict[int, list[WeightFormula]] = defaultdict(list)
         for name, tensor in state.moving.items():
             if name in aliases:
                 continue
@@ -217,11 +217,11 @@ class _Candidates:
                 self._add(size, {"formula": "batch_norm_scale", "from": [weight, variance], "eps": eps})
                 self._add(size, {"formula": "batch_norm_shift", "from": known, "eps": eps})
 
-    def _add(self, size: int, recipe: Recipe) -> None:
-        if recipe not in self._by_size[size]:
-            self._by_size[size].append(recipe)
+    def _add(self, size: int, formula: WeightFormula) -> None:
+        if formula not in self._by_size[size]:
+            self._by_size[size].append(formula)
 
-    def __call__(self, weight: Weight) -> list[Recipe]:
+    def __call__(self, weight: Weight) -> list[WeightFormula]:
         return self._by_size[weight.value.numel()]
 
 
@@ -238,11 +238,11 @@ def _batch_norms(graph: Any) -> Iterator[tuple[list[str | None], float]]:
         yield names, float([value for value in node.args if isinstance(value, float)][-1])
 
 
-def describe(state: State, recipes: list[Recipe], flags: tuple[str, ...]) -> dict[str, Any]:
-    """The part ``refit`` of a plan's description; see `tensorrt_refit`."""
+def describe(state: State, formulas: list[WeightFormula], flags: tuple[str, ...]) -> dict[str, Any]:
+    """The part ``refit`` of a plan's description; see `ts_handlers.backends.tensorrt.weights`."""
     return {
         "flags": list(flags),
-        "weights": recipes,
+        "weights": formulas,
         "state": {
             name: {"dtype": str(tensor.dtype)[6:], "shape": list(tensor.shape)} for name, tensor in state.moving.items()
         },
