@@ -61,10 +61,10 @@ def parse_settings(model_yaml_config: Mapping[str, Any] | None) -> Settings:
             f"{SECTION}.compile: unknown key; arguments of torch.compile stand in TorchServe's own section, "
             "`pt2: {compile: {enable: true, ...}}`"
         )
-    settings: Settings = _convert(section, Settings, SECTION)
+    settings: Settings = read_section(section, Settings, SECTION)
     compile_section = _compile_section(config)
     if compile_section is not None:
-        compile_settings = _convert(compile_section, CompileSettings, PT2_SECTION)
+        compile_settings = read_section(compile_section, CompileSettings, PT2_SECTION)
         settings = apply_compile(settings, compile_settings, section)
     validate(settings)
     return settings
@@ -92,7 +92,23 @@ def _compile_section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return section
 
 
-def _convert(section: Any, kind: Any, root: str) -> Any:
+def read_section(section: Any, kind: Any, root: str) -> Any:
+    """Convert a section of model-config.yaml to a struct, strictly.
+
+    Parameters
+    ----------
+    section:
+        What YAML has read.
+    kind:
+        A `msgspec.Struct` that forbids unknown fields.
+    root:
+        The section's path in the file, for messages.
+
+    Raises
+    ------
+    SettingsError
+        An unknown key or a value of another type, with its path, the value and the remedy.
+    """
     try:
         return msgspec.convert(section, kind)
     except msgspec.ValidationError as error:

@@ -36,7 +36,7 @@ from ts_handlers.servers.torchserve.archive import (
 )
 from ts_handlers.servers.torchserve.base_handler import BaseHandler
 from ts_handlers.servers.torchserve.metrics import Emitter
-from ts_handlers.servers.torchserve.micro_batching import MicroBatches, check_contexts, read_section
+from ts_handlers.servers.torchserve.micro_batching import MicroBatches, check_contexts, read_micro_batching
 from ts_handlers.servers.torchserve.recipes import handler_recipe
 from ts_handlers.servers.torchserve.request_batch import REFUSALS, CurrentBatch, RequestBatch
 from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS, SECTION, Settings, parse_settings
@@ -129,14 +129,13 @@ class CompiledHandlerMixin:
             )
 
     def _start_micro_batches(self) -> None:
-        micro_batching = read_section(self._config)
-        if micro_batching is None:
+        section = read_micro_batching(self._config)
+        if section is None:
             return
-        size, parallelism = micro_batching
         if not self.settings.contexts.across_workers:
-            check_contexts(parallelism, self.settings.contexts.count)
+            check_contexts(section.parallelism.inference, self.settings.contexts.count)
         device = self.device  # type: ignore[attr-defined]
-        self._micro_batches = MicroBatches(self, self._current, torch.device(device), size, parallelism)
+        self._micro_batches = MicroBatches(self, self._current, torch.device(device), section)
 
     def _model_is_ready(self, context: Any) -> None:
         self._check_startup_timeout()
