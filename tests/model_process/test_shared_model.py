@@ -60,7 +60,7 @@ def expected(archive: Path, rows: list[list[float]]) -> list[list[float]]:
 
 
 def send_call(connection: Any) -> None:
-    """As a worker's lane does."""
+    """As a worker does."""
     from ts_handlers.model_process.segments import Outbox
     from ts_handlers.model_process.wire import Call
 

@@ -42,10 +42,10 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """One call of the model; `suspect` when an earlier process has ended while it was under way."""
+    """One call of the model; `retried` when an earlier process has ended while it was under way."""
 
     tensors: tuple[TensorSpec, ...]
-    suspect: bool = False
+    retried: bool = False
 
 
 class Describe(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -53,7 +53,7 @@ class Describe(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Started(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A suspect call runs now, and nothing else does."""
+    """A retried call runs now, and nothing else does."""
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True, tag=True):

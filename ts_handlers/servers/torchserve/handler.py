@@ -21,7 +21,7 @@ import torch
 # see docs/decisions/0020-warm-torch-compile.md.
 gc.freeze()
 
-from ts_handlers.compiled_model import CompiledModel
+from ts_handlers.compiled_model import ServedModel
 from ts_handlers.errors import BusyError, InputError, SettingsError
 from ts_handlers.model.base import ModelSource
 from ts_handlers.model.module import ModuleSource
@@ -114,7 +114,7 @@ class CompiledHandlerMixin:
         self.model_yaml_config = config
         self._start_module_of_base_handler()
         self._start_micro_batches()
-        if isinstance(self.model, CompiledModel):
+        if isinstance(self.model, ServedModel):
             self._model_is_ready(context)
 
     def _start_module_of_base_handler(self) -> None:
@@ -122,7 +122,7 @@ class CompiledHandlerMixin:
         model = self.model
         if isinstance(model, torch.nn.Module) and not isinstance(model, torch.jit.ScriptModule):
             self.model = self._start(ModuleSource(self._context.model_name, model.eval(), recipe=self._recipe))
-        if self.settings.contexts.across_workers and not isinstance(self.model, CompiledModel):
+        if self.settings.contexts.across_workers and not isinstance(self.model, ServedModel):
             raise SettingsError(
                 f"{SECTION}.contexts.across_workers: a TorchScript model is served as it is, in each worker; archive "
                 "the model file and its weights, or remove the setting"
@@ -159,7 +159,7 @@ class CompiledHandlerMixin:
         device: torch.device = self._gpu or self.device  # type: ignore[attr-defined]
         return device
 
-    def _start(self, source: ModelSource) -> CompiledModel:
+    def _start(self, source: ModelSource) -> ServedModel:
         return start_model(source, self.settings, self.model_device)
 
     def _load_pickled_model(self, model_dir: str, model_file: str, model_pt_path: str | None) -> Any:
@@ -202,7 +202,7 @@ class CompiledHandlerMixin:
 
     def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the model: a tensor or a tuple of tensors by position, a dict by name."""
-        if not isinstance(self.model, CompiledModel):
+        if not isinstance(self.model, ServedModel):
             return super().inference(data, *args, **kwargs)  # type: ignore[misc]
         if isinstance(data, dict):
             return self.model(*args, **data, **kwargs)
@@ -214,7 +214,7 @@ class CompiledHandlerMixin:
         """Answer a batch. A request that the model cannot answer gets HTTP 400 and leaves the others alone; requests
         for which no execution context came free get HTTP 503."""
         self.context = context
-        compiled = isinstance(self.model, CompiledModel)
+        compiled = isinstance(self.model, ServedModel)
         if compiled:
             self.model.answering += 1
         try:
@@ -287,7 +287,7 @@ class CompiledHandlerMixin:
 
     def describe_handle(self) -> dict[str, Any]:
         """What TorchServe's describe API shows as ``customizedMetadata``."""
-        if isinstance(self.model, CompiledModel):
+        if isinstance(self.model, ServedModel):
             facts = self.model.describe()
         else:
             facts = {"backend": "torchscript" if isinstance(self.model, torch.jit.ScriptModule) else "other"}
