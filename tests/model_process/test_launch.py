@@ -5,22 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.support.subprocesses import environment, run_python, start_python
-from ts_handlers.system.child_python import run_module
-
-
-def test_a_child_looks_for_modules_where_it_is_told_and_not_where_it_begins(tmp_path: Path) -> None:
-    for name in ("here", "told"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "shadowed.py").write_text(f"def main():\n    print({name!r})\n")
-    command = run_module("shadowed")
-    env = environment(PYTHONPATH=str(tmp_path / "told"))
-    found = subprocess.run(command, cwd=tmp_path / "here", env=env, capture_output=True, text=True, check=True)
-    assert found.stdout == "told\n"
 
 
 def test_workers_behind_torchs_launcher_have_the_same_server() -> None:

@@ -1,6 +1,6 @@
-"""A process that builds artifacts into the store and serves nothing: ``python -m ts_handlers.startup.build_child``.
+"""The child process that builds artifacts into the store and serves nothing; `build_process` is the parent's side.
 
-Standard input holds one JSON object:
+Its specification (`ts_handlers.system.child_process`):
 
 - ``parent``: the process with which this one ends
 - ``nice``, ``memory_mb``: limits, the latter None for no bound on what each process of the build may allocate
@@ -16,15 +16,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
-WATCH_SECONDS = 0.2
-TERM_SECONDS = 2.0
+from ts_handlers.system.child_process import end_with_parent, read_specification
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -32,8 +28,8 @@ Send = Callable[[dict[str, Any]], None]
 def main() -> int:
     """Read the specification, build, answer; the exit status is 0 when there is a result."""
     send = _take_standard_output()
-    spec = json.load(sys.stdin)
-    _end_with(int(spec["parent"]))
+    spec = read_specification()
+    end_with_parent(int(spec["parent"]))
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     try:
         _limit(int(spec["nice"]), spec["memory_mb"])
@@ -61,25 +57,6 @@ def _take_standard_output() -> Send:
         stream.flush()
 
     return send
-
-
-def _end_with(parent: int) -> None:
-    """Lead a process group of its own, and end it when the parent has died, however it died.
-
-    A group, not a session: where the kernel groups processes by session to schedule them, niceness would have no
-    effect against the parent's.
-    """
-    os.setpgid(0, 0)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(WATCH_SECONDS)
-        # By SIGTERM the crash guard knows that nothing was wrong with what this process did.
-        os.killpg(0, signal.SIGTERM)
-        time.sleep(TERM_SECONDS)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True, name="ts_handlers-parent").start()
 
 
 def _limit(nice: int, memory_mb: int | None) -> None:
