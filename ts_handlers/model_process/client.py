@@ -1,4 +1,4 @@
-"""The worker's side of a call, and what happens when the model's process ends.
+"""The worker's side of a call to the model's process, and what happens when that process ends.
 
 One thread waits on the connection that stands for this worker. When the process is gone it joins the next one, or
 starts it. Calls that were under way are sent again, marked as retried: retried calls run one at a time, so one whose

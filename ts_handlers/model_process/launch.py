@@ -1,4 +1,4 @@
-"""Finding the process that holds a model, or starting it: the worker's side; `__main__` is the process's.
+"""The worker's side of the model's process: find it, or start it; `__main__` is the process's side.
 
 The process gets its specification as `ts_handlers.system.child_process` says. Its standard input stays open until the
 worker that started it has found it. It inherits the descriptor of the folder's lock, which it holds until it ends. It
@@ -40,7 +40,7 @@ class LaunchError(WarmStartError, RuntimeError):
 
 
 class Launcher:
-    """Knows one model's process, from one worker.
+    """Finds or starts one model's process, for one worker.
 
     Parameters
     ----------

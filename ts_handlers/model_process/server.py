@@ -1,4 +1,4 @@
-"""The model process's side: a thread for each connection, which reads a call, runs the model and answers.
+"""The model process serves its workers: a thread for each connection reads calls, runs the model and answers.
 
 A call runs in the thread of its connection, so as many are under way as the workers send, and the model's own pool of
 execution contexts says how many run at once.
@@ -100,7 +100,7 @@ class Gate:
 
 
 class Counted:
-    """What the model has counted since somebody was told: each of it is told once, to one worker.
+    """The counts of the model that no worker has been told yet: each count is told once, to one worker.
 
     `refused` and `busy` are left out: the worker whose call was refused counts it.
     """
@@ -334,7 +334,7 @@ class _Calls:
             self._run(call)
 
     def _run(self, call: Call) -> None:
-        if self._connection.is_abandoned():  # while it waited for its turn
+        if self._connection.is_abandoned():  # while it waited at the gate
             raise ConnectionLost("the worker has ended")
         self._answering = True
         try:

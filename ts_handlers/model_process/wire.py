@@ -1,7 +1,8 @@
-"""What workers and the model process say to each other: messages over a Unix socket that keeps their boundaries.
+"""The messages between workers and the model process, and the connection that carries them: a Unix socket.
 
-A message is MessagePack, an array whose first element is the kind. File descriptors go beside it: those of shared
-memory (`ts_handlers.model_process.segments`), and with a worker's `Hello` where its log goes.
+The socket keeps the boundaries of messages. A message is MessagePack, an array whose first element is the kind. File
+descriptors go beside it: those of shared memory (`ts_handlers.model_process.segments`), and with a worker's `Hello`
+where its log goes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The handler's section of model-config.yaml, as frozen settings.
+"""Read settings from model-config.yaml; every mistake is an error that names its place and the remedy.
 
 Two sections are read: TorchServe's own ``pt2: {compile: {...}}`` (backend, mode, options, dynamic, fullgraph) and
 ours, ``handler: {ts_handlers: {...}}``. Both are validated strictly: an unknown key, a wrong type or an impossible

@@ -44,7 +44,7 @@ def run_warmup(target: Target, loaded: Loaded, done: Sequence[Sizes] = ()) -> in
     if not target.settings.inputs or loaded.warmed_up:
         return 0
     wanted = declared_sizes(target, loaded)
-    # A GPU's first run in each context allocates and may compile kernels. The pool lends its slots in turn.
+    # A GPU's first run in each context allocates and may compile kernels. The pool lends one slot after the other.
     slots = loaded.pool.size if loaded.pool is not None and target.device.type == "cuda" else 1
     remaining = [sizes for sizes in wanted if slots > 1 or sizes not in done]
     with few_threads(loaded):

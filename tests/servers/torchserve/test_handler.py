@@ -393,7 +393,7 @@ def test_pt2_section_is_ours_and_comes_back(archive: Path, tmp_path: Path) -> No
     handler = CompiledHandler()
     handler.initialize(context)
     assert isinstance(handler.model, CompiledModel)
-    assert handler.model.outcome.backend == "aot_inductor"  # the explicit ladder wins
+    assert handler.model.outcome.backend == "aot_inductor"  # the explicit fallback order wins
     assert "pt2" in context.model_yaml_config
     assert handler.model_yaml_config is context.model_yaml_config
 

@@ -226,7 +226,7 @@ def test_failures_are_results(folder: Path, tmp_path: Path, monkeypatch: pytest.
     assert not (store / "entries").exists()
     with pytest.raises(ModelError, match="device 'gpu'"):
         prewarm(folder, device="gpu")
-    # What failed is remembered, and tried anew whenever somebody asks for it.
+    # What failed is remembered, and tried again whenever somebody asks for it.
     assert [record.count for record in read_quarantines(store)] == [2]
     monkeypatch.delenv("BUILD_ERROR")
     assert prewarm(folder, store=store).result == "built"

@@ -1,4 +1,4 @@
-"""Moments between two requests: counts and order, never seconds."""
+"""Idle windows: counts and order, never seconds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_waits_until_no_call_is_under_way_and_none_has_come() -> None:
 
     assert wait_for_idle_window(calls, lambda: False)
     assert looks[:3] == seen
-    assert len(looks) >= 4  # the third starts the quiet time anew
+    assert len(looks) >= 4  # the third starts the quiet time again
     assert set(looks[3:]) == {(False, 2)}
 
 

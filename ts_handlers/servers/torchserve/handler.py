@@ -1,8 +1,8 @@
-"""TorchServe's lifecycle: `CompiledHandler`, and a mixin that turns any handler class into one.
+"""TorchServe handlers: `CompiledHandler` for tensors as JSON, and a mixin that turns any handler class into one.
 
-The mixin takes the place of the two moments at which TorchServe's `BaseHandler` turns an archive into a model: it
-answers `_load_pickled_model` with a model that comes from the store, and it hides the ``pt2`` section while
-`BaseHandler.initialize` runs, since the compilation is ours then. Everything else stays the base class's.
+The mixin changes TorchServe's `BaseHandler` in two places. It answers `_load_pickled_model` with a model from the
+store, and it hides the ``pt2`` section while `BaseHandler.initialize` runs, because this package compiles. Everything
+else stays the base class's. `ts_handlers.servers.torchserve.archive` has the rules for the archive.
 """
 
 from __future__ import annotations
