@@ -34,14 +34,9 @@ def main() -> int:
     try:
         _limit(int(spec["nice"]), spec["memory_mb"])
         result = _build(spec, send)
-    except MemoryError:
-        send(
-            {"error": f"MemoryError: a process of the build needs more than background.memory_mb: {spec['memory_mb']}"}
-        )
-        return 1
     except Exception as error:
         logging.getLogger(__name__).debug("details", exc_info=error)
-        send({"error": f"{type(error).__name__}: {error}"})
+        send({"error": _reason(error, spec["memory_mb"])})
         return 1
     send({"result": result})
     return 0
@@ -57,6 +52,13 @@ def _take_standard_output() -> Send:
         stream.flush()
 
     return send
+
+
+def _reason(error: Exception, memory_mb: int | None) -> str:
+    # A library that does not fit is an ImportError with a message of the C library.
+    if isinstance(error, MemoryError) or (memory_mb is not None and "failed to map segment" in str(error)):
+        return f"MemoryError: a process of the build needs more than background.memory_mb: {memory_mb}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _limit(nice: int, memory_mb: int | None) -> None:

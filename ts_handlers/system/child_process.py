@@ -11,12 +11,14 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import subprocess
 
 WATCH_SECONDS = 0.2
 TERM_SECONDS = 2.0
@@ -71,6 +73,8 @@ def start_child(
     OSError
         It cannot be started. One that dies before it has read its specification raises nothing here.
     """
+    import subprocess  # which a child does not need, and its memory may be bounded
+
     process = subprocess.Popen(
         run_module(module),
         stdin=subprocess.PIPE,

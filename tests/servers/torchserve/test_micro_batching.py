@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.servers.torchserve.test_handler import ROWS, ask, close, expected, make_context
+from tests.support.handlers import ROWS, ask, close, expected, make_context
 from tests.support.models import eager_model
 
 pytest.importorskip("ts", reason="TorchServe is not installed")

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from tests.conftest import Register
-from tests.servers.torchserve.test_handler import make_context
+from tests.support.handlers import make_context
 from tests.support.models import LINEAR_SECTION, eager_model
 from tests.support.subprocesses import SUPPORT
 from ts_handlers.errors import ModelError
