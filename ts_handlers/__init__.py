@@ -18,6 +18,7 @@ _NAMES = {
     "ExportedSource": "ts_handlers.model.exported",
     "InputError": "ts_handlers.errors",
     "ModuleSource": "ts_handlers.model.module",
+    "ServedModel": "ts_handlers.compiled_model",
     "Settings": "ts_handlers.settings",
     "WarmStartError": "ts_handlers.errors",
     "lift_quarantine": "ts_handlers.guard.quarantine",
@@ -32,6 +33,7 @@ __all__ = sorted(_NAMES)
 
 if TYPE_CHECKING:
     from ts_handlers.compiled_model import CompiledModel as CompiledModel
+    from ts_handlers.compiled_model import ServedModel as ServedModel
     from ts_handlers.errors import InputError as InputError
     from ts_handlers.errors import WarmStartError as WarmStartError
     from ts_handlers.guard.quarantine import lift_quarantine as lift_quarantine

@@ -1,7 +1,12 @@
-"""What a handler's `self.model` is: a callable that checks, dispatches and answers like the eager model."""
+"""The model that a server calls: it checks each call's inputs, runs the artifact and answers like the eager model.
+
+`ServedModel` is what a server sees of a model, wherever that runs. `CompiledModel` runs in this process;
+`ts_handlers.model_process.shared_model.SharedModel` in one that all workers of a server share.
+"""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import json
 import logging
@@ -41,7 +46,7 @@ class Background(Protocol):
         """Wait for the swap or the failure; False when that took longer than `timeout` seconds."""
 
     def wait_for_idle_window(self) -> None:
-        """Return between two requests of the model."""
+        """Return between two calls of the model."""
 
     def close(self) -> None:
         """Give up: never swap."""
@@ -65,19 +70,17 @@ class Outcome:
     notes: tuple[str, ...] = ()
 
 
-class CompiledModel:
-    """A model that is ready to serve.
+class ServedModel(abc.ABC):
+    """A model that is ready, as a server sees it.
 
     Call it as the eager module is called, with the declared inputs by position or by name, from any number of threads:
-    `contexts.count` calls run at once. Attributes of the eager module are reachable too, at the cost of building it at
-    the first use.
+    `contexts.count` calls run at once. Attributes of the eager module are reachable too, at the cost of building it in
+    this process at the first use.
 
     Attributes
     ----------
     outcome, metrics:
         How the start ended, and its phases and counters.
-    store:
-        The store that the artifact came from, if any; it keeps the artifact's files while this object lives.
     background:
         The build that goes on beside an eager model, or None.
     answering:
@@ -91,19 +94,67 @@ class CompiledModel:
         As many calls as can run at once were under way for `contexts.wait_seconds`.
     """
 
-    def __init__(self, target: Target, loaded: Loaded, outcome: Outcome, metrics: Metrics, slots: ModuleSlots) -> None:
+    def __init__(self, target: Target, outcome: Outcome, metrics: Metrics) -> None:
         self._target = target
+        self.outcome = outcome
+        self.metrics = metrics
+        self.background: Background | None = None
+        self.answering = 0
+
+    @abc.abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model: tensors of any device in, in declared order or by name; the model's output out."""
+
+    @property
+    @abc.abstractmethod
+    def signature(self) -> Signature:
+        """What the model accepts; without inputs when nothing was declared."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the outputs."""
+        return self._target.device
+
+    @abc.abstractmethod
+    def context_stats(self) -> PoolStats:
+        """Gauges and counters of the execution contexts, as far as this process reports them."""
+
+    @abc.abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Backend, key, hit or miss with the missed part, phases, counters and fallback reasons, JSON-compatible."""
+
+    def to(self, *args: Any, **kwargs: Any) -> ServedModel:
+        """Does nothing: the device and dtype were settled when the artifact was loaded."""
+        return self
+
+    def eval(self) -> ServedModel:
+        """Does nothing: artifacts are built in eval mode."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._target.eager(), name)
+
+
+class CompiledModel(ServedModel):
+    """A model that runs in this process.
+
+    Attributes
+    ----------
+    store:
+        The store that the artifact came from, if any; it keeps the artifact's files while this object lives.
+    """
+
+    def __init__(self, target: Target, loaded: Loaded, outcome: Outcome, metrics: Metrics, slots: ModuleSlots) -> None:
+        super().__init__(target, outcome, metrics)
         self._loaded = loaded  # `swap` replaces it, so a call reads it once
         self._device = target.device
         self._outside_eager = target.settings.outside == "eager"
         self._slots = slots
         self._eager: Run | None = None
         self._lock = threading.Lock()
-        self.outcome = outcome
-        self.metrics = metrics
         self.store: Store | None = None
-        self.background: Background | None = None
-        self.answering = 0
         if self._device.type == "cuda":
             for pool in (slots.pool, loaded.pool):
                 if pool is not None:
@@ -159,19 +210,6 @@ class CompiledModel:
         self._slots = other._slots
         self._loaded = other._loaded
 
-    def to(self, *args: Any, **kwargs: Any) -> CompiledModel:
-        """Does nothing: the device and dtype were settled when the artifact was loaded."""
-        return self
-
-    def eval(self) -> CompiledModel:
-        """Does nothing: artifacts are built in eval mode."""
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        """The device on which the model runs."""
-        return self._device
-
     @property
     def signature(self) -> Signature:
         """What the model accepts; without inputs when nothing was declared."""
@@ -199,11 +237,6 @@ class CompiledModel:
         facts["background"] = None if self.background is None else self.background.describe()
         return facts
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._target.eager(), name)
-
 
 def _to(value: Any, device: torch.device) -> Any:
     """Tensors inside tuples, lists and dicts on `device`."""
@@ -216,7 +249,7 @@ def _to(value: Any, device: torch.device) -> Any:
     return value
 
 
-def log_outcome(event: str, name: str, model: CompiledModel) -> None:
+def log_outcome(event: str, name: str, model: ServedModel) -> None:
     """Log what a model has become as one structured line."""
     facts = model.describe()
     wanted = ("backend", "key", "result", "missed", "fallbacks", "phases_ms")

@@ -1,4 +1,4 @@
-"""The front door of every server: makes a model ready, in this process or in one that all workers share."""
+"""`start_model`, which every server calls: it makes a model ready, here or in a process that all workers share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ts_handlers.compiled_model import CompiledModel
+from ts_handlers.compiled_model import ServedModel
 from ts_handlers.model.base import ModelSource
 from ts_handlers.model.recipes import Made
 from ts_handlers.settings import Settings
@@ -25,7 +25,7 @@ def start_model(
     progress: Progress | None = None,
     retry_failed: bool = False,
     event: str = "start",
-) -> CompiledModel:
+) -> ServedModel:
     """Make a model ready: load it from the store, or build and publish it first.
 
     With ``contexts: {across_workers: true}`` that happens in another process, which is started if need be, and this one

@@ -60,7 +60,7 @@ def test_explain_of_a_damaged_entry_says_so(run: Run, tmp_path: Path) -> None:
 def served(archive: Path, filled: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model's folder, which a TorchServe worker has served once from a store beside other entries."""
     pytest.importorskip("ts", reason="TorchServe is not installed")
-    from tests.servers.torchserve.test_handler import make_context
+    from tests.support.handlers import make_context
 
     section = {**LINEAR_SECTION, "backends": ["aot_inductor", "eager"], "store": str(filled)}
     (archive / "explained_handler.py").write_text(HANDLER)

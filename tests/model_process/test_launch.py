@@ -5,22 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.support.subprocesses import environment, run_python, start_python
-from ts_handlers.system.child_python import run_module
-
-
-def test_a_child_looks_for_modules_where_it_is_told_and_not_where_it_begins(tmp_path: Path) -> None:
-    for name in ("here", "told"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "shadowed.py").write_text(f"def main():\n    print({name!r})\n")
-    command = run_module("shadowed")
-    env = environment(PYTHONPATH=str(tmp_path / "told"))
-    found = subprocess.run(command, cwd=tmp_path / "here", env=env, capture_output=True, text=True, check=True)
-    assert found.stdout == "told\n"
 
 
 def test_workers_behind_torchs_launcher_have_the_same_server() -> None:
@@ -33,18 +21,32 @@ def test_workers_behind_torchs_launcher_have_the_same_server() -> None:
 
 
 START = """
-import sys, threading, time
+import sys, threading, types
 from ts_handlers.model_process import __main__ as process
 
-process.WATCH_SECONDS, process.HANGS_SECONDS, process.BUILD_HANGS_SECONDS = 0.02, 0.3, 60.0
-wanted, phase = sys.argv[1] == "wanted", sys.argv[2]
-watch = process.StartWatch(lambda: True, lambda: wanted)
+process.WATCH_SECONDS, process.HANGS_SECONDS, process.BUILD_HANGS_SECONDS = 0.01, 0.3, 60.0
+clock, looked = [0.0], threading.Semaphore(0)
+process.time = types.SimpleNamespace(monotonic=lambda: clock[0])
+
+def wanted():
+    looked.release()
+    return sys.argv[1] == "wanted"
+
+def wait_for_looks():
+    while looked.acquire(blocking=False):
+        pass
+    for _ in range(3):  # the second of these looks begins after this call, and is over when the third begins
+        looked.acquire()
+
+watch = process.StartWatch(lambda: True, wanted)
 threading.Thread(target=watch.run, daemon=True).start()
 for _ in range(6):
-    watch.phase_begins(phase)
-    time.sleep(0.1)
+    watch.phase_begins(sys.argv[2])
+    clock[0] += 0.2
+    wait_for_looks()
 print("goes on", flush=True)
-time.sleep(1.5)
+clock[0] += 10.0
+wait_for_looks()
 """
 
 

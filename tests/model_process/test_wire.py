@@ -40,7 +40,7 @@ def pair() -> Iterator[Pair]:
     "message",
     [
         Hello(7, worker=True),
-        Call((TensorSpec("float16", (2, 3), 64),), suspect=True),
+        Call((TensorSpec("float16", (2, 3), 64),), retried=True),
         Started(),
         Answer((), {"kind": "constant", "value": None}, {"hit": 1.0}),
         Refusal("InputError", "größer", {}),

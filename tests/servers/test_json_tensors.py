@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.servers.torchserve.test_handler import ROWS, ask, make_context
+from tests.support.handlers import ROWS, ask, make_context
 from tests.support.models import LINEAR, write_archive
 
 pytest.importorskip("ts", reason="TorchServe is not installed")

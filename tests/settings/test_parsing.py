@@ -165,7 +165,7 @@ def test_the_file_itself_must_be_a_mapping() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pt2", "ladder"),
+    ("pt2", "order"),
     [
         ("inductor", ("inductor", "eager")),
         ("eager", ("eager",)),
@@ -181,8 +181,8 @@ def test_the_file_itself_must_be_a_mapping() -> None:
         (None, ("aot_inductor", "inductor", "eager")),
     ],
 )
-def test_pt2_section_sets_the_ladder(pt2: Any, ladder: tuple[str, ...]) -> None:
-    assert parse({}, pt2=pt2).backends == ladder
+def test_pt2_section_sets_the_fallback_order(pt2: Any, order: tuple[str, ...]) -> None:
+    assert parse({}, pt2=pt2).backends == order
 
 
 def test_explicit_backends_win_over_pt2_and_keep_its_arguments() -> None:

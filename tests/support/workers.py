@@ -12,6 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
+from tests.support.models import eager_model
 from tests.support.subprocesses import environment
 
 MODEL = """
@@ -28,6 +32,8 @@ class Model(torch.nn.Module):
 
     def forward(self, x):
         first = float(x[0, 0])
+        while first < 0 and os.path.exists(os.environ.get("HOLD", "")):
+            time.sleep(0.01)
         if first == 666:
             os._exit(9)
         if first == 888 and os.fork() == 0:
@@ -43,7 +49,7 @@ class Model(torch.nn.Module):
         return {"y": self.layer(x), "rows": rows, "both": (x, None)}
 """
 """Some inputs do what goes wrong: 666 ends the process, 888 forks it, 500 raises, 777 breaks a GPU's context, negative
-ones take so many seconds."""
+ones take so many seconds, and last for as long as there is the file that the environment's HOLD names."""
 
 WORKER = """
 import json, sys, threading, logging
@@ -52,6 +58,7 @@ from tests.support import import_budget
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
 from tests.support.models import archive_source, settings_of
 from ts_handlers import start_model
+from ts_handlers.model_process.folder import Folder
 
 folder, settings, device = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
 out, saying = sys.stdout, threading.Lock()
@@ -59,6 +66,15 @@ out, saying = sys.stdout, threading.Lock()
 def say(**facts):
     with saying:
         print(json.dumps(facts), file=out, flush=True)
+
+take_lock = Folder.take_lock
+
+def say_and_take_lock(self):
+    Folder.take_lock = take_lock
+    say(looks=True)
+    return take_lock(self)
+
+Folder.take_lock = say_and_take_lock
 
 def answer(model, number, rows):
     try:
@@ -113,7 +129,16 @@ class Worker:
         assert "joined" in self.started, self.started
         return int(self.started["joined"])
 
+    def looks(self) -> None:
+        """Wait until it has found no process that serves: it starts one now, or waits for one that starts."""
+        assert self._line() == {"looks": True}
+
     def line(self) -> dict[str, Any]:
+        while (facts := self._line()) == {"looks": True}:
+            pass
+        return facts
+
+    def _line(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         while True:
             text = self._process.stdout.readline()
@@ -148,7 +173,9 @@ class Worker:
         self._process.stdin.flush()
 
 
+Start = Callable[..., Worker]
 Answers = list[dict[str, Any]]
+ROWS = [[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]]
 
 
 def slow_calls_beside(bad: float, workers: list[Worker]) -> tuple[Answers, Answers]:
@@ -183,3 +210,17 @@ def kill(pid: int) -> None:
     """End a process at once, and wait until it has."""
     os.kill(pid, signal.SIGKILL)
     assert wait_until(lambda: not is_alive(pid))
+
+
+def expected(archive: Path, rows: list[list[float]]) -> list[list[float]]:
+    """What the eager model answers."""
+    with torch.inference_mode():
+        return eager_model(archive)(torch.tensor(rows))["y"].tolist()
+
+
+def check_answer(answer: dict[str, object], archive: Path, rows: list[list[float]]) -> None:
+    """A worker's answer is what the eager model answers."""
+    assert "error" not in answer, answer
+    assert answer["y"] == [pytest.approx(row, abs=1e-6) for row in expected(archive, rows)]
+    assert answer["echo"] == [pytest.approx(row) for row in rows]
+    assert answer["rows"] == len(rows)

@@ -1,4 +1,4 @@
-"""What a check is asked and what it finds, and how something that may crash is tried."""
+"""The contract of checks: `Question` in, `Finding` out; and `probe`, which tries in a child process what may crash."""
 
 from __future__ import annotations
 

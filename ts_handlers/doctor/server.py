@@ -1,4 +1,4 @@
-"""Checks of what TorchServe needs."""
+"""Checks of what TorchServe needs: a Java runtime and its packages, found as installed distributions, not imported."""
 
 from __future__ import annotations
 

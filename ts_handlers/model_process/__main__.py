@@ -1,6 +1,6 @@
-"""The process that holds a model for the workers of a server: ``python -m ts_handlers.model_process``.
+"""The child process that holds a model for the workers of a server; `launch` is the side of the worker that starts it.
 
-The first line of standard input holds one JSON object: ``name``, ``folder`` and ``lock`` (the descriptor of the
+Its specification (`ts_handlers.system.child_process`): ``name``, ``folder`` and ``lock`` (the descriptor of the
 folder's lock), ``server`` (process id and start of the server whose workers are served), and what
 `ts_handlers.model.recipes.restore` takes. Standard input stays open for as long as the worker that started this process
 waits for it.
@@ -9,7 +9,6 @@ waits for it.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import os
 import select
@@ -20,6 +19,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from ts_handlers.system.child_process import read_specification
 
 WATCH_SECONDS = 1.0
 HANGS_SECONDS, BUILD_HANGS_SECONDS = 600.0, 14_400.0
@@ -33,7 +34,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C ends the server, and this process follows its workers
     logging.raiseExceptions = False  # the log's reader may end before this process does
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-    spec = json.loads(sys.stdin.buffer.readline())
+    spec = read_specification()
     os.set_inheritable(int(spec["lock"]), False)
     os.register_at_fork(after_in_child=functools.partial(os.close, int(spec["lock"])))  # it is this process's alone
     from ts_handlers.model_process.folder import Failure, Folder, Status

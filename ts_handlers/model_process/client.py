@@ -1,8 +1,8 @@
-"""The worker's side of a call, and what happens when the model's process ends.
+"""The worker's side of a call to the model's process, and what happens when that process ends.
 
 One thread waits on the connection that stands for this worker. When the process is gone it joins the next one, or
-starts it. Calls that were under way are sent again as suspects: such calls run one at a time, so one whose process ends
-again has ended it, and is answered with an error.
+starts it. Calls that were under way are sent again, marked as retried: retried calls run one at a time, so one whose
+process ends again has ended it, and is answered with an error.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ModelProcess:
     launcher:
         Finds or starts it.
     wait_seconds:
-        Longest wait of a call for a process that is being started anew.
+        Longest wait of a call for a process that is being started again.
     on_counted:
         Called with what the process has counted, each of it told to one worker only.
     """
@@ -63,7 +63,7 @@ class ModelProcess:
         self._launcher = launcher
         self._wait_seconds = wait_seconds
         self._on_counted = on_counted
-        self._lanes: collections.deque[_Lane] = collections.deque()
+        self._idle: collections.deque[_CallConnection] = collections.deque()
         self._failure: Exception | None = None
         self._connection: Connection | None = None
         self._closed = False
@@ -97,11 +97,11 @@ class ModelProcess:
         RuntimeError
             What the model failed with, or that this call has ended its process twice.
         """
-        return self._exchange(lambda lane, suspect: lane.call(tensors, suspect))
+        return self._exchange(lambda connection, retried: connection.call(tensors, retried))
 
     def describe(self) -> ModelDescription:
         """What the process says of itself and its model; raises as `run` does."""
-        description: ModelDescription = self._exchange(lambda lane, suspect: lane.describe())
+        description: ModelDescription = self._exchange(lambda connection, retried: connection.describe())
         self._on_counted(description.counted)
         return description
 
@@ -110,25 +110,25 @@ class ModelProcess:
         self._closed = True
         if self._connection is not None:
             self._connection.close()
-        self._drop_lanes()
+        self._close_idle()
 
-    def _drop_lanes(self) -> None:
+    def _close_idle(self) -> None:
         with contextlib.suppress(IndexError):
             while True:
-                self._lanes.pop().close()
+                self._idle.pop().close()
 
-    def _exchange(self, use: Callable[[_Lane, bool], Any]) -> Any:
+    def _exchange(self, use: Callable[[_CallConnection, bool], Any]) -> Any:
         deadline = time.monotonic() + self._wait_seconds
-        suspect = False
+        retried = False
         while True:
             if self._closed:
                 raise BusyError("the model is being closed; send the request again")
-            lane = self._borrow(deadline)
+            connection = self._borrow(deadline)
             try:
-                answer = use(lane, suspect)
+                answer = use(connection, retried)
             except ConnectionLost as error:
-                lane.close()
-                if lane.alone:
+                connection.close()
+                if connection.alone:
                     raise ModelProcessError(
                         "the model's process has ended while it answered this request, and again while it answered "
                         "nothing else; the reason stands in the log"
@@ -137,28 +137,28 @@ class ModelProcess:
                     raise BusyError(
                         f"the connection to the model's process breaks again and again ({error}); send it again later"
                     ) from error
-                suspect = True
+                retried = True
                 time.sleep(POLL_SECONDS)
                 continue
             except BaseException:
                 # An interrupted exchange leaves an answer behind that belongs to nobody.
-                lane.close() if lane.under_way else self._lanes.append(lane)
+                connection.close() if connection.under_way else self._idle.append(connection)
                 raise
-            self._lanes.append(lane)
+            self._idle.append(connection)
             return answer
 
-    def _borrow(self, deadline: float) -> _Lane:
+    def _borrow(self, deadline: float) -> _CallConnection:
         while True:
             with contextlib.suppress(IndexError):
-                return self._lanes.pop()
+                return self._idle.pop()
             with contextlib.suppress(ConnectionLost):
-                return _Lane(self._launcher.connect(), self._on_counted)
+                return _CallConnection(self._launcher.connect(), self._on_counted)
             failure = self._failure
             if failure is not None:
                 raise ModelProcessError(f"the model's process cannot be started: {failure}") from failure
             if time.monotonic() >= deadline:
                 raise BusyError(
-                    f"the model's process is being started anew, and was not ready within {self._wait_seconds:g} s; "
+                    f"the model's process is being started again, and was not ready within {self._wait_seconds:g} s; "
                     "send the request again later, or raise contexts.wait_seconds in model-config.yaml"
                 )
             time.sleep(POLL_SECONDS)
@@ -169,7 +169,7 @@ class ModelProcess:
             assert self._connection is not None
             self._connection.wait_for_end()
             self._connection.close()
-            self._drop_lanes()
+            self._close_idle()
             if not self._closed:
                 logger.warning("the model's process has ended; joining the next one")
             while not self._closed:
@@ -186,13 +186,13 @@ class ModelProcess:
                     break
 
 
-class _Lane:
+class _CallConnection:
     """A connection for one call at a time, with the memory for its tensors.
 
     Attributes
     ----------
     alone:
-        Whether the call under way is a suspect that runs now.
+        Whether the call under way is a retried one that runs now, beside no other.
     under_way:
         Whether an answer is outstanding, or was not read to its end.
     """
@@ -205,11 +205,11 @@ class _Lane:
         self.alone = False
         self.under_way = False
 
-    def call(self, tensors: Sequence[torch.Tensor], suspect: bool) -> Any:
+    def call(self, tensors: Sequence[torch.Tensor], retried: bool) -> Any:
         specs, descriptor = self._outbox.write(tensors)
         try:
             self.under_way = True
-            self._connection.send(Call(specs, suspect), () if descriptor is None else (descriptor,))
+            self._connection.send(Call(specs, retried), () if descriptor is None else (descriptor,))
         finally:
             if descriptor is not None:
                 os.close(descriptor)

@@ -1,4 +1,4 @@
-"""The folder in which the workers of one model find its process, or the right to start it.
+"""The folder in which the workers of one model find its process: socket, lock and status.
 
 ``<temporary folder>/ts_handlers-<uid>/<digest>/``, private to the user, where the digest tells apart models, devices,
 settings, and the servers whose workers share::

@@ -1,19 +1,16 @@
-"""Finding the process that holds a model, or starting it: the worker's side; `__main__` is the process's.
+"""The worker's side of the model's process: find it, or start it; `__main__` is the process's side.
 
-The process gets its specification as one line of JSON on its standard input, which stays open until the worker that
-started it has found it, and the descriptor of the folder's lock, which it holds until it ends. It writes to the
-worker's own standard output and standard error, and so into the server's log.
+The process gets its specification as `ts_handlers.system.child_process` says. Its standard input stays open until the
+worker that started it has found it. It inherits the descriptor of the folder's lock, which it holds until it ends. It
+writes to the worker's own standard output and standard error, and so into the server's log.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -24,7 +21,7 @@ from ts_handlers import errors
 from ts_handlers.errors import ModelError, WarmStartError
 from ts_handlers.model_process.folder import folder_of, sweep
 from ts_handlers.model_process.wire import Connection, ConnectionLost, Hello, ModelDescription
-from ts_handlers.system.child_python import run_module
+from ts_handlers.system.child_process import how_it_ended, start_child
 from ts_handlers.system.processes import parent_of, process_start
 
 logger = logging.getLogger(__name__)
@@ -36,7 +33,7 @@ CLOCK_SECONDS = 0.02
 CPU_LAUNCHER = b"torch.backends.xeon.run_cpu"
 STARTS = 8
 """Processes that a worker starts one after the other when they die at their start: the crash guard quarantines what
-each of them has died of, and the ladder of backends ends at eager."""
+each of them has died of, and the fallback order of backends ends at eager."""
 
 
 class LaunchError(WarmStartError, RuntimeError):
@@ -44,7 +41,7 @@ class LaunchError(WarmStartError, RuntimeError):
 
 
 class Launcher:
-    """Knows one model's process, from one worker.
+    """Finds or starts one model's process, for one worker.
 
     Parameters
     ----------
@@ -90,7 +87,7 @@ class Launcher:
                         if starts == STARTS:
                             raise LaunchError(
                                 f"{self._name}: the model's process has died {starts} times while it started, last "
-                                f"{_how_it_ended(started)}; its own messages stand above in this log"
+                                f"{_end_of(started)}; its own messages stand above in this log"
                             )
                         starts += 1
                         _forget(started)
@@ -151,23 +148,11 @@ class Launcher:
         sweep()
         self._folder.forget_status()
         self._folder.stop_listening()
-        spec = json.dumps({**self._spec, "folder": str(self._folder.path), "lock": lock})
-        # Entries of the search path that name no folder stand for the current one.
-        path = os.pathsep.join(dict.fromkeys(os.path.abspath(entry) for entry in sys.path))
+        spec = {**self._spec, "folder": str(self._folder.path), "lock": lock}
         try:
-            process = subprocess.Popen(
-                run_module("ts_handlers.model_process.__main__"),
-                stdin=subprocess.PIPE,
-                pass_fds=(lock,),
-                cwd="/",  # the process goes to the worker's folder by itself
-                env={**os.environ, "PYTHONPATH": path},
-            )
+            process = start_child("ts_handlers.model_process.__main__", spec, close_input=False, pass_fds=(lock,))
         except OSError as error:
             raise LaunchError(f"{self._name}: the model's process cannot be started: {error}") from error
-        assert process.stdin is not None
-        with contextlib.suppress(OSError):  # one that died at once is seen when its lock is free
-            process.stdin.write(spec.encode() + b"\n")
-            process.stdin.flush()
         threading.Thread(target=_reap, args=(process, self._name), daemon=True, name="ts_handlers-reap").start()
         return process
 
@@ -184,21 +169,13 @@ class Launcher:
 
 
 def _reap(process: subprocess.Popen[bytes], name: str) -> None:
-    process.wait()
-    if process.returncode:
-        logger.warning("%s: the model's process %d %s", name, process.pid, _how_it_ended(process))
-
-
-def _how_it_ended(process: subprocess.Popen[bytes] | None) -> str:
-    if process is None:
-        return "in another worker's hands"
     code = process.wait()
-    if code >= 0:
-        return f"ended with status {code}"
-    try:
-        return f"was killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was killed by signal {-code}"
+    if code:
+        logger.warning("%s: the model's process %d %s", name, process.pid, how_it_ended(code))
+
+
+def _end_of(process: subprocess.Popen[bytes] | None) -> str:
+    return "in another worker's hands" if process is None else how_it_ended(process.wait())
 
 
 def _forget(process: subprocess.Popen[bytes] | None) -> None:

@@ -21,7 +21,7 @@ from ts_handlers.model_process.wire import TensorSpec
 ALIGNMENT = 64
 SMALLEST = 1 << 16
 _REMEMBERED = 64
-"""Layouts of tensors whose views are kept, which spares making them anew with each call."""
+"""Layouts of tensors whose views are kept, so that a call need not make them again."""
 
 Layout = tuple[tuple[torch.dtype, torch.Size], ...]
 OnMemory = Callable[[torch.Tensor], Callable[[], None]]

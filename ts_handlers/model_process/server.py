@@ -1,4 +1,4 @@
-"""The model process's side: a thread for each connection, which reads a call, runs the model and answers.
+"""The model process serves its workers: a thread for each connection reads calls, runs the model and answers.
 
 A call runs in the thread of its connection, so as many are under way as the workers send, and the model's own pool of
 execution contexts says how many run at once.
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 import torch
 
-from ts_handlers.compiled_model import CompiledModel
+from ts_handlers.compiled_model import ServedModel
 from ts_handlers.errors import ModelError
 from ts_handlers.model.structure import flatten
 from ts_handlers.model_process.folder import Folder
@@ -46,20 +46,26 @@ DEVICE_LOST_STATUS, HANGS_STATUS = 70, 71
 
 
 class Gate:
-    """Lets ordinary calls run beside each other, and a suspect one only alone."""
+    """Lets ordinary calls run beside each other, and a retried one only alone.
+
+    Parameters
+    ----------
+    on_count:
+        Called with the number of calls that run, whenever it changes.
+    """
 
     def __init__(self, on_count: Callable[[int], None]) -> None:
         self._changed = threading.Condition()
         self._running = 0
-        self._suspects = 0
+        self._retried = 0
         self._alone = False
         self._on_count = on_count
 
     @contextlib.contextmanager
     def beside_others(self) -> Iterator[None]:
-        """An ordinary call; waits for suspect ones."""
+        """An ordinary call; waits for retried ones."""
         with self._changed:
-            while self._suspects:
+            while self._retried:
                 self._changed.wait()
             self._count(1)
         try:
@@ -69,9 +75,9 @@ class Gate:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """A suspect call; waits until nothing else runs."""
+        """A retried call; waits until nothing else runs."""
         with self._changed:
-            self._suspects += 1
+            self._retried += 1
             while self._running:
                 self._changed.wait()
             self._count(1)
@@ -79,13 +85,13 @@ class Gate:
             yield
         finally:
             with self._changed:
-                self._suspects -= 1
+                self._retried -= 1
             self._leave()
 
     def _leave(self) -> None:
         with self._changed:
             self._count(-1)
-            if self._suspects or not self._running:
+            if self._retried or not self._running:
                 self._changed.notify_all()
 
     def _count(self, change: int) -> None:
@@ -94,12 +100,12 @@ class Gate:
 
 
 class Counted:
-    """What the model has counted since somebody was told: each of it is told once, to one worker.
+    """The counts of the model that no worker has been told yet: each count is told once, to one worker.
 
     `refused` and `busy` are left out: the worker whose call was refused counts it.
     """
 
-    def __init__(self, model: CompiledModel) -> None:
+    def __init__(self, model: ServedModel) -> None:
         self._model = model
         self._told: dict[str, float] = {}
         self._lock = threading.Lock()
@@ -138,7 +144,7 @@ class Server:
 
     def __init__(
         self,
-        model: CompiledModel,
+        model: ServedModel,
         folder: Folder,
         wanted: Callable[[], bool],
         server_lives: Callable[[], bool],
@@ -271,7 +277,7 @@ class _Calls:
     def __init__(
         self,
         connection: Connection,
-        model: CompiledModel,
+        model: ServedModel,
         gate: Gate,
         counted: Counted,
         description: Callable[[], ModelDescription],
@@ -319,7 +325,7 @@ class _Calls:
             self._outbox.close()
 
     def _answer(self, call: Call) -> None:
-        if not call.suspect:
+        if not call.retried:
             with self._gate.beside_others():
                 self._run(call)
             return
@@ -328,7 +334,7 @@ class _Calls:
             self._run(call)
 
     def _run(self, call: Call) -> None:
-        if self._connection.is_abandoned():  # while it waited for its turn
+        if self._connection.is_abandoned():  # while it waited at the gate
             raise ConnectionLost("the worker has ended")
         self._answering = True
         try:
@@ -356,7 +362,7 @@ class _Calls:
     def _refuse(self, call: Call, error: Exception) -> None:
         logger.debug("details", exc_info=error)
         lost = self._device_is_lost(error)
-        if lost and not call.suspect:
+        if lost and not call.retried:
             os._exit(DEVICE_LOST_STATUS)  # without an answer: of the calls under way nobody knows which one it was
         self._structure = None  # the answer that was to bring it may not have gone
         self._outbox.close()  # the same for its memory
@@ -376,7 +382,7 @@ class _Calls:
         return False
 
 
-def refuse_without_inputs(model: CompiledModel) -> None:
+def refuse_without_inputs(model: ServedModel) -> None:
     """Raise when the model has no signature: only declared tensors travel between processes."""
     if not model.signature.inputs:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""What a worker's handler has as its model when another process holds it."""
+"""The model of a worker whose server holds it in another process: `SharedModel`, and `join_model`, which makes one."""
 
 from __future__ import annotations
 
@@ -18,15 +18,13 @@ import msgspec
 import torch
 
 from ts_handlers.backends.base import Target
-from ts_handlers.compiled_model import CompiledModel, Outcome
-from ts_handlers.errors import SettingsError, WarmStartError
-from ts_handlers.execution.base import Loaded
+from ts_handlers.compiled_model import Outcome, ServedModel
+from ts_handlers.errors import BusyError, InputError, SettingsError, WarmStartError
 from ts_handlers.execution.contexts import PoolStats
-from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.metrics import COUNTERS, Metrics
 from ts_handlers.model.archive import IGNORED_FILES, files_of_model
 from ts_handlers.model.base import ModelSource, Recipe
-from ts_handlers.model.signature import Signature, Sizes
+from ts_handlers.model.signature import Signature
 from ts_handlers.model_process.client import ModelProcess
 from ts_handlers.model_process.launch import Launcher, parent_identity
 from ts_handlers.model_process.wire import ModelDescription
@@ -36,45 +34,59 @@ from ts_handlers.version import __version__
 logger = logging.getLogger(__name__)
 
 
-class SharedModel(CompiledModel):
+class SharedModel(ServedModel):
     """A model that another process holds: takes and gives tensors on the CPU, and is called like any other.
-
-    Attributes of the eager module are reachable too, at the cost of building it in this process, on the CPU.
 
     Parameters
     ----------
-    request:
+    target:
         The model as this worker would start it on the CPU.
     process:
         Joined already.
     description:
         What it said then.
     join_ms:
-        How long that took.
+        How long that took, in milliseconds.
     """
 
     def __init__(self, target: Target, process: ModelProcess, description: ModelDescription, join_ms: float) -> None:
         facts = description.facts
-        declared = target.signature or Signature(description.inputs, description.dimensions)
-        if target.settings.outside == "eager":  # which only the other process can tell
-            declared = _Unchecked(declared.inputs, declared.dimensions)
         names = [field.name for field in dataclasses.fields(Outcome)]
         outcome = Outcome(**{name: _frozen(facts[name]) for name in names})
-        metrics = Metrics.of_this_process()
-        slots = ModuleSlots(target.settings.contexts, target.device)
-        super().__init__(target, Loaded(run=process.run, signature=declared), outcome, metrics, slots)
-        self._outside_eager = False
+        super().__init__(target, outcome, Metrics.of_this_process())
+        self._signature = target.signature or Signature(description.inputs, description.dimensions)
+        # Only the other process can tell whether it answers a call outside the declared ranges eagerly.
+        self._checks_here = target.settings.outside == "refuse"
         self._process = process
         self._description = description
         self._join_ms = join_ms
         self._stats = PoolStats()
         self._stats_lock = threading.Lock()
-        metrics.build_ms.update(facts["build_ms"])
+        self.metrics.build_ms.update(facts["build_ms"])
         if description.first:
-            metrics.phases_ms.update({k: v for k, v in facts["phases_ms"].items() if k != "process"})
+            self.metrics.phases_ms.update({k: v for k, v in facts["phases_ms"].items() if k != "process"})
         else:
-            metrics.phases_ms["wait"] = join_ms
+            self.metrics.phases_ms["wait"] = join_ms
         self.absorb(description.counted)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        signature = self._signature
+        try:
+            tensors = signature.bind(args, kwargs, self._target.device)
+            if self._checks_here:
+                signature.check(tensors)
+            return self._process.run(tensors)
+        except InputError:
+            self.metrics.count("refused")
+            raise
+        except BusyError:
+            self.metrics.count("busy")
+            raise
+
+    @property
+    def signature(self) -> Signature:
+        """What is declared; what nobody has declared, as the process read it from an exported program."""
+        return self._signature
 
     def absorb(self, counted: Mapping[str, float]) -> None:
         """Count here what the process has counted and told to nobody else."""
@@ -122,13 +134,6 @@ class SharedModel(CompiledModel):
             "reason": reason,
         }
         return facts
-
-
-class _Unchecked(Signature):
-    """Binds arguments and leaves it to the other process what fits."""
-
-    def check(self, tensors: Any) -> Sizes:
-        return {}
 
 
 def join_model(source: ModelSource, settings: Settings, device: torch.device) -> SharedModel:

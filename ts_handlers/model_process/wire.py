@@ -1,7 +1,8 @@
-"""What workers and the model process say to each other: messages over a Unix socket that keeps their boundaries.
+"""The messages between workers and the model process, and the connection that carries them: a Unix socket.
 
-A message is MessagePack, an array whose first element is the kind. File descriptors go beside it: those of shared
-memory (`ts_handlers.model_process.segments`), and with a worker's `Hello` where its log goes.
+The socket keeps the boundaries of messages. A message is MessagePack, an array whose first element is the kind. File
+descriptors go beside it: those of shared memory (`ts_handlers.model_process.segments`), and with a worker's `Hello`
+where its log goes.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """One call of the model; `suspect` when an earlier process has ended while it was under way."""
+    """One call of the model; `retried` when an earlier process has ended while it was under way."""
 
     tensors: tuple[TensorSpec, ...]
-    suspect: bool = False
+    retried: bool = False
 
 
 class Describe(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -53,7 +54,7 @@ class Describe(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Started(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A suspect call runs now, and nothing else does."""
+    """A retried call runs now, and nothing else does."""
 
 
 class Answer(msgspec.Struct, frozen=True, array_like=True, tag=True):

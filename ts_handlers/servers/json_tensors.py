@@ -1,4 +1,7 @@
-"""Tensors from and to JSON, as `ts_handlers.servers.torchserve.handler.CompiledHandler` speaks it."""
+"""Tensors from and to JSON: read a request's inputs, join requests into a batch, split the output again.
+
+For any server. A request has a row for each of its samples: dimension 0 of each input and output.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ NOT_BY_ROW = "the model's inputs or outputs do not have a row for each row of a 
 
 
 def read_tensors(body: Any, specs: Sequence[InputSpec]) -> dict[str, torch.Tensor]:
-    """The tensors of one request by name, in the declared dtypes.
+    """The tensors of one request.
 
     Parameters
     ----------
@@ -25,10 +28,17 @@ def read_tensors(body: Any, specs: Sequence[InputSpec]) -> dict[str, torch.Tenso
     specs:
         The declared inputs.
 
+    Returns
+    -------
+    For each input's name a tensor on the CPU, of the declared dtype and the shape of the nested list; whether that fits
+    the declared shape is not checked here.
+
     Raises
     ------
     InputError
         The body is something else, or a value does not fit its dtype.
+    ValueError
+        It is no JSON.
     """
     if isinstance(body, (bytes, bytearray, str)):
         try:
@@ -64,7 +74,24 @@ def read_tensors(body: Any, specs: Sequence[InputSpec]) -> dict[str, torch.Tenso
 
 
 def rows_of(value: Any, start: int | None = None, stop: int | None = None) -> Any:
-    """The rows ``start`` to ``stop - 1`` of an output, or all of it, in its structure, tensors as nested lists."""
+    """The rows ``start`` to ``stop - 1`` of an output, or all of it, JSON-compatible.
+
+    Parameters
+    ----------
+    value:
+        Tensors of shape ``(rows, ...)``, or of any shape when `start` is None; in tuples, lists and mappings.
+    start, stop:
+        Of dimension 0.
+
+    Returns
+    -------
+    The same structure with nested lists in place of tensors, and lists in place of tuples.
+
+    Examples
+    --------
+    >>> rows_of({"y": torch.arange(6).reshape(3, 2)}, 0, 2)
+    {'y': [[0, 1], [2, 3]]}
+    """
     if isinstance(value, torch.Tensor):
         return value.tolist() if start is None else value[start:stop].tolist()
     if hasattr(value, "keys"):
@@ -75,7 +102,7 @@ def rows_of(value: Any, start: int | None = None, stop: int | None = None) -> An
 
 
 def is_by_row(value: Any, rows: int) -> bool:
-    """Whether an output for so many rows can be split into those of single requests: tensors with a row for each."""
+    """Whether an output for `rows` rows can be split: each tensor in it has the shape ``(rows, ...)``."""
     if isinstance(value, torch.Tensor):
         return value.dim() > 0 and value.shape[0] == rows
     if hasattr(value, "keys"):
@@ -94,7 +121,18 @@ def have_rows(specs: Sequence[InputSpec]) -> bool:
 def join_rows(
     rows: Sequence[dict[str, torch.Tensor]], specs: Sequence[InputSpec]
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """The inputs of one request, or of several one after the other (`have_rows`), and the rows of each.
+    """The inputs of a batch: those of one request, or of several joined along dimension 0.
+
+    Parameters
+    ----------
+    rows:
+        The tensors of each request by name, of shape ``(rows of the request, ...)``; see `read_tensors`.
+    specs:
+        The declared inputs. For more than one request `have_rows` must hold.
+
+    Returns
+    -------
+    For each name a tensor of shape ``(sum of rows, ...)``, and the number of rows of each request.
 
     Raises
     ------
@@ -118,7 +156,25 @@ def join_rows(
 
 
 def split_rows(value: Any, counts: Sequence[int]) -> list[Any] | None:
-    """The answers of requests with so many rows each; None when the output has no row for each of them."""
+    """Split the output of a batch into the answers of its requests.
+
+    Parameters
+    ----------
+    value:
+        The model's output: tensors of shape ``(sum(counts), ...)`` of any dtype, in tuples, lists and mappings.
+    counts:
+        The number of rows of each request, as of `join_rows`.
+
+    Returns
+    -------
+    For each request the structure of the output with its own rows, tensors as nested lists; None when a tensor in the
+    output has another number of rows.
+
+    Examples
+    --------
+    >>> split_rows((torch.tensor([1, 2, 3]), None), [1, 2])
+    [[[1], None], [[2, 3], None]]
+    """
     if not is_by_row(value, sum(counts)):
         return None
     ends = list(itertools.accumulate(counts))

@@ -1,4 +1,4 @@
-"""The handler's section of model-config.yaml, as frozen settings; `model` has the list."""
+"""Settings: the handler's section of model-config.yaml as frozen structs; `model` lists all of them."""
 
 from ts_handlers.settings.dtypes import DTYPES as DTYPES
 from ts_handlers.settings.location import default_store_root as default_store_root

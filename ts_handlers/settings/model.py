@@ -1,4 +1,4 @@
-"""Everything that a user can set, as frozen structs; `ts_handlers.settings.parsing` reads and checks them."""
+"""All settings, as frozen structs; `ts_handlers.settings.parsing` reads and checks them."""
 
 from __future__ import annotations
 

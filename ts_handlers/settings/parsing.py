@@ -1,4 +1,4 @@
-"""The handler's section of model-config.yaml, as frozen settings.
+"""Read settings from model-config.yaml; every mistake is an error that names its place and the remedy.
 
 Two sections are read: TorchServe's own ``pt2: {compile: {...}}`` (backend, mode, options, dynamic, fullgraph) and
 ours, ``handler: {ts_handlers: {...}}``. Both are validated strictly: an unknown key, a wrong type or an impossible
@@ -64,10 +64,10 @@ def parse_settings(model_yaml_config: Mapping[str, Any] | None) -> Settings:
         )
     if isinstance(section, Mapping):
         section = without_removed(section, SECTION)
-    settings: Settings = _convert(section, Settings, SECTION)
+    settings: Settings = read_section(section, Settings, SECTION)
     compile_section = _compile_section(config)
     if compile_section is not None:
-        compile_settings = _convert(compile_section, CompileSettings, PT2_SECTION)
+        compile_settings = read_section(compile_section, CompileSettings, PT2_SECTION)
         settings = apply_compile(settings, compile_settings, section)
     validate(settings)
     return settings
@@ -95,7 +95,23 @@ def _compile_section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return section
 
 
-def _convert(section: Any, kind: Any, root: str) -> Any:
+def read_section(section: Any, kind: Any, root: str) -> Any:
+    """Convert a section of model-config.yaml to a struct, strictly.
+
+    Parameters
+    ----------
+    section:
+        What YAML has read.
+    kind:
+        A `msgspec.Struct` that forbids unknown fields.
+    root:
+        The section's path in the file, for messages.
+
+    Raises
+    ------
+    SettingsError
+        An unknown key or a value of another type, with its path, the value and the remedy.
+    """
     try:
         return msgspec.convert(section, kind)
     except msgspec.ValidationError as error:

@@ -1,4 +1,4 @@
-"""The sections below ``handler: ts_handlers:`` that not every model needs, one struct each with its own checks."""
+"""The sections below ``handler: ts_handlers:`` that not every model needs, one struct each."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 import msgspec
@@ -12,7 +13,7 @@ from ts_handlers.errors import SettingsError
 from ts_handlers.settings.model import PT2_SECTION, SECTION, InputSpec, Settings
 from ts_handlers.settings.quantities import parse_bytes
 from ts_handlers.settings.registry import backend_location, backend_names
-from ts_handlers.settings.sections import Quota, RemoteSettings, TrustSettings
+from ts_handlers.settings.sections import Quota
 from ts_handlers.settings.values import values_to_draw
 
 _LONGEST_SECONDS = 7 * 24 * 3600
@@ -22,6 +23,11 @@ MAX_CONTEXTS = 1024
 
 def validate(settings: Settings) -> None:
     """Raise `SettingsError` with the path of the first setting that cannot stand beside the others."""
+    for check in CHECKS:
+        check(settings)
+
+
+def _check_backends(settings: Settings) -> None:
     if not settings.backends:
         raise SettingsError(f"{SECTION}.backends: the list is empty; name at least one of {', '.join(backend_names())}")
     for index, name in enumerate(settings.backends):
@@ -37,91 +43,17 @@ def validate(settings: Settings) -> None:
             f"{SECTION}.backends: 'eager' always works, so what follows it in {list(settings.backends)} is never "
             "reached; put it last"
         )
+
+
+def _check_on_miss(settings: Settings) -> None:
     if settings.on_miss == "eager" and settings.strict:
         raise SettingsError(
             f"{SECTION}.on_miss: 'eager' falls back on a miss and {SECTION}.strict: true forbids falling back; "
             "set on_miss: fail, or strict: false"
         )
-    _validate_background(settings)
-    tolerance = settings.canary.tolerance
-    if tolerance is not None and not (math.isfinite(tolerance) and tolerance >= 0):
-        raise SettingsError(
-            f"{SECTION}.canary.tolerance: expected a relative error of at least 0, found {tolerance}; "
-            "remove it to take the one that fits the dtype"
-        )
-    _validate_guard(settings)
-    if settings.compile.mode is not None and settings.compile.options:
-        raise SettingsError(
-            f"{PT2_SECTION}: torch.compile takes either mode ({settings.compile.mode!r}) or options "
-            f"({settings.compile.options!r}), not both; keep one"
-        )
-    if settings.remote is not None:
-        _validate_remote(settings.remote)
-    _validate_trust(settings.trust)
-    for name, dimension in settings.dimensions.items():
-        where = f"{SECTION}.dimensions.{name}"
-        if dimension.min < 1:
-            raise SettingsError(f"{where}.min: expected at least 1, found {dimension.min}; empty inputs are refused")
-        if dimension.max < dimension.min:
-            raise SettingsError(
-                f"{where}: min {dimension.min} is above max {dimension.max}; swap them or widen the range"
-            )
-    if not 1 <= settings.contexts.count <= MAX_CONTEXTS:
-        raise SettingsError(
-            f"{SECTION}.contexts.count: expected 1 to {MAX_CONTEXTS}, found {settings.contexts.count}; it is how many "
-            "calls run at once"
-        )
-    wait = settings.contexts.wait_seconds
-    if not (math.isfinite(wait) and wait >= 0):
-        raise SettingsError(
-            f"{SECTION}.contexts.wait_seconds: expected seconds from 0, found {wait}; a call that waits longer gets "
-            "HTTP 503"
-        )
-    if settings.contexts.across_workers and not hasattr(os, "memfd_create"):
-        raise SettingsError(
-            f"{SECTION}.contexts.across_workers: needs Linux, whose shared memory carries tensors between processes; "
-            "remove it here"
-        )
-    _validate_quota(f"{SECTION}.space.store", settings.space.store)
-    _validate_quota(f"{SECTION}.space.per_model", settings.space.per_model)
-    _validate_inputs(settings)
-    _validate_tensorrt(settings)
-    used = {size for spec in settings.inputs for size in spec.shape if isinstance(size, str)}
-    for index, sizes in enumerate(settings.warmup):
-        for name, size in sizes.items():
-            where = f"{SECTION}.warmup[{index}].{name}"
-            if name not in settings.dimensions:
-                raise SettingsError(
-                    f"{where}: unknown dimension (value: {size}); declared are {sorted(settings.dimensions)}"
-                )
-            dimension = settings.dimensions[name]
-            if not dimension.min <= size <= dimension.max:
-                raise SettingsError(
-                    f"{where}: {size} is outside {dimension.min}..{dimension.max}; "
-                    f"widen {SECTION}.dimensions.{name} or change the warm-up size"
-                )
-    for name in settings.dimensions:
-        if name not in used:
-            raise SettingsError(
-                f"{SECTION}.dimensions.{name}: no input uses this dimension; name it in a shape or remove it"
-            )
 
 
-def _validate_guard(settings: Settings) -> None:
-    seconds, megabytes = settings.guard.load_seconds, settings.guard.load_memory_mb
-    if isinstance(seconds, (int, float)) and not 0 < seconds <= _LONGEST_SECONDS:
-        raise SettingsError(
-            f"{SECTION}.guard.load_seconds: expected seconds above 0 and up to {_LONGEST_SECONDS}, found {seconds}; "
-            "write null for no limit, or 'auto'"
-        )
-    if megabytes is not None and not 0 < megabytes <= _LARGEST_MB:
-        raise SettingsError(
-            f"{SECTION}.guard.load_memory_mb: expected MiB from 1 to {_LARGEST_MB}, found {megabytes}; "
-            "write null for no bound"
-        )
-
-
-def _validate_background(settings: Settings) -> None:
+def _check_background(settings: Settings) -> None:
     if settings.on_miss == "background" and settings.strict:
         raise SettingsError(
             f"{SECTION}.on_miss: 'background' serves eagerly until the build has ended, and {SECTION}.strict: true "
@@ -139,7 +71,41 @@ def _validate_background(settings: Settings) -> None:
             )
 
 
-def _validate_remote(remote: RemoteSettings) -> None:
+def _check_canary(settings: Settings) -> None:
+    tolerance = settings.canary.tolerance
+    if tolerance is not None and not (math.isfinite(tolerance) and tolerance >= 0):
+        raise SettingsError(
+            f"{SECTION}.canary.tolerance: expected a relative error of at least 0, found {tolerance}; "
+            "remove it to take the one that fits the dtype"
+        )
+
+
+def _check_guard(settings: Settings) -> None:
+    seconds, megabytes = settings.guard.load_seconds, settings.guard.load_memory_mb
+    if isinstance(seconds, (int, float)) and not 0 < seconds <= _LONGEST_SECONDS:
+        raise SettingsError(
+            f"{SECTION}.guard.load_seconds: expected seconds above 0 and up to {_LONGEST_SECONDS}, found {seconds}; "
+            "write null for no limit, or 'auto'"
+        )
+    if megabytes is not None and not 0 < megabytes <= _LARGEST_MB:
+        raise SettingsError(
+            f"{SECTION}.guard.load_memory_mb: expected MiB from 1 to {_LARGEST_MB}, found {megabytes}; "
+            "write null for no bound"
+        )
+
+
+def _check_compile(settings: Settings) -> None:
+    if settings.compile.mode is not None and settings.compile.options:
+        raise SettingsError(
+            f"{PT2_SECTION}: torch.compile takes either mode ({settings.compile.mode!r}) or options "
+            f"({settings.compile.options!r}), not both; keep one"
+        )
+
+
+def _check_remote(settings: Settings) -> None:
+    remote = settings.remote
+    if remote is None:
+        return
     where = f"{SECTION}.remote"
     parts = urlsplit(remote.url)
     if not (os.path.isabs(remote.url) or (parts.scheme and (parts.netloc or os.path.isabs(parts.path)))):
@@ -162,7 +128,8 @@ def _shown(url: str) -> str:
     return f"***@{url.rpartition('@')[2]}" if "@" in url else url
 
 
-def _validate_trust(trust: TrustSettings) -> None:
+def _check_trust(settings: Settings) -> None:
+    trust = settings.trust
     paths = {f"public_keys[{index}]": path for index, path in enumerate(trust.public_keys)}
     if trust.signing_key is not None:
         paths["signing_key"] = trust.signing_key
@@ -174,7 +141,53 @@ def _validate_trust(trust: TrustSettings) -> None:
             raise SettingsError(f"{SECTION}.trust.folders[{index}]: expected an absolute path, found {path!r}")
 
 
-def _validate_inputs(settings: Settings) -> None:
+def _check_dimensions(settings: Settings) -> None:
+    for name, dimension in settings.dimensions.items():
+        where = f"{SECTION}.dimensions.{name}"
+        if dimension.min < 1:
+            raise SettingsError(f"{where}.min: expected at least 1, found {dimension.min}; empty inputs are refused")
+        if dimension.max < dimension.min:
+            raise SettingsError(
+                f"{where}: min {dimension.min} is above max {dimension.max}; swap them or widen the range"
+            )
+
+
+def _check_contexts(settings: Settings) -> None:
+    if not 1 <= settings.contexts.count <= MAX_CONTEXTS:
+        raise SettingsError(
+            f"{SECTION}.contexts.count: expected 1 to {MAX_CONTEXTS}, found {settings.contexts.count}; it is how many "
+            "calls run at once"
+        )
+    wait = settings.contexts.wait_seconds
+    if not (math.isfinite(wait) and wait >= 0):
+        raise SettingsError(
+            f"{SECTION}.contexts.wait_seconds: expected seconds from 0, found {wait}; a call that waits longer gets "
+            "HTTP 503"
+        )
+    if settings.contexts.across_workers and not hasattr(os, "memfd_create"):
+        raise SettingsError(
+            f"{SECTION}.contexts.across_workers: needs Linux, whose shared memory carries tensors between processes; "
+            "remove it here"
+        )
+
+
+def _check_space(settings: Settings) -> None:
+    _check_quota(f"{SECTION}.space.store", settings.space.store)
+    _check_quota(f"{SECTION}.space.per_model", settings.space.per_model)
+
+
+def _check_quota(where: str, quota: Quota) -> None:
+    if quota.bytes is not None:
+        try:
+            parse_bytes(quota.bytes)
+        except ValueError as error:
+            raise SettingsError(f"{where}.bytes: {error}") from error
+    for name, limit in (("entries", quota.entries), ("inodes", quota.inodes)):
+        if limit is not None and limit < 0:
+            raise SettingsError(f"{where}.{name}: expected at least 0, found {limit}; remove it for no bound")
+
+
+def _check_inputs(settings: Settings) -> None:
     names = [spec.name for spec in settings.inputs]
     for index, spec in enumerate(settings.inputs):
         where = f"{SECTION}.inputs[{index}]"
@@ -194,18 +207,7 @@ def _validate_inputs(settings: Settings) -> None:
             raise SettingsError(
                 f"{where}.values: {list(spec.values)} holds no {spec.dtype}; expected [low, high) with low below high"
             )
-        _validate_limits(where, spec)
-
-
-def _validate_quota(where: str, quota: Quota) -> None:
-    if quota.bytes is not None:
-        try:
-            parse_bytes(quota.bytes)
-        except ValueError as error:
-            raise SettingsError(f"{where}.bytes: {error}") from error
-    for name, limit in (("entries", quota.entries), ("inodes", quota.inodes)):
-        if limit is not None and limit < 0:
-            raise SettingsError(f"{where}.{name}: expected at least 0, found {limit}; remove it for no bound")
+        _check_limits(where, spec)
 
 
 def _has_values(spec: InputSpec) -> bool:
@@ -215,7 +217,7 @@ def _has_values(spec: InputSpec) -> bool:
     return drawn is None or drawn[0] < drawn[1]
 
 
-def _validate_limits(where: str, spec: InputSpec) -> None:
+def _check_limits(where: str, spec: InputSpec) -> None:
     if spec.limits is None:
         return
     bounds = [bound for bound in spec.limits if bound is not None]
@@ -238,7 +240,7 @@ def _validate_limits(where: str, spec: InputSpec) -> None:
         )
 
 
-def _validate_tensorrt(settings: Settings) -> None:
+def _check_tensorrt(settings: Settings) -> None:
     section = settings.tensorrt
     where = f"{SECTION}.tensorrt"
     if section.workspace_mb is not None and section.workspace_mb < 1:
@@ -262,3 +264,48 @@ def _validate_tensorrt(settings: Settings) -> None:
                     f"{path}: {sizes.min}..{sizes.max} is outside {declared.min}..{declared.max}; "
                     f"widen {SECTION}.dimensions.{name} or narrow the range"
                 )
+
+
+def _check_warmup(settings: Settings) -> None:
+    for index, sizes in enumerate(settings.warmup):
+        for name, size in sizes.items():
+            where = f"{SECTION}.warmup[{index}].{name}"
+            if name not in settings.dimensions:
+                raise SettingsError(
+                    f"{where}: unknown dimension (value: {size}); declared are {sorted(settings.dimensions)}"
+                )
+            dimension = settings.dimensions[name]
+            if not dimension.min <= size <= dimension.max:
+                raise SettingsError(
+                    f"{where}: {size} is outside {dimension.min}..{dimension.max}; "
+                    f"widen {SECTION}.dimensions.{name} or change the warm-up size"
+                )
+
+
+def _check_dimensions_are_used(settings: Settings) -> None:
+    used = {size for spec in settings.inputs for size in spec.shape if isinstance(size, str)}
+    for name in settings.dimensions:
+        if name not in used:
+            raise SettingsError(
+                f"{SECTION}.dimensions.{name}: no input uses this dimension; name it in a shape or remove it"
+            )
+
+
+CHECKS: tuple[Callable[[Settings], None], ...] = (
+    _check_backends,
+    _check_on_miss,
+    _check_background,
+    _check_canary,
+    _check_guard,
+    _check_compile,
+    _check_remote,
+    _check_trust,
+    _check_dimensions,
+    _check_contexts,
+    _check_space,
+    _check_inputs,
+    _check_tensorrt,
+    _check_warmup,
+    _check_dimensions_are_used,
+)
+"""One check for each section, and for each pair that contradict each other, in the order in which they report."""

@@ -1,4 +1,4 @@
-"""Which values an input holds: those that warm-up draws, and those that a request may have."""
+"""The range of values that warm-up and canary draw for an input, from its `values` and `limits`."""
 
 from __future__ import annotations
 

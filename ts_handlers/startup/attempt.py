@@ -1,4 +1,4 @@
-"""One backend's turn in a start: find its entry, or build it, and check what is to be served.
+"""One backend in one start: find its entry; or refuse, or build, load, check and publish a new one.
 
 Native code runs under the crash guard, see `ts_handlers.guard.guard`.
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
-from ts_handlers.backends.base import Backend, Target, Workspace
+from ts_handlers.backends.base import Backend, Workspace
 from ts_handlers.errors import (
     FINAL,
     CanaryError,
@@ -22,28 +21,16 @@ from ts_handlers.errors import (
     one_line,
 )
 from ts_handlers.execution.base import Loaded
-from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.guard.guard import Guard
-from ts_handlers.metrics import Metrics
-from ts_handlers.startup.canary import check_canary
-from ts_handlers.startup.preparation import Prepared, prepare
-from ts_handlers.startup.warmup import run_warmup
+from ts_handlers.startup.base import Served, Start
+from ts_handlers.startup.loading import Loader
 from ts_handlers.store.address import Address
-from ts_handlers.store.base import Corrupt, Hit, Miss, Store
+from ts_handlers.store.base import Corrupt, Hit, Miss
 from ts_handlers.store.entry import Manifest, new_manifest, read_manifest
 from ts_handlers.store.local.lease import Lease
 from ts_handlers.system.cycle_collector import collection_paused
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Served:
-    """An artifact that has loaded and answered rightly; `result` is as of `ts_handlers.compiled_model.Outcome`."""
-
-    loaded: Loaded
-    result: str
-    canary: dict[str, object] | None
 
 
 @dataclasses.dataclass
@@ -57,40 +44,15 @@ class _Made:
     live: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """What the attempts of one start share.
-
-    Attributes
-    ----------
-    target:
-        The model, its settings and its device.
-    metrics:
-        Phases and counters.
-    slots:
-        Where a model runs whose backend has no execution contexts of its own.
-    store:
-        Where entries are looked up and published.
-    notes:
-        Gets what `describe` shall say.
-    retry_since:
-        See `ts_handlers.guard.guard.Guard`.
-    before_run:
-        Returns when a step of the artifact's native code may begin: loading, and each run. None when nothing is served
-        meanwhile.
-    """
-
-    target: Target
-    metrics: Metrics
-    slots: ModuleSlots
-    store: Store
-    notes: list[str]
-    retry_since: float | None = None
-    before_run: Callable[[], None] | None = None
-
-
 class Attempt:
-    """A backend, the key that it gives, and what has become of them so far.
+    """The attempt to serve a model with one backend.
+
+    Parameters
+    ----------
+    start:
+        What the attempts of one start share.
+    backend, address:
+        The backend, and where its artifact belongs in the store.
 
     Attributes
     ----------
@@ -111,6 +73,7 @@ class Attempt:
         self._guard = Guard(
             start.store.state_directory, target.settings, address.key, address.model, digest, start.retry_since
         )
+        self._loader = Loader(start, backend, address, self._guard)
 
     def find(self) -> Served | None:
         """Serve the entry that is there; one that does not load although its bytes are right is moved aside.
@@ -142,8 +105,8 @@ class Attempt:
         self._refuse(digest)
         try:
             # Beside a model that serves the collector goes on, for what its requests leave behind.
-            with collection_paused() if self._start.before_run is None else contextlib.nullcontext():
-                loaded, canary = self._load(hit.directory, hit.manifest, digest, None)
+            with collection_paused() if self._start.windows is None else contextlib.nullcontext():
+                loaded, canary = self._loader.load(hit.directory, hit.manifest, digest)
         except FINAL:
             raise
         except Exception as error:
@@ -169,7 +132,7 @@ class Attempt:
             raise
 
     def build(self, estimate: float | None) -> Served:
-        """Build and publish, or serve what another process has published while this one waited for its turn.
+        """Build and publish, or serve what another process has published while this one waited for the lease.
 
         Parameters
         ----------
@@ -220,7 +183,7 @@ class Attempt:
         self._metrics.count("build")
         manifest = new_manifest(self._address.key, built.description, staging, self._metrics.build_ms)
         lease.report(phase="load")
-        loaded, canary = self._load(staging, manifest, "", built.loaded)
+        loaded, canary = self._loader.load(staging, manifest, live=built.loaded)
         return _Made(manifest, loaded, canary, live=built.loaded is not None)
 
     def _publish(self, lease: Lease, staging: Path, made: _Made) -> Served:
@@ -238,49 +201,8 @@ class Attempt:
             # What was loaded may open further files of its directory later, and that has moved.
             del made.loaded
             manifest = read_manifest(directory)  # another process may have published the same key first
-            made.loaded, _ = self._load(directory, manifest, manifest.digest, None)
+            made.loaded, _ = self._loader.load(directory, manifest, manifest.digest)
         return Served(made.loaded, "built", made.canary)
-
-    def _load(
-        self, directory: Path, manifest: Manifest, digest: str, live: Loaded | None
-    ) -> tuple[Loaded, dict[str, object]]:
-        """Load an artifact unless it is live already, check and warm it up, all of it guarded.
-
-        `digest` is what a quarantine names: the entry's manifest, or nothing while it is not published.
-        """
-        loaded = live
-        guard = self._guard
-        with guard.marked("load", digest, sum(manifest.build_ms.values()) / 1000):
-            if guard.problem is not None and guard.problem not in self._start.notes:
-                self._start.notes.append(guard.problem)
-            if loaded is None:
-                if self._start.before_run is not None:
-                    self._start.before_run()
-                with self._metrics.phase("load"), guard.limited():
-                    loaded = self._backend.load(self._target, directory, manifest.artifact)
-            prepared = self._prepare(loaded)
-            with self._metrics.phase("canary"):
-                try:
-                    canary = check_canary(self._store, self._address, self._target, prepared.checked)
-                except CanaryError as error:
-                    guard.quarantine_canary(digest, error)
-                    raise
-            with self._metrics.phase("warmup"):
-                run_warmup(self._target, prepared.checked, canary["cases"])
-        if canary["source"] == "eager":
-            self._metrics.count("canary_recorded")
-        prepared.served.end_warmup()
-        return prepared.served, canary
-
-    def _prepare(self, loaded: Loaded) -> Prepared:
-        """Its runs before READY go under the guard's limits, or wait for idle windows of the model that serves."""
-        declared, slots, before_run = self._target.signature, self._start.slots, self._start.before_run
-        if before_run is None:
-            return prepare(loaded, declared, slots, self._guard.limit)
-        from ts_handlers.startup.background.idle_window import in_idle_windows
-
-        around = in_idle_windows(before_run, loaded.frees_interpreter)
-        return prepare(loaded, declared, slots, around, yields=True)
 
 
 def _is_damage(error: Exception) -> bool:

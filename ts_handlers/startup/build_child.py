@@ -1,6 +1,6 @@
-"""A process that builds artifacts into the store and serves nothing: ``python -m ts_handlers.startup.build_child``.
+"""The child process that builds artifacts into the store and serves nothing; `build_process` is the parent's side.
 
-Standard input holds one JSON object:
+Its specification (`ts_handlers.system.child_process`):
 
 - ``parent``: the process with which this one ends
 - ``nice``, ``memory_mb``: limits, the latter None for no bound on what each process of the build may allocate
@@ -16,15 +16,11 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
-WATCH_SECONDS = 0.2
-TERM_SECONDS = 2.0
+from ts_handlers.system.child_process import end_with_parent, read_specification
 
 Send = Callable[[dict[str, Any]], None]
 
@@ -32,20 +28,15 @@ Send = Callable[[dict[str, Any]], None]
 def main() -> int:
     """Read the specification, build, answer; the exit status is 0 when there is a result."""
     send = _take_standard_output()
-    spec = json.load(sys.stdin)
-    _end_with(int(spec["parent"]))
+    spec = read_specification()
+    end_with_parent(int(spec["parent"]))
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     try:
         _limit(int(spec["nice"]), spec["memory_mb"])
         result = _build(spec, send)
-    except MemoryError:
-        send(
-            {"error": f"MemoryError: a process of the build needs more than background.memory_mb: {spec['memory_mb']}"}
-        )
-        return 1
     except Exception as error:
         logging.getLogger(__name__).debug("details", exc_info=error)
-        send({"error": f"{type(error).__name__}: {error}"})
+        send({"error": _reason(error, spec["memory_mb"])})
         return 1
     send({"result": result})
     return 0
@@ -63,23 +54,11 @@ def _take_standard_output() -> Send:
     return send
 
 
-def _end_with(parent: int) -> None:
-    """Lead a process group of its own, and end it when the parent has died, however it died.
-
-    A group, not a session: where the kernel groups processes by session to schedule them, niceness would have no
-    effect against the parent's.
-    """
-    os.setpgid(0, 0)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(WATCH_SECONDS)
-        # By SIGTERM the crash guard knows that nothing was wrong with what this process did.
-        os.killpg(0, signal.SIGTERM)
-        time.sleep(TERM_SECONDS)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True, name="ts_handlers-parent").start()
+def _reason(error: Exception, memory_mb: int | None) -> str:
+    # A library that does not fit is an ImportError with a message of the C library.
+    if isinstance(error, MemoryError) or (memory_mb is not None and "failed to map segment" in str(error)):
+        return f"MemoryError: a process of the build needs more than background.memory_mb: {memory_mb}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _limit(nice: int, memory_mb: int | None) -> None:

@@ -1,6 +1,6 @@
 """A child process that builds artifacts into the store: the parent's side; `build_child` is the child's.
 
-The child gets a specification as JSON on its standard input and answers with JSON lines on its standard output:
+The child gets a specification (`ts_handlers.system.child_process`) and answers with JSON lines on its standard output:
 ``{"phase": ..., "estimate": ...}`` when a phase begins, and at the end ``{"result": {...}}`` or ``{"error": ...}``.
 What it prints otherwise goes to this process's log, line by line. It runs in a process group of its own, which is ended
 as a whole: compilers that it started go with it.
@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,12 +21,11 @@ from typing import Any
 
 from ts_handlers.errors import BuildError
 from ts_handlers.settings.sections import BackgroundSettings
-from ts_handlers.system.child_python import run_module
+from ts_handlers.system.child_process import TERM_SECONDS, how_it_ended, start_child
 
 logger = logging.getLogger(__name__)
 
 EXIT_SECONDS = 30.0
-TERM_SECONDS = 2.0
 
 OnPhase = Callable[[str, "float | None"], None]
 
@@ -66,23 +64,17 @@ class BuildProcess:
             "nice": limits.nice,
             "memory_mb": limits.memory_mb,
         }
-        text = json.dumps(spec)
         try:
-            self._process = subprocess.Popen(
-                run_module("ts_handlers.startup.build_child"),
-                stdin=subprocess.PIPE,
+            self._process = start_child(
+                "ts_handlers.startup.build_child",
+                spec,  # the child goes to `directory` once it has imported what it needs
+                search=spec.get("search", ()),
+                variables=_bounds_of_compiler(limits),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                cwd="/",  # the child goes to `directory` once it has imported what it needs
-                env=_environment(spec.get("search", ()), limits),
-                encoding="utf-8",
-                errors="replace",
             )
         except OSError as error:
             raise BuildError(f"the build process cannot be started: {error}") from error
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError), self._process.stdin as stream:  # one that died at once is seen in `run`
-            stream.write(text)
 
     @property
     def pid(self) -> int:
@@ -110,7 +102,8 @@ class BuildProcess:
             self._reaped = True
         log.join(1.0)
         if answer is None:
-            how = _how_it_ended(code) + (f": {self._ended_by}" if self._ended_by else "")
+            how = how_it_ended(code) + (" and no result" if code >= 0 else "")
+            how += f": {self._ended_by}" if self._ended_by else ""
             raise BuildError(f"the build process {how}")
         if "result" not in answer:
             raise BuildError(str(answer["error"]))
@@ -171,28 +164,15 @@ class BuildProcess:
     def _forward_log(self) -> None:
         assert self._process.stderr is not None
         for line in self._process.stderr:
-            if line.strip():
-                logger.info("build of %s: %s", self._name, line.rstrip())
+            text = line.decode("utf-8", "replace").rstrip()
+            if text:
+                logger.info("build of %s: %s", self._name, text)
 
 
-def _environment(search: Any, limits: BackgroundSettings) -> dict[str, str]:
-    """This process's environment, with its module search path and the bounds of the compiler."""
+def _bounds_of_compiler(limits: BackgroundSettings) -> dict[str, str]:
+    """The environment variables that bound the child's compiler."""
     threads = limits.compile_threads or max(1, len(os.sched_getaffinity(0)) // 2)
-    # Entries that name no folder stand for the current one.
-    path = [os.path.abspath(entry) for entry in (*search, *sys.path)]
     return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)),
         "TORCHINDUCTOR_COMPILE_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # idle threads of the child sleep instead of spinning on a serving processor
     }
-
-
-def _how_it_ended(code: int) -> str:
-    if code >= 0:
-        return f"ended with status {code} and no result"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = str(-code)
-    return f"was killed by {name}"

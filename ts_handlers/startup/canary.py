@@ -1,4 +1,8 @@
-"""TODO: canary.py."""
+"""The canary: an artifact is served only after it has reproduced the eager model's output with these weights.
+
+The first start with new weights runs the eager model and records its output in the store; later starts compare with the
+record. How outputs are compared is in `ts_handlers.backends.compare`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from ts_handlers.backends.base import Target
 from ts_handlers.backends.compare import Case, compare_case, eager_case
 from ts_handlers.backends.eager import eager_run
 from ts_handlers.execution.base import Loaded
-from ts_handlers.startup.warmup import _declared_sizes, few_threads
+from ts_handlers.startup.warmup import declared_sizes, few_threads
 from ts_handlers.store.address import Address
 from ts_handlers.store.base import Store
 
@@ -44,7 +48,7 @@ def check_canary(store: Store, address: Address, target: Target, loaded: Loaded)
 
 def _one_case(cases: list[dict[str, Any]], target: Target, loaded: Loaded) -> dict[str, Any]:
     """The case that is also the first warm-up, so that it need not run twice; otherwise the smallest one."""
-    wanted = _declared_sizes(target, loaded)[:1]
+    wanted = declared_sizes(target, loaded)[:1]
     return next((case for case in cases if case["sizes"] in wanted), cases[0])
 
 
@@ -69,7 +73,7 @@ def _record(target: Target, loaded: Loaded) -> dict[str, Any]:
     wanted = [signature.example_sizes()]
     if target.settings.inputs:
         smallest = {name: dimension.min for name, dimension in signature.dimensions.items()}
-        wanted = [smallest, *wanted, *_declared_sizes(target, loaded)[:1]]
+        wanted = [smallest, *wanted, *declared_sizes(target, loaded)[:1]]
         wanted = [sizes for position, sizes in enumerate(wanted) if sizes not in wanted[:position]]
     cases = []
     for index, sizes in enumerate(wanted if loaded.sizes is None else loaded.sizes):

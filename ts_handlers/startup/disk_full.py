@@ -1,4 +1,4 @@
-"""A build that ran out of disk space: tidy the store where that helps, or say what was full and what to do."""
+"""Recovery of a build that ran out of disk space: make room in the store, or say what was full and what to do."""
 
 from __future__ import annotations
 

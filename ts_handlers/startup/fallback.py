@@ -31,7 +31,8 @@ from ts_handlers.metrics import Metrics, start_under_way
 from ts_handlers.model.base import ModelSource
 from ts_handlers.settings import Settings
 from ts_handlers.settings.sections import GuardSettings
-from ts_handlers.startup.attempt import Attempt, Served, Start
+from ts_handlers.startup.attempt import Attempt
+from ts_handlers.startup.base import IdleWindows, Served, Start
 from ts_handlers.startup.preparation import prepare
 from ts_handlers.startup.target import new_target
 from ts_handlers.store.address import Address
@@ -78,7 +79,7 @@ class _Starter:
         target: Target,
         metrics: Metrics,
         retry_failed: bool = False,
-        before_run: Callable[[], None] | None = None,
+        windows: IdleWindows | None = None,
     ) -> None:
         self._target = target
         self._metrics = metrics
@@ -86,7 +87,7 @@ class _Starter:
         self._retry_since = time.time() if retry_failed or target.settings.strict else None
         self._fallbacks: list[dict[str, str]] = []
         self._notes: list[str] = []
-        self._before_run = before_run
+        self._windows = windows
         self._store: Store | None = None
         self._slots = ModuleSlots(target.settings.contexts, target.device)
         self.estimate: float | None = None
@@ -140,7 +141,7 @@ class _Starter:
                 key=key,
             )
         store = self._open_store()
-        start = Start(self._target, self._metrics, self._slots, store, self._notes, self._retry_since, self._before_run)
+        start = Start(self._target, self._metrics, self._slots, store, self._notes, self._retry_since, self._windows)
         attempt = Attempt(start, backend, address)
         served = attempt.find()
         if served is not None:
@@ -173,35 +174,36 @@ class _Starter:
         """Serve eagerly while a child process builds, and then what it has built."""
         from ts_handlers.startup.background.build import BackgroundBuild
 
-        def load(built: str, before_run: Callable[[], None]) -> CompiledModel:
-            """An ordinary start from the entry that is there now, and nothing else.
-
-            Without limits, which hold for the whole process and would end or fail requests: the child has loaded and
-            checked the artifact under them. And without CUDA graphs: recording them would disturb requests.
-            """
-            settings = msgspec.structs.replace(
-                self._settings,
-                backends=(built,),
-                on_miss="fail",
-                strict=True,
-                guard=GuardSettings(load_seconds=None),
-                contexts=msgspec.structs.replace(self._settings.contexts, cuda_graphs=False),
-            )
-            start = _Starter(
-                new_target(self._target.source, settings, self._target.device), Metrics(), before_run=before_run
-            )
-            start._store = store
-            if self._settings.contexts.cuda_graphs:
-                start._notes.append("without CUDA graphs until the next start")
-            return start.run()
-
         self._target.source.prepare()
         model = self._try(get_backend("eager"))
         model.outcome = dataclasses.replace(model.outcome, result="background", missed=missed)
         retry_failed = self._retry_since is not None
-        model.background = BackgroundBuild(model, self._target, backend, store, address, load, retry_failed)
+        model.background = BackgroundBuild(
+            model, self._target, backend, store, address, self._load_beside, retry_failed
+        )
         model.background.begin()
         return model
+
+    def _load_beside(self, backend: str, windows: IdleWindows) -> CompiledModel:
+        """Start from the entry of a backend that is there now, and from nothing else, beside the model that serves.
+
+        Without limits, which hold for the whole process and would end or fail requests: the child has loaded and
+        checked the artifact under them. And without CUDA graphs: recording them would disturb requests.
+        """
+        settings = msgspec.structs.replace(
+            self._settings,
+            backends=(backend,),
+            on_miss="fail",
+            strict=True,
+            guard=GuardSettings(load_seconds=None),
+            contexts=msgspec.structs.replace(self._settings.contexts, cuda_graphs=False),
+        )
+        target = Target(self._target.source, settings, self._target.device)
+        start = _Starter(target, Metrics(), windows=windows)
+        start._store = self._store
+        if self._settings.contexts.cuda_graphs:
+            start._notes.append("without CUDA graphs until the next start")
+        return start.run()
 
     def _ready(
         self, backend: Backend, served: Served, key: str | None = None, missed: tuple[str, ...] = ()

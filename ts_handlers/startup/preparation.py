@@ -1,4 +1,4 @@
-"""From what a backend has loaded to what checks and requests run: the one place where `run` is wrapped.
+"""Wrap what a backend has loaded for checks and for requests: the only place where `run` is wrapped.
 
 The order, from the inside to the outside::
 

@@ -1,4 +1,4 @@
-"""Warm-up before READY, and the canary: an artifact is served only after it reproduced the eager model's output."""
+"""Warm-up: the runs of declared sizes before READY, so that no request pays for the first run of its size."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from ts_handlers.model.signature import Sizes
 from ts_handlers.system.processors import idle_processors
 
 
-def _declared_sizes(target: Target, loaded: Loaded) -> list[Sizes]:
+def declared_sizes(target: Target, loaded: Loaded) -> list[Sizes]:
+    """The sizes of the setting `warmup`, each completed with example sizes of the dimensions that it leaves out."""
     example = loaded.signature.example_sizes()
     return [{**example, **sizes} for sizes in target.settings.warmup]
 
 
 @contextlib.contextmanager
 def few_threads(loaded: Loaded) -> Iterator[None]:
-    """Run torch's own operators on as many threads as there are idle processors, where that compiles nothing anew.
+    """Run torch's own operators on as many threads as there are idle processors, where that compiles nothing again.
 
     Workers of a server start together, each with as many threads as there are processors, and OpenMP threads spin
     while they wait for a descheduled one: the canaries of two workers on two processors then take many times as long as
@@ -42,8 +43,8 @@ def run_warmup(target: Target, loaded: Loaded, done: Sequence[Sizes] = ()) -> in
     """Run the declared warm-up sizes on each slot, except those in `done`, which ran on one; returns the runs."""
     if not target.settings.inputs or loaded.warmed_up:
         return 0
-    wanted = _declared_sizes(target, loaded)
-    # A GPU's first run in each context allocates and may compile kernels. The pool lends its slots in turn.
+    wanted = declared_sizes(target, loaded)
+    # A GPU's first run in each context allocates and may compile kernels. The pool lends one slot after the other.
     slots = loaded.pool.size if loaded.pool is not None and target.device.type == "cuda" else 1
     remaining = [sizes for sizes in wanted if slots > 1 or sizes not in done]
     with few_threads(loaded):

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.servers.torchserve.test_handler import ROWS, ask, close, expected, make_context
+from tests.support.handlers import ROWS, ask, close, expected, make_context
 from tests.support.models import eager_model
 
 pytest.importorskip("ts", reason="TorchServe is not installed")
 
 from ts_handlers import CompiledHandler, InputError
 from ts_handlers.errors import BusyError, SettingsError
-from ts_handlers.servers.torchserve.micro_batching import read_section
+from ts_handlers.servers.torchserve.micro_batching import read_micro_batching
 
 MICRO: dict[str, Any] = {
     "micro_batch_size": 2,
@@ -221,16 +221,17 @@ def test_threads_do_not_keep_the_process_alive(archive: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ([], r"micro_batching: expected a mapping"),
+        ([], r"micro_batching: Expected `object`, got `array` \(value: \[\]\)"),
         ({"size": 2}, r"micro_batching\.size: unknown key"),
         ({"micro_batch_sise": 2}, r"did you mean 'micro_batch_size'"),
         ({"micro_batch_size": 0}, r"micro_batch_size: expected a whole number from 1, found 0"),
-        ({"micro_batch_size": True}, r"found True"),
+        ({"micro_batch_size": True}, r"micro_batch_size: .*\(value: True\)"),
+        ({"micro_batch_size": "2"}, r"micro_batch_size: .*\(value: '2'\)"),
         ({"parallelism": {"inferense": 2}}, r"did you mean 'inference'"),
         ({"parallelism": {"inference": 0}}, r"parallelism\.inference: expected a whole number from 1"),
-        ({"parallelism": 3}, r"parallelism: expected a mapping"),
+        ({"parallelism": 3}, r"micro_batching\.parallelism: Expected `object`, got `int` \(value: 3\)"),
     ],
 )
 def test_mistakes_in_the_section_are_named(section: Any, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        read_section({"micro_batching": section})
+        read_micro_batching({"micro_batching": section})

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from tests.conftest import Register
-from tests.servers.torchserve.test_handler import make_context
+from tests.support.handlers import make_context
 from tests.support.models import LINEAR_SECTION, eager_model
 from tests.support.subprocesses import SUPPORT
 from ts_handlers.errors import ModelError
@@ -226,7 +226,7 @@ def test_failures_are_results(folder: Path, tmp_path: Path, monkeypatch: pytest.
     assert not (store / "entries").exists()
     with pytest.raises(ModelError, match="device 'gpu'"):
         prewarm(folder, device="gpu")
-    # What failed is remembered, and tried anew whenever somebody asks for it.
+    # What failed is remembered, and tried again whenever somebody asks for it.
     assert [record.count for record in read_quarantines(store)] == [2]
     monkeypatch.delenv("BUILD_ERROR")
     assert prewarm(folder, store=store).result == "built"

@@ -1,1 +1,1 @@
-"""Everything that knows TorchServe."""
+"""The adapter to TorchServe: handlers, metrics, micro-batching, archives, prewarm; nothing else knows TorchServe."""

@@ -1,4 +1,4 @@
-"""The keys under which a model archive's artifacts are looked up here, and what keeps them from being found."""
+"""Cache keys of a model archive on this machine, to explain why a start of it would miss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ts_handlers.store.upkeep.scan import EntryInfo
 
 @dataclasses.dataclass(frozen=True)
 class ArchiveKey:
-    """The key that a start of an archive's model would compute for one backend of its ladder."""
+    """The key that a start of an archive's model would compute for one backend of its fallback order."""
 
     model: str
     backend: str
@@ -34,9 +34,9 @@ def archive_keys(
     config: Mapping[str, Any] | str | Path | None = None,
     model_name: str | None = None,
 ) -> list[ArchiveKey]:
-    """The keys of an archive on this machine, one for each backend that keeps artifacts, in the ladder's order.
+    """The keys of an archive on this machine, one for each backend that keeps artifacts, in the fallback order.
 
-    The archive's handler is imported into this process and run up to the moment at which it starts its model. Number of
+    The archive's handler is imported into this process and run until it starts its model. Number of
     threads (``OMP_NUM_THREADS``) and torch must be those of the server: they are part of the key. The parameters are
     those of `ts_handlers.servers.torchserve.prewarm.prewarm`.
 
@@ -50,10 +50,10 @@ def archive_keys(
         if made.settings is None or made.device is None:
             raise ModelError(f"{archive}: its handler starts no model")
         target = new_target(made.source, made.settings, made.device)
-        ladder = [get_backend(backend) for backend in made.settings.backends]
+        backends = [get_backend(name) for name in made.settings.backends]
         return [
             ArchiveKey(made.source.name, backend.name, compute_key(backend, target))
-            for backend in ladder
+            for backend in backends
             if backend.persistent
         ]
 

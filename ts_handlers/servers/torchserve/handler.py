@@ -1,8 +1,8 @@
-"""TorchServe's lifecycle: `CompiledHandler`, and a mixin that turns any handler class into one.
+"""TorchServe handlers: `CompiledHandler` for tensors as JSON, and a mixin that turns any handler class into one.
 
-The mixin takes the place of the two moments at which TorchServe's `BaseHandler` turns an archive into a model: it
-answers `_load_pickled_model` with a model that comes from the store, and it hides the ``pt2`` section while
-`BaseHandler.initialize` runs, since the compilation is ours then. Everything else stays the base class's.
+The mixin changes TorchServe's `BaseHandler` in two places. It answers `_load_pickled_model` with a model from the
+store, and it hides the ``pt2`` section while `BaseHandler.initialize` runs, because this package compiles. Everything
+else stays the base class's. `ts_handlers.servers.torchserve.archive` has the rules for the archive.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ import functools
 import gc
 import logging
 import os
-import sys
 import time
 import types
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,16 +21,22 @@ import torch
 # see docs/decisions/0020-warm-torch-compile.md.
 gc.freeze()
 
-from ts_handlers.compiled_model import CompiledModel
-from ts_handlers.errors import BusyError, InputError, ModelError, SettingsError
-from ts_handlers.model.archive import ArchiveSource
+from ts_handlers.compiled_model import ServedModel
+from ts_handlers.errors import BusyError, InputError, SettingsError
 from ts_handlers.model.base import ModelSource
-from ts_handlers.model.exported import ExportedSource
 from ts_handlers.model.module import ModuleSource
 from ts_handlers.servers.json_tensors import NOT_BY_ROW, have_rows, join_rows, read_tensors, rows_of, split_rows
+from ts_handlers.servers.torchserve.archive import (
+    ArchiveFiles,
+    gpu_of_worker,
+    own_build,
+    prepared_for_base_handler,
+    refuse_weights_alone,
+    source_of_archive,
+)
 from ts_handlers.servers.torchserve.base_handler import BaseHandler
 from ts_handlers.servers.torchserve.metrics import Emitter
-from ts_handlers.servers.torchserve.micro_batching import MicroBatches, check_contexts, read_section
+from ts_handlers.servers.torchserve.micro_batching import MicroBatches, check_contexts, read_micro_batching
 from ts_handlers.servers.torchserve.recipes import handler_recipe
 from ts_handlers.servers.torchserve.request_batch import REFUSALS, CurrentBatch, RequestBatch
 from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS, SECTION, Settings, parse_settings
@@ -40,8 +44,6 @@ from ts_handlers.start import start_model
 from ts_handlers.system.cycle_collector import exempt_from_collection
 
 logger = logging.getLogger(__name__)
-
-_EXPORTED = "exported program"
 
 
 class CompiledHandlerMixin:
@@ -102,59 +104,47 @@ class CompiledHandlerMixin:
         self._context = context
         self._config = config
         self._recipe = handler_recipe(type(self), context, config)
-        manifest = context.manifest["model"]
-        serialized = manifest.get("serializedFile", "")
-        without_model_file = not manifest.get("modelFile")
-        if without_model_file and serialized.endswith((".pth", ".safetensors")):
-            raise ModelError(
-                f"the archive holds weights ({serialized}) but no model file; name the file of its class with "
-                "--model-file when the archive is built"
-            )
-        if without_model_file and serialized.endswith(".pt2"):
-            manifest["modelFile"] = _EXPORTED  # sends BaseHandler to _load_pickled_model
-        properties = context.system_properties
-        gpu = properties.get("gpu_id")
-        self._gpu = None if gpu is None or not torch.cuda.is_available() else torch.device("cuda", int(gpu))
+        refuse_weights_alone(context.manifest["model"])
+        self._gpu = gpu_of_worker(context)
         across_workers = self.settings.contexts.across_workers
-        if across_workers:
-            properties["gpu_id"] = (
-                None  # the model's process has it; a CUDA context in each worker would be for nothing
-            )
-        elif self._gpu is not None:
+        if self._gpu is not None and not across_workers:
             torch.cuda.set_device(self._gpu)
-        context.model_yaml_config = {key: value for key, value in config.items() if key != "pt2"}
-        try:
+        with prepared_for_base_handler(context, config, hide_gpu=across_workers):
             super().initialize(context)  # type: ignore[misc]
-        finally:
-            properties["gpu_id"] = gpu
-            context.model_yaml_config = config
-            self.model_yaml_config = config
-            if manifest.get("modelFile") == _EXPORTED:
-                del manifest["modelFile"]
+        self.model_yaml_config = config
+        self._start_module_of_base_handler()
+        self._start_micro_batches()
+        if isinstance(self.model, ServedModel):
+            self._model_is_ready(context)
+
+    def _start_module_of_base_handler(self) -> None:
+        """Start the model from the module that a handler below has built in a way of its own, if it has."""
         model = self.model
         if isinstance(model, torch.nn.Module) and not isinstance(model, torch.jit.ScriptModule):
-            # The handler below built the model in a way of its own.
-            self.model = self._start(ModuleSource(context.model_name, model.eval(), recipe=self._recipe))
-        if across_workers and not isinstance(self.model, CompiledModel):
+            self.model = self._start(ModuleSource(self._context.model_name, model.eval(), recipe=self._recipe))
+        if self.settings.contexts.across_workers and not isinstance(self.model, ServedModel):
             raise SettingsError(
                 f"{SECTION}.contexts.across_workers: a TorchScript model is served as it is, in each worker; archive "
                 "the model file and its weights, or remove the setting"
             )
-        micro_batching = read_section(config)
-        if micro_batching is not None:
-            size, parallelism = micro_batching
-            if not across_workers:
-                check_contexts(parallelism, self.settings.contexts.count)
-            device = self.device  # type: ignore[attr-defined]
-            self._micro_batches = MicroBatches(self, self._current, torch.device(device), size, parallelism)
-        if isinstance(self.model, CompiledModel):
-            self._check_startup_timeout()
-            self._emitter = Emitter(self.model.metrics)
-            self._emitter.emit(getattr(context, "metrics", None))
-            outcome = self.model.outcome
-            exempt_from_collection(outcome.result == "built" or bool(outcome.fallbacks))
-            if self.model.background is not None:
-                self.model.background.when_done(lambda: self._after_swap(context))
+
+    def _start_micro_batches(self) -> None:
+        section = read_micro_batching(self._config)
+        if section is None:
+            return
+        if not self.settings.contexts.across_workers:
+            check_contexts(section.parallelism.inference, self.settings.contexts.count)
+        device = self.device  # type: ignore[attr-defined]
+        self._micro_batches = MicroBatches(self, self._current, torch.device(device), section)
+
+    def _model_is_ready(self, context: Any) -> None:
+        self._check_startup_timeout()
+        self._emitter = Emitter(self.model.metrics)
+        self._emitter.emit(getattr(context, "metrics", None))
+        outcome = self.model.outcome
+        exempt_from_collection(outcome.result == "built" or bool(outcome.fallbacks))
+        if self.model.background is not None:
+            self.model.background.when_done(lambda: self._after_swap(context))
 
     def _after_swap(self, context: Any) -> None:
         self._emitter.emit(getattr(context, "metrics", None))
@@ -169,33 +159,17 @@ class CompiledHandlerMixin:
         device: torch.device = self._gpu or self.device  # type: ignore[attr-defined]
         return device
 
-    def _start(self, source: ModelSource) -> CompiledModel:
+    def _start(self, source: ModelSource) -> ServedModel:
         return start_model(source, self.settings, self.model_device)
 
     def _load_pickled_model(self, model_dir: str, model_file: str, model_pt_path: str | None) -> Any:
         """Answer `BaseHandler.initialize` with a model from the store."""
+        files = ArchiveFiles(model_dir, model_file, model_pt_path)
+        overridden = type(self).load_model is not CompiledHandlerMixin.load_model
+        below: Any = super()
+        build = own_build(self.load_model if overridden else None, below._load_pickled_model, files)
         name = self._context.model_name
-        if model_file == _EXPORTED:
-            assert model_pt_path is not None
-            return self._start(ExportedSource(name, model_pt_path))
-        directory = Path(model_dir)
-        weights = None if model_pt_path is None else os.path.relpath(model_pt_path, model_dir)
-        build, extra = self._custom_build(model_dir, model_file, model_pt_path)
-        handler_file = self._handler_file(directory)
-        ignored = [*self.settings.key_files_ignored]
-        if handler_file is not None and not extra:
-            ignored.append(handler_file)
-        source = ArchiveSource(
-            name,
-            directory,
-            model_file,
-            weights,
-            build=build,
-            ignored_files=ignored,
-            mmap=self._may_map(directory),
-            recipe=self._recipe,
-        )
-        return self._start(source)
+        return self._start(source_of_archive(name, type(self), files, self.settings, build, self._recipe))
 
     def load_model(self, model_dir: str, model_file: str, weights_path: str | None) -> torch.nn.Module:
         """Build the eager model. Override to build it in another way; called only when an artifact is built or checked.
@@ -210,31 +184,6 @@ class CompiledHandlerMixin:
         The module with its weights loaded.
         """
         raise NotImplementedError
-
-    def _custom_build(self, model_dir: str, model_file: str, weights_path: str | None) -> tuple[Any, bool]:
-        """The user's way of building the model, if there is one, and whether the handler file shapes the model."""
-        if type(self).load_model is not CompiledHandlerMixin.load_model:
-            return lambda: self.load_model(model_dir, model_file, weights_path), True
-        below: Any = super()
-        if below._load_pickled_model.__func__ is not BaseHandler._load_pickled_model:
-            return lambda: below._load_pickled_model(model_dir, model_file, weights_path), True
-        return None, False
-
-    def _handler_file(self, directory: Path) -> str | None:
-        """The archive's handler file: the one that defines this class."""
-        file = getattr(sys.modules.get(type(self).__module__), "__file__", None)
-        if file is None:
-            return None
-        path = Path(os.path.realpath(file))
-        root = Path(os.path.realpath(directory))
-        return path.relative_to(root).as_posix() if path.is_relative_to(root) else None
-
-    def _may_map(self, directory: Path) -> bool:
-        if self.settings.mmap != "auto":
-            return self.settings.mmap == "always"
-        # With a no-archive model TorchServe links the user's own folder: a file overwritten in place would change
-        # under the mapping.
-        return not os.path.islink(str(directory).rstrip("/"))
 
     def _check_startup_timeout(self) -> None:
         """Warn when building takes longer than TorchServe waits for a worker."""
@@ -253,7 +202,7 @@ class CompiledHandlerMixin:
 
     def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the model: a tensor or a tuple of tensors by position, a dict by name."""
-        if not isinstance(self.model, CompiledModel):
+        if not isinstance(self.model, ServedModel):
             return super().inference(data, *args, **kwargs)  # type: ignore[misc]
         if isinstance(data, dict):
             return self.model(*args, **data, **kwargs)
@@ -265,7 +214,7 @@ class CompiledHandlerMixin:
         """Answer a batch. A request that the model cannot answer gets HTTP 400 and leaves the others alone; requests
         for which no execution context came free get HTTP 503."""
         self.context = context
-        compiled = isinstance(self.model, CompiledModel)
+        compiled = isinstance(self.model, ServedModel)
         if compiled:
             self.model.answering += 1
         try:
@@ -338,7 +287,7 @@ class CompiledHandlerMixin:
 
     def describe_handle(self) -> dict[str, Any]:
         """What TorchServe's describe API shows as ``customizedMetadata``."""
-        if isinstance(self.model, CompiledModel):
+        if isinstance(self.model, ServedModel):
             facts = self.model.describe()
         else:
             facts = {"backend": "torchscript" if isinstance(self.model, torch.jit.ScriptModule) else "other"}

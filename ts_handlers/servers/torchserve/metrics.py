@@ -1,4 +1,4 @@
-"""What a model has counted, handed to TorchServe's metrics cache, from which Prometheus reads it."""
+"""Report a model's phases and counters as TorchServe metrics, which Prometheus can read."""
 
 from __future__ import annotations
 

@@ -13,23 +13,66 @@ ends a thread, after which the worker waits for ever, and a part changes threads
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from queue import SimpleQueue
 from typing import Any
 
+import msgspec
 import torch
 
 from ts_handlers.errors import BusyError, SettingsError
 from ts_handlers.servers.torchserve.request_batch import REFUSALS, CurrentBatch, RequestBatch
+from ts_handlers.settings.parsing import read_section
 
 logger = logging.getLogger(__name__)
 
 SECTION = "micro_batching"
 PHASES = ("preprocess", "inference", "postprocess")
+
+
+class Parallelism(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How many parts of batches may be in each phase at once."""
+
+    preprocess: int = 1
+    inference: int = 1
+    postprocess: int = 1
+
+
+class MicroBatchingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """TorchServe's section ``micro_batching``; `micro_batch_size` is the number of requests in a part."""
+
+    micro_batch_size: int = 1
+    parallelism: Parallelism = Parallelism()
+
+
+def read_micro_batching(config: Mapping[str, Any]) -> MicroBatchingSettings | None:
+    """TorchServe's section ``micro_batching`` of a parsed model-config.yaml, or None when there is none.
+
+    Raises
+    ------
+    SettingsError
+        An unknown key, or a number that is none or less than 1.
+
+    Examples
+    --------
+    >>> section = read_micro_batching({"micro_batching": {"micro_batch_size": 2, "parallelism": {"inference": 4}}})
+    >>> section.micro_batch_size, section.parallelism.inference, section.parallelism.preprocess
+    (2, 4, 1)
+    """
+    section = config.get(SECTION)
+    if section is None:
+        return None
+    if isinstance(section, Mapping) and not section.get("parallelism", True):  # `parallelism:` with nothing below it
+        section = {key: value for key, value in section.items() if key != "parallelism"}
+    settings: MicroBatchingSettings = read_section(section, MicroBatchingSettings, SECTION)
+    counts = {f"parallelism.{phase}": getattr(settings.parallelism, phase) for phase in PHASES}
+    for name, count in {"micro_batch_size": settings.micro_batch_size, **counts}.items():
+        if count < 1:
+            raise SettingsError(f"{SECTION}.{name}: expected a whole number from 1, found {count}")
+    return settings
 
 
 class MicroBatches:
@@ -47,22 +90,21 @@ class MicroBatches:
         Where the threads say which requests they work on.
     device:
         Where the model runs; CUDA's current device is one for each thread.
-    size:
-        Requests in a part.
-    parallelism:
-        Parts in each phase at once, 1 where it says nothing.
+    settings:
+        Requests in a part, and parts in each phase at once.
     """
 
     def __init__(
-        self, handler: Any, current: CurrentBatch, device: torch.device, size: int, parallelism: dict[str, int]
+        self, handler: Any, current: CurrentBatch, device: torch.device, settings: MicroBatchingSettings
     ) -> None:
         self._handler = handler
         self._current = current
         self._device = device
-        self._size = size
-        self._places = {phase: _places(parallelism.get(phase, 1)) for phase in PHASES}
+        self._size = settings.micro_batch_size
+        counts = {phase: getattr(settings.parallelism, phase) for phase in PHASES}
+        self._places = {phase: _places(count) for phase, count in counts.items()}
         self._waiting: SimpleQueue[_Part] = SimpleQueue()
-        for number in range(sum(parallelism.get(phase, 1) for phase in PHASES)):
+        for number in range(sum(counts.values())):
             threading.Thread(target=self._work, name=f"micro-batch-{number}", daemon=True).start()
 
     def answer(self, batch: RequestBatch, one_by_one: Callable[[RequestBatch], list[Any]]) -> list[Any]:
@@ -156,48 +198,8 @@ def _summary(value: Any) -> str:
     return f"{len(value)} of them" if isinstance(value, list) else f"a {type(value).__name__}"
 
 
-def read_section(config: dict[str, Any]) -> tuple[int, dict[str, int]] | None:
-    """TorchServe's section ``micro_batching``: (size, threads by phase), or None when there is none.
-
-    Raises
-    ------
-    SettingsError
-        An unknown key, or a number that is none or less than 1.
-
-    Examples
-    --------
-    >>> read_section({"micro_batching": {"micro_batch_size": 2, "parallelism": {"inference": 4}}})
-    (2, {'inference': 4})
-    """
-    section = config.get(SECTION)
-    if section is None:
-        return None
-    section = _mapping(SECTION, section, ("micro_batch_size", "parallelism"))
-    parallelism = _mapping(f"{SECTION}.parallelism", section.get("parallelism") or {}, PHASES)
-    size = _count(f"{SECTION}.micro_batch_size", section.get("micro_batch_size", 1))
-    return size, {phase: _count(f"{SECTION}.parallelism.{phase}", count) for phase, count in parallelism.items()}
-
-
-def _mapping(name: str, value: Any, known: Sequence[str]) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise SettingsError(f"{name}: expected a mapping with {', '.join(known)}, found {type(value).__name__}")
-    for key in value:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
-            raise SettingsError(f"{name}.{key}: unknown key{hint}")
-    return value
-
-
-def _count(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SettingsError(f"{name}: expected a whole number from 1, found {value!r}")
-    return value
-
-
-def check_contexts(parallelism: dict[str, int], contexts: int) -> None:
+def check_contexts(threads: int, contexts: int) -> None:
     """Warn when the inference threads and the execution contexts do not match."""
-    threads = parallelism.get("inference", 1)
     if threads != contexts:
         logger.warning(
             "micro_batching.parallelism.inference is %d and handler.ts_handlers.contexts.count is %d: %s; set both to "

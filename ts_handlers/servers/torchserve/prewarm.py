@@ -1,4 +1,4 @@
-"""Building a model archive's artifacts before anybody serves it: for images made in CI and for init containers."""
+"""`prewarm`: build the artifacts of a model archive without serving it, for images made in CI and init containers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Prewarmed:
     """What `prewarm` has left in the store.
 
     `result` is ``built``, ``hit`` (it was there), ``waited`` (another process has built it meanwhile), ``eager`` (no
-    backend of the ladder works) or ``failed``, with `reason`. `fallbacks` names the backends that failed on the way,
-    `published` says whether the entry is in the store for others to find.
+    backend of the fallback order works) or ``failed``, with `reason`. `fallbacks` names the backends that failed on the
+    way, `published` says whether the entry is in the store for others to find.
     """
 
     model: str
@@ -57,9 +57,9 @@ def prewarm(
 ) -> Prewarmed:
     """Build what a TorchServe worker would look for, under the same key, without serving.
 
-    Runs in a process of its own, which imports the archive's handler and runs its `initialize` up to the moment at
-    which it starts its model. Needs TorchServe. Number of threads (``OMP_NUM_THREADS``), torch, compiler and, for a
-    GPU, the GPU must be those of the serving machine: they are part of the key. What has failed before is tried anew.
+    Runs in a process of its own, which imports the archive's handler and runs its `initialize` until it
+    starts its model. Needs TorchServe. Number of threads (``OMP_NUM_THREADS``), torch, compiler and, for a
+    GPU, the GPU must be those of the serving machine: they are part of the key. What has failed before is tried again.
 
     Parameters
     ----------

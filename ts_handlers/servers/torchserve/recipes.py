@@ -1,7 +1,7 @@
-"""Recipes of kind ``handler`` and ``torchserve``: a handler class with its context, and an unpacked archive.
+"""How another process makes the model of a TorchServe handler: from its class and context, or from an unpacked archive.
 
-Both run the handler's `initialize` up to the moment at which it starts its model, and no further. See
-`ts_handlers.model.recipes`.
+A recipe of kind ``handler`` names a class and a context, one of kind ``torchserve`` an unpacked archive. Both run the
+handler's `initialize` until it starts its model, and no further. See `ts_handlers.model.recipes`.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _metrics(model_name: str) -> Any:
 def archive_recipe(
     directory: Path, device: str | None, config: Mapping[str, Any] | str | Path | None, model_name: str | None
 ) -> dict[str, Any]:
-    """How another process loads an unpacked archive as TorchServe would; see `ts_handlers.servers.torchserve.recipes`.
+    """How another process loads an unpacked archive as TorchServe would; see `from_unpacked_archive`.
 
     The arguments are those of `prewarm`. Raises `ModelError` when the folder or the device is none.
     """

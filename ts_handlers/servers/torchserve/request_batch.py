@@ -1,4 +1,4 @@
-"""The requests that a handler answers together: their state from preprocess to postprocess, and each one's refusal.
+"""A batch of requests: its state from preprocess to postprocess, its parts, and how a request is refused.
 
 TorchServe hands a handler a batch. It may be answered in parts, by several threads
 (`ts_handlers.servers.torchserve.micro_batching`) or one request at a time when one of them is bad. Whatever belongs to

@@ -1,4 +1,4 @@
-"""Model archives unpacked as TorchServe does it, but refusing what would leave the folder.
+"""Unpack model archives as TorchServe does, and refuse what would leave the folder.
 
 An archive is a zip file (``.mar``), a tar file (``.tgz``, ``.tar.gz``) or a folder; ``MAR-INF/MANIFEST.json`` lies at
 its top or, in tar files, in its only folder.

@@ -1,1 +1,1 @@
-"""Serve eagerly while a child process builds, then swap."""
+"""``on_miss: background``: serve eagerly while a child process builds, then swap. `build` is the way in."""

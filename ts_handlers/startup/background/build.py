@@ -2,8 +2,9 @@
 
 The worker is READY as soon as the eager model is. A thread of it then
 
-1. takes the right to build this key on this host; who does not get it waits, and takes over when the holder dies;
-2. runs one child process (`ts_handlers.startup.build_process`), which walks the ladder and publishes what it has built;
+1. takes a lease on this key for this host; if another process holds it, waits, and takes over when that dies;
+2. runs one child process (`ts_handlers.startup.build_process`), which tries the backends in the fallback order and
+   publishes what it has built;
 3. loads the published entry as an ordinary start does, canary and warm-up included, while eager keeps serving; each
    step of native code begins between two requests, see `ts_handlers.startup.background.idle_window`;
 4. replaces what the model runs by one assignment.
@@ -40,7 +41,7 @@ from ts_handlers.compiled_model import CompiledModel, log_outcome
 from ts_handlers.errors import UNDECODABLE, BuildError, one_line
 from ts_handlers.guard.guard import remember_crash
 from ts_handlers.key.parts import compute_key
-from ts_handlers.startup.background.idle_window import wait_for_idle_window
+from ts_handlers.startup.background.idle_window import IdleWindows, wait_for_idle_window
 from ts_handlers.startup.build_process import BuildProcess
 from ts_handlers.store.address import Address
 from ts_handlers.store.base import Hit, Store
@@ -83,10 +84,10 @@ class BackgroundBuild:
     target, backend, store, address:
         What was missed.
     load:
-        Loads the published entry of a backend, with canary and warm-up; the second argument returns when a step of
-        native code may begin.
+        Loads the published entry of a backend, with canary and warm-up; the second argument says when native code may
+        run.
     retry_failed:
-        See `ts_handlers.startup.fallback.start_model`.
+        See `ts_handlers.start.start_model`.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class BackgroundBuild:
         backend: Backend,
         store: Store,
         address: Address,
-        load: Callable[[str, Callable[[], None]], CompiledModel],
+        load: Callable[[str, IdleWindows], CompiledModel],
         retry_failed: bool = False,
     ) -> None:
         self._model = model
@@ -152,7 +153,7 @@ class BackgroundBuild:
         return self._eager_module is not None and self._eager_module() is not None
 
     def wait_for_idle_window(self) -> None:
-        """Return between two requests of the model; at once when it is to be closed."""
+        """Return when no call of the model is under way; at once when it is to be closed."""
         wait_for_idle_window(self._calls, lambda: self._closed)
 
     def _calls(self) -> tuple[bool, int]:
@@ -255,7 +256,7 @@ class BackgroundBuild:
 
     def _build(self, recipe: dict[str, Any], report: Callable[[str, float | None], None]) -> Ended:
         settings = self._target.settings
-        # The child's start goes the same way as this one, also to a stand-in of the backend.
+        # The child's start goes the same way as this one, also to a substitute of the backend.
         key = compute_key(get_backend(self._backend.name), self._target)
         spec = {
             "source": recipe,
@@ -289,7 +290,7 @@ class BackgroundBuild:
         return Ended(result["backend"], None, result["fallbacks"])
 
     def _remaining(self) -> tuple[str, ...]:
-        """The ladder from the missed backend on; the start has fallen from those before it."""
+        """The fallback order from the missed backend on; those before it have failed already."""
         backends = self._target.settings.backends
         return backends[backends.index(self._backend.name) :]
 
@@ -302,7 +303,7 @@ class BackgroundBuild:
         model = self._model
         eager = weakref.ref(self._target.source.eager())
         self.wait_for_idle_window()
-        fresh = self._load(backend, self.wait_for_idle_window)
+        fresh = self._load(backend, IdleWindows(self.wait_for_idle_window))
         self._phases_ms = fresh.metrics.phases_ms
         fresh.outcome = dataclasses.replace(
             fresh.outcome,

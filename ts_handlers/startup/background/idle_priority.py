@@ -1,4 +1,4 @@
-"""Native code that runs only on processors which nobody else wants."""
+"""Run native code at idle priority: only on processors that no other thread wants (Linux's SCHED_IDLE)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Idle windows: moments between two requests, for work that would delay one by holding the interpreter or processors.
+"""Idle windows: times in which no request is under way, for work that would delay one.
 
-See docs/decisions/0016-background-builds.md.
+Such work holds the interpreter or the processors. See docs/decisions/0016-background-builds.md.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ts_handlers.system.processors import idle_processors
 QUIET_SECONDS = 0.003
 """How long nothing must have been under way: a server still sends the answer when the model has returned."""
 PATIENCE_SECONDS = 2.0
-"""How long to look for such a moment; a server that never pauses has none."""
+"""How long to look for an idle window; a server that never pauses has none."""
 IDLE_SECONDS = 30.0
 """How long the checks of an artifact beside a model that serves may keep to idle processors."""
 _POLL_SECONDS = 0.001
 
 
 def wait_for_idle_window(calls: Callable[[], tuple[bool, int]], give_up: Callable[[], bool]) -> bool:
-    """Return when no call has been under way for a moment, or after `PATIENCE_SECONDS`.
+    """Return when no call has been under way for `QUIET_SECONDS`, or after `PATIENCE_SECONDS`.
 
-    Looking costs the calls nothing, which is why nobody is notified.
+    It polls, so that a call pays nothing for being watched.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def wait_for_idle_window(calls: Callable[[], tuple[bool, int]], give_up: Callabl
 
     Returns
     -------
-    Whether such a moment was found.
+    Whether an idle window was found.
     """
     deadline = time.monotonic() + PATIENCE_SECONDS
     count, since = -1, 0.0
@@ -55,30 +55,40 @@ def wait_for_idle_window(calls: Callable[[], tuple[bool, int]], give_up: Callabl
     return False
 
 
-def in_idle_windows(before_run: Callable[[], None], frees_interpreter: bool) -> Callable[[Run], Run]:
-    """Wraps runs of an artifact that is checked while another model serves.
-
-    Each run begins when `before_run` returns, and if possible on processors that requests do not use, with as many
-    threads as a request has: the calls that are under way when a run begins are over soon. Where no processor is idle,
-    or after `IDLE_SECONDS`, a run is an ordinary one.
+class IdleWindows:
+    """Idle windows of a model that serves, for the start that is to take its place.
 
     Parameters
     ----------
-    before_run:
-        Returns when a run may begin.
-    frees_interpreter:
-        Whether the runs are native code that leaves the GIL alone.
+    wait:
+        Returns in the next idle window.
     """
-    deadline = time.monotonic() + IDLE_SECONDS
-    may_idle = frees_interpreter and not keeps_threads()
 
-    def around(run: Run) -> Run:
-        def run_in_idle_window(tensors: list[torch.Tensor]) -> Any:
-            before_run()
-            if may_idle and idle_processors() > 0 and time.monotonic() < deadline:
-                return run_at_idle_priority(run, tensors)
-            return run(tensors)
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self.before_run = wait
 
-        return run_in_idle_window
+    def around(self, frees_interpreter: bool) -> Callable[[Run], Run]:
+        """Wraps runs of an artifact that is checked while another model serves.
 
-    return around
+        Each run begins in an idle window, and if possible on processors that requests do not use, with as many threads
+        as a request has: the calls that are under way when a run begins are over soon. Where no processor is idle, or
+        after `IDLE_SECONDS`, a run is an ordinary one.
+
+        Parameters
+        ----------
+        frees_interpreter:
+            Whether the runs are native code that leaves the GIL alone.
+        """
+        deadline = time.monotonic() + IDLE_SECONDS
+        may_idle = frees_interpreter and not keeps_threads()
+
+        def wrap(run: Run) -> Run:
+            def run_in_idle_window(tensors: list[torch.Tensor]) -> Any:
+                self.before_run()
+                if may_idle and idle_processors() > 0 and time.monotonic() < deadline:
+                    return run_at_idle_priority(run, tensors)
+                return run(tensors)
+
+            return run_in_idle_window
+
+        return wrap
