@@ -198,7 +198,7 @@ class _Starter:
             guard=GuardSettings(load_seconds=None),
             contexts=msgspec.structs.replace(self._settings.contexts, cuda_graphs=False),
         )
-        target = Target(self._target.source, settings, self._target.device)
+        target = new_target(self._target.source, settings, self._target.device)
         start = _Starter(target, Metrics(), windows=windows)
         start._store = self._store
         if self._settings.contexts.cuda_graphs:
