@@ -7,7 +7,7 @@ import threading
 import time
 
 from tests.support.workers import wait_until
-from ts_handlers.model_process.server import Gate
+from ts_handlers.model_process.gate import Gate
 
 
 def in_thread(function: object, *arguments: object) -> threading.Thread:

@@ -18,8 +18,9 @@ from tests.support.workers import (
     wait_until,
 )
 from ts_handlers import ModuleSource, start_model
+from ts_handlers.model_process.gate import Gate
 from ts_handlers.model_process.segments import Outbox
-from ts_handlers.model_process.server import Counted, Gate, _Calls
+from ts_handlers.model_process.server import Counted, _Calls
 from ts_handlers.model_process.wire import Call, Connection
 
 

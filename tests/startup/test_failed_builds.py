@@ -45,7 +45,7 @@ def test_a_failed_build_is_not_tried_by_the_next_start_and_says_why(
         "tried again in 60 min",
     ):
         assert part in reason
-    # Another key is another build; strict, and whoever asks for it, try anew; success removes the record.
+    # Another key is another build; strict, and whoever asks for it, try again; success removes the record.
     assert start(dimensions={"batch": {"min": 1, "max": 9}}).outcome.result == "built"
     assert start(strict=True).outcome.result == "built"
     assert read_quarantines(tmp_path / "store") == []

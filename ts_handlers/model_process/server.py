@@ -6,14 +6,13 @@ execution contexts says how many run at once.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import msgspec
 import torch
@@ -22,6 +21,7 @@ from ts_handlers.compiled_model import ServedModel
 from ts_handlers.errors import ModelError
 from ts_handlers.model.structure import flatten
 from ts_handlers.model_process.folder import Folder
+from ts_handlers.model_process.gate import Gate
 from ts_handlers.model_process.segments import Inbox, Outbox, pin
 from ts_handlers.model_process.wire import (
     Answer,
@@ -43,60 +43,6 @@ POLL_SECONDS = 0.25
 ABANDONED_SECONDS = 30.0
 """How long a call may run whose worker has ended, as TorchServe ends one that does not answer in time."""
 DEVICE_LOST_STATUS, HANGS_STATUS = 70, 71
-
-
-class Gate:
-    """Lets ordinary calls run beside each other, and a retried one only alone.
-
-    Parameters
-    ----------
-    on_count:
-        Called with the number of calls that run, whenever it changes.
-    """
-
-    def __init__(self, on_count: Callable[[int], None]) -> None:
-        self._changed = threading.Condition()
-        self._running = 0
-        self._retried = 0
-        self._alone = False
-        self._on_count = on_count
-
-    @contextlib.contextmanager
-    def beside_others(self) -> Iterator[None]:
-        """An ordinary call; waits for retried ones."""
-        with self._changed:
-            while self._retried:
-                self._changed.wait()
-            self._count(1)
-        try:
-            yield
-        finally:
-            self._leave()
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """A retried call; waits until nothing else runs."""
-        with self._changed:
-            self._retried += 1
-            while self._running:
-                self._changed.wait()
-            self._count(1)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._retried -= 1
-            self._leave()
-
-    def _leave(self) -> None:
-        with self._changed:
-            self._count(-1)
-            if self._retried or not self._running:
-                self._changed.notify_all()
-
-    def _count(self, change: int) -> None:
-        self._running += change
-        self._on_count(self._running)
 
 
 class Counted:

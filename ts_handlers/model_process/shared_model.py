@@ -146,37 +146,7 @@ def join_model(source: ModelSource, settings: Settings, device: torch.device) ->
     WarmStartError
         What the start of the process failed with.
     """
-    recipe = source.recipe()
-    if recipe is None:
-        raise SettingsError(
-            f"{SECTION}.contexts.across_workers: no other process can make {source.name!r}: it exists in this process "
-            "only, or its handler class is local; start it from an archive, or set across_workers: false"
-        )
-    try:
-        travels = json.loads(json.dumps(recipe)) == recipe
-    except (TypeError, ValueError):
-        travels = False
-    if not travels:
-        raise SettingsError(
-            f"{SECTION}.contexts.across_workers: {source.name!r} cannot be described to another process: its "
-            "model-config.yaml holds something that JSON does not have, such as a date or keys that are numbers; "
-            "put it into quotes, or set across_workers: false"
-        )
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", 0)  # asking for the current one would make a CUDA context here
-    spec = {
-        "name": source.name,
-        "server": parent_identity(),
-        "directory": os.getcwd(),
-        "source": dict(recipe),
-        "files": _stamps(recipe, settings.key_files_ignored),
-        "settings": msgspec.to_builtins(settings),
-        "overrides": {},
-        "device": str(device),
-        "threads": torch.get_num_threads(),
-        "float32_matmul": torch.get_float32_matmul_precision(),
-        "package": [__version__, str(Path(__file__).parent.parent), sys.executable],
-    }
+    spec = _specification(source, settings, device)
     began = time.perf_counter()
     early: list[Mapping[str, float]] = []
     models: list[SharedModel] = []
@@ -197,6 +167,47 @@ def join_model(source: ModelSource, settings: Settings, device: torch.device) ->
     for counted in early:
         model.absorb(counted)
     return model
+
+
+def _specification(source: ModelSource, settings: Settings, device: torch.device) -> dict[str, Any]:
+    """What the process starts from; workers with equal ones share it."""
+    recipe = _recipe(source)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", 0)  # asking for the current one would make a CUDA context here
+    return {
+        "name": source.name,
+        "server": parent_identity(),
+        "directory": os.getcwd(),
+        "source": dict(recipe),
+        "files": _stamps(recipe, settings.key_files_ignored),
+        "settings": msgspec.to_builtins(settings),
+        "overrides": {},
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "float32_matmul": torch.get_float32_matmul_precision(),
+        "package": [__version__, str(Path(__file__).parent.parent), sys.executable],
+    }
+
+
+def _recipe(source: ModelSource) -> Recipe:
+    """How the process makes the source; raises `SettingsError` when it cannot, or would make another one."""
+    recipe = source.recipe()
+    if recipe is None:
+        raise SettingsError(
+            f"{SECTION}.contexts.across_workers: no other process can make {source.name!r}: it exists in this process "
+            "only, or its handler class is local; start it from an archive, or set across_workers: false"
+        )
+    try:
+        travels = json.loads(json.dumps(recipe)) == recipe
+    except (TypeError, ValueError):
+        travels = False
+    if not travels:
+        raise SettingsError(
+            f"{SECTION}.contexts.across_workers: {source.name!r} cannot be described to another process: its "
+            "model-config.yaml holds something that JSON does not have, such as a date or keys that are numbers; "
+            "put it into quotes, or set across_workers: false"
+        )
+    return recipe
 
 
 def _stamps(recipe: Recipe, ignored: Sequence[str]) -> list[list[int | str]]:

@@ -57,20 +57,25 @@ def read_tensors(body: Any, specs: Sequence[InputSpec]) -> dict[str, torch.Tenso
     for spec in specs:
         if spec.name not in body:
             raise InputError(f"input {spec.name!r} is missing")
-        dtype = getattr(torch, spec.dtype)
-        value = body[spec.name]
-        try:
-            tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-            if dtype == torch.float64 and tensor.is_floating_point():
-                tensor = torch.as_tensor(value, dtype=dtype)  # without a detour through float32
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"input {spec.name!r} is not a nested list of numbers: {error}") from error
-        if tensor.is_floating_point() and not dtype.is_floating_point and tensor.numel():
-            raise InputError(f"input {spec.name!r}: expected {spec.dtype} values, found fractions")
-        row[spec.name] = tensor.to(dtype)
-        if not dtype.is_floating_point and not torch.equal(row[spec.name].to(tensor.dtype), tensor):
-            raise InputError(f"input {spec.name!r}: a value does not fit {spec.dtype}")
+        row[spec.name] = _read_tensor(body[spec.name], spec)
     return row
+
+
+def _read_tensor(value: Any, spec: InputSpec) -> torch.Tensor:
+    """One input in its declared dtype; no value is rounded or wrapped to fit an integer dtype."""
+    dtype = getattr(torch, spec.dtype)
+    try:
+        tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+        if dtype == torch.float64 and tensor.is_floating_point():
+            tensor = torch.as_tensor(value, dtype=dtype)  # without a detour through float32
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"input {spec.name!r} is not a nested list of numbers: {error}") from error
+    if tensor.is_floating_point() and not dtype.is_floating_point and tensor.numel():
+        raise InputError(f"input {spec.name!r}: expected {spec.dtype} values, found fractions")
+    found: torch.Tensor = tensor.to(dtype)
+    if not dtype.is_floating_point and not torch.equal(found.to(tensor.dtype), tensor):
+        raise InputError(f"input {spec.name!r}: a value does not fit {spec.dtype}")
+    return found
 
 
 def rows_of(value: Any, start: int | None = None, stop: int | None = None) -> Any:
