@@ -100,7 +100,7 @@ def pull(
     StoreError
         The local store cannot be written.
     """
-    names = remote.list("entries", charged=False, recursive=True)
+    names = remote.list("entries", recursive=True)
     for subject in sorted({name.rpartition(".")[0] for name in names}):
         with contextlib.suppress(RefusedError):
             check_name(subject)
@@ -118,18 +118,16 @@ def _pull_one(store: LocalStore, remote: Remote, trust: Trust, subject: str) -> 
                 staging = _fresh(folder / "entry")
                 return exchange.unseal_entry(stream, staging, subject, trust)
 
-            fetched = exchange.fetch(remote, f"entries/{subject}", consume, charged=False)
+            fetched = exchange.fetch(remote, f"entries/{subject}", consume)
             if fetched.value is None:
                 return Moved(subject, "refused", "; ".join(fetched.refused))
             address, manifest = fetched.value
             directory = store.publish(address, folder / "entry", manifest)
     address = _address(directory)
     key, canaries = address.key.digest, 0
-    names = remote.list(f"canaries/{key}", charged=False)
+    names = remote.list(f"canaries/{key}")
     for weights in sorted({name.rpartition(".")[0] for name in names} - set(store.canaries(address))):
-        record = exchange.fetch(
-            remote, canary_name(key, weights), _canary_check(f"{key}/{weights}", trust), charged=False
-        ).value
+        record = exchange.fetch(remote, canary_name(key, weights), _canary_check(f"{key}/{weights}", trust)).value
         canaries += record is not None and store.write_canary(address, weights, record[2])
     return Moved(subject, "done" if outcome == "done" else "present", canaries=canaries)
 

@@ -6,7 +6,6 @@ import functools
 import logging
 import re
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,17 +43,18 @@ def open_store(settings: Settings, metrics: Metrics) -> tuple[Store, str | None]
     local, problem = _open_local(settings)
     if settings.remote is None:
         return local, problem
-    began = time.monotonic()
-    from ts_handlers.store.remote.objects import Remote
-    from ts_handlers.store.remote.signing import load_trust
-    from ts_handlers.store.tiered.store import TieredStore
+    from ts_handlers.store.remote.budget import TimeBudget
 
-    state = local.root / "remote"
-    remote = Remote(settings.remote, state)
-    leases = _open_leases(settings.remote, remote, state)
-    store = TieredStore(local, remote, lambda: load_trust(settings.trust), leases, metrics)
-    remote.breaker.charge(time.monotonic() - began)
-    return store, problem
+    budget = TimeBudget(settings.remote.timeout_seconds)
+    with budget.counting():  # the imports count too
+        from ts_handlers.store.remote.objects import Remote
+        from ts_handlers.store.remote.signing import load_trust
+        from ts_handlers.store.tiered.store import TieredStore
+
+        state = local.root / "remote"
+        remote = Remote(settings.remote, state, budget)
+        leases = _open_leases(settings.remote, remote, state)
+        return TieredStore(local, remote, lambda: load_trust(settings.trust), leases, metrics), problem
 
 
 def _open_leases(settings: RemoteSettings, remote: Remote, state: Path) -> LeaseService | None:

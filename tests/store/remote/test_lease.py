@@ -14,6 +14,7 @@ from tests.support.tcp_proxy import Proxy
 from ts_handlers.errors import RemoteError
 from ts_handlers.settings.sections import RemoteSettings
 from ts_handlers.store.remote import lease as remote_lease
+from ts_handlers.store.remote.budget import TimeBudget
 from ts_handlers.store.remote.lease import (
     LOST_AFTER,
     POLLS_PER_HEARTBEAT,
@@ -49,7 +50,7 @@ def acquired(found: Grant | Busy | None) -> Grant:
 def take_over(service: LeaseService, name: str) -> Grant:
     """Take a lease from a holder that shows no sign of life."""
     while True:
-        found = service.acquire(name, charged=False)
+        found = service.acquire(name)
         if isinstance(found, Grant):
             return found
         if not found.expires:
@@ -59,15 +60,15 @@ def take_over(service: LeaseService, name: str) -> Grant:
 
 def test_one_holder_and_growing_tokens(host: Host) -> None:
     a, b = host("a"), host("b")
-    first = acquired(a.acquire("key", charged=True))
-    busy = b.acquire("key", charged=True)
+    first = acquired(a.acquire("key"))
+    busy = b.acquire("key")
     assert isinstance(busy, Busy)
     assert busy.token == first.token
-    assert isinstance(a.acquire("key", charged=True), Busy)  # not even by the same host
-    other = acquired(b.acquire("other key", charged=True))
+    assert isinstance(a.acquire("key"), Busy)  # not even by the same host
+    other = acquired(b.acquire("other key"))
     assert a.renew(first)
     a.release(first)
-    second = acquired(b.acquire("key", charged=True))
+    second = acquired(b.acquire("key"))
     assert second.token > first.token
     assert not first.took_over
     assert not second.took_over
@@ -83,32 +84,32 @@ def test_token_that_was_used_and_removed_before_is_no_lease(
     monkeypatch.setattr(
         slow, "_tokens", lambda *arguments, **options: stale.pop() if stale else look(*arguments, **options)
     )
-    first.release(acquired(first.acquire("key", charged=True)))
-    held = acquired(second.acquire("key", charged=True))
-    assert isinstance(slow.acquire("key", charged=True), Busy)
+    first.release(acquired(first.acquire("key")))
+    held = acquired(second.acquire("key"))
+    assert isinstance(slow.acquire("key"), Busy)
     assert stale == []
     assert second.renew(held)
 
 
 def test_holder_that_was_taken_over_finds_out(host: Host) -> None:
     a, b = host("a"), host("b")
-    first = acquired(a.acquire("key", charged=True))
+    first = acquired(a.acquire("key"))
     second = take_over(b, "key")
     assert second.token > first.token
     assert second.took_over
     assert not a.renew(first)
     a.release(first)  # gives back nothing that it does not hold
     assert b.renew(second)
-    assert isinstance(a.acquire("key", charged=True), Busy)
+    assert isinstance(a.acquire("key"), Busy)
 
 
 def test_one_of_many_waiters_takes_over(host: Host) -> None:
-    acquired(host("lost").acquire("key", charged=True))
+    acquired(host("lost").acquire("key"))
     grants: list[Grant] = []
     barrier = threading.Barrier(4)
 
     def wait(service: LeaseService) -> None:
-        busy = service.acquire("key", charged=True)
+        busy = service.acquire("key")
         barrier.wait()
         if isinstance(busy, Busy):
             taken = service.take_over("key", busy.token)
@@ -126,10 +127,10 @@ def test_one_of_many_waiters_takes_over(host: Host) -> None:
 
 def test_sign_of_life_changes_with_each_renewal(remote_settings: RemoteSettings, tmp_path: Path) -> None:
     a, b = (ObjectLeases(Remote(remote_settings, tmp_path / name)) for name in "ab")
-    grant = acquired(a.acquire("key", charged=True))
+    grant = acquired(a.acquire("key"))
     signs = set()
     for _ in range(4):
-        busy = b.acquire("key", charged=True)
+        busy = b.acquire("key")
         assert isinstance(busy, Busy)
         signs.add(busy.sign)
         assert a.renew(grant)
@@ -171,12 +172,13 @@ class Lost:
     """A service whose holder shows signs of life until it does not; nobody's clock but the waiter's exists."""
 
     def __init__(self, signs: int, expires: bool = False) -> None:
+        self.budget = TimeBudget(30.0)
         self.acquisitions = 0
         self.signs = signs
         self.expires = expires
         self.taken: list[int] = []
 
-    def acquire(self, name: str, charged: bool) -> Grant | Busy:
+    def acquire(self, name: str) -> Grant | Busy:
         self.acquisitions += 1
         return Busy(7, str(min(self.acquisitions, self.signs)), self.expires)
 
@@ -220,9 +222,9 @@ def test_redis_that_forgets_everything_gives_no_lease_twice(redis_url: str, redi
     import redis
 
     a, b = (RedisLeases(redis_url, 30.0, 60.0, tmp_path / name) for name in "ab")
-    first = acquired(a.acquire("key", charged=True))
+    first = acquired(a.acquire("key"))
     redis.Redis(port=redis_port).flushall()
-    second = acquired(b.acquire("key", charged=True))
+    second = acquired(b.acquire("key"))
     assert second.token == first.token  # the count is lost, the owners' names are not
     assert not a.renew(first)
     a.release(first)
@@ -234,12 +236,12 @@ def test_dead_and_silent_redis_cost_one_timeout(tmp_path: Path) -> None:
         service = RedisLeases(f"redis://:secret@127.0.0.1:{silent.port}/0", 0.3, 5.0, tmp_path)
         for _ in range(3):
             with pytest.raises(RemoteError, match=rf"redis://127\.0\.0\.1:{silent.port}/0") as caught:
-                service.acquire("key", charged=True)
+                service.acquire("key")
             assert "secret" not in str(caught.value)
         assert silent.connections == 1
     dead = RedisLeases("redis://127.0.0.1:1/0", 30.0, 5.0, tmp_path)
     with pytest.raises(RemoteError, match="ConnectionError"):
-        dead.acquire("key", charged=True)
+        dead.acquire("key")
 
 
 def test_holder_that_is_cut_off_is_taken_over_and_does_not_know_before_it_asks(

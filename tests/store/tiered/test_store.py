@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from filelock import FileLock
 
 from tests.support.file_backend import FileBackend
 from tests.support.marks import needs_root
@@ -27,7 +28,9 @@ from ts_handlers import CompiledModel, start_model
 from ts_handlers.errors import LoadError, SettingsError
 from ts_handlers.settings.sections import RemoteSettings
 from ts_handlers.store.local import store as local
+from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.remote.breaker import Breaker
+from ts_handlers.store.remote.budget import TimeBudget
 from ts_handlers.store.remote.sealed import MAGIC
 from ts_handlers.store.tiered.store import TieredStore
 
@@ -288,21 +291,29 @@ def test_dead_remote_is_asked_once_and_the_host_says_so(shared: Fleet, s3: Remot
         assert "going on alone" in notes(second)
 
 
-def test_what_comes_before_the_first_call_is_charged_too(shared: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[str] = []
+def test_opening_the_tiers_locks_and_folders_count_against_the_timeout(
+    shared: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes before the first answer of the remote: imports, the lock of the host, a private folder."""
+    counted: list[str] = []
 
-    def noted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def note(*arguments: Any, **options: Any) -> Any:
-            events.append(name)
-            return method(*arguments, **options)
+    def noted(owner: Any, name: str) -> None:
+        method = getattr(owner, name)
 
-        return note
+        def note(self: Any, *arguments: Any, **options: Any) -> Any:
+            if any(budget.is_counting for budget in budgets):
+                counted.append(name)
+            return method(self, *arguments, **options)
 
-    for name in ("charge", "call"):
-        monkeypatch.setattr(Breaker, name, noted(name, getattr(Breaker, name)))
-    shared.start("host")
-    # Opening the tiers; the lock of the host and a private folder; what the call itself took.
-    assert events[:4] == ["charge", "charge", "call", "charge"]
+        monkeypatch.setattr(owner, name, note)
+
+    budgets: list[TimeBudget] = []
+    create = TimeBudget.__init__
+    monkeypatch.setattr(TimeBudget, "__init__", lambda self, seconds: (create(self, seconds), budgets.append(self))[0])
+    for owner, name in ((TieredStore, "__init__"), (FileLock, "acquire"), (LocalStore, "staging"), (Breaker, "call")):
+        noted(owner, name)
+    shared.start("host", lease="off")
+    assert list(dict.fromkeys(counted)) == ["__init__", "acquire", "staging", "call"]
 
 
 def test_remote_that_fails_at_once_is_gone_on_without(shared: Fleet, tmp_path: Path) -> None:

@@ -47,12 +47,12 @@ def canary_name(key: str, weights_digest: str) -> str:
     return f"canaries/{key}/{weights_digest}"
 
 
-def fetch(remote: Remote, name: str, consume: Callable[[BinaryIO], T], *, charged: bool = True) -> Fetched[T]:
+def fetch(remote: Remote, name: str, consume: Callable[[BinaryIO], T]) -> Fetched[T]:
     """Read the first generation of an object that `consume` accepts; it raises `RefusedError` for the others."""
     refused: list[str] = []
     for generation in range(GENERATIONS):
         try:
-            value = remote.read(f"{name}.{generation}", consume, charged=charged)
+            value = remote.read(f"{name}.{generation}", consume)
         except RefusedError as error:
             refused.append(f"{name}.{generation}: {error}")
             continue
@@ -83,7 +83,7 @@ def send(remote: Remote, name: str, source: Path, check: Callable[[BinaryIO], ob
         if remote.create(f"{name}.{generation}", source):
             return True
         try:
-            remote.read(f"{name}.{generation}", check, charged=False)
+            remote.read(f"{name}.{generation}", check)
         except RefusedError:
             continue
         return False

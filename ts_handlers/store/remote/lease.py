@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ts_handlers.errors import RemoteError
+from ts_handlers.store.remote.budget import TimeBudget
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +61,15 @@ class Busy:
 
 
 class LeaseService(Protocol):
-    """Where hosts agree. Every method raises `RemoteError` when the service does not answer; none waits."""
+    """The service through which hosts agree that one of them builds a key.
 
-    def acquire(self, name: str, charged: bool) -> Grant | Busy:
+    Every method raises `RemoteError` when the service does not answer in time; none waits for another host.
+    """
+
+    budget: TimeBudget
+    """What the service may still cost a start."""
+
+    def acquire(self, name: str) -> Grant | Busy:
         """Take a lease that nobody holds."""
 
     def take_over(self, name: str, token: int) -> Grant | None:
@@ -151,8 +158,9 @@ def wait_for_lease(
     interval = heartbeat / POLLS_PER_HEARTBEAT
     sign, since, started = "", clock(), clock()
     told: float | None = None
+    with service.budget.counting():
+        found = service.acquire(name)
     while True:
-        found = service.acquire(name, charged=told is None)
         now = clock()
         if isinstance(found, Busy):
             if found.sign != sign:
@@ -170,3 +178,4 @@ def wait_for_lease(
         if published():
             return None
         sleep(interval)
+        found = service.acquire(name)

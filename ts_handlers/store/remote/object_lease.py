@@ -25,14 +25,15 @@ class ObjectLeases:
 
     def __init__(self, remote: Remote) -> None:
         self._remote = remote
+        self.budget = remote.budget
 
-    def acquire(self, name: str, charged: bool) -> Grant | Busy:
+    def acquire(self, name: str) -> Grant | Busy:
         """See `LeaseService`."""
-        tokens = self._tokens(name, charged)
+        tokens = self._tokens(name)
         if not tokens:
             grant = self._create(name, 1, took_over=False)
         else:
-            sign = self._sign(name, tokens[-1], charged)
+            sign = self._sign(name, tokens[-1])
             if sign != _RELEASED:
                 return Busy(tokens[-1], f"{tokens[-1]} {sign}", expires=False)
             grant = self._create(name, tokens[-1] + 1, took_over=False)
@@ -44,7 +45,7 @@ class ObjectLeases:
 
     def renew(self, grant: Grant) -> bool:
         """See `LeaseService`."""
-        if self._tokens(grant.name, charged=False)[-1:] != [grant.token]:
+        if self._tokens(grant.name)[-1:] != [grant.token]:
             return False
         self._remote.overwrite(self._path(grant.name, grant.token, ".sign"), uuid.uuid4().hex.encode())
         return True
@@ -56,19 +57,19 @@ class ObjectLeases:
     def _path(self, name: str, token: int, suffix: str = "") -> str:
         return f"leases/{name}/{token:010d}{suffix}"
 
-    def _tokens(self, name: str, charged: bool) -> list[int]:
-        found = self._remote.list(f"leases/{name}", charged=charged)
+    def _tokens(self, name: str) -> list[int]:
+        found = self._remote.list(f"leases/{name}")
         return [int(item) for item in found if re.fullmatch(r"\d{10}", item)]
 
-    def _sign(self, name: str, token: int, charged: bool) -> str:
+    def _sign(self, name: str, token: int) -> str:
         path = self._path(name, token, ".sign")
-        found = self._remote.read_small(path, charged=charged)
+        found = self._remote.read_small(path)
         return (found or b"")[:_SIGN_LIMIT].decode("ascii", "replace")
 
     def _create(self, name: str, token: int, took_over: bool) -> Grant | None:
         if not self._remote.create(self._path(name, token), b""):
             return None
-        tokens = self._tokens(name, charged=False)
+        tokens = self._tokens(name)
         if tokens and tokens[-1] > token:  # this one was made and removed before, while this process was slow
             self._remote.remove(self._path(name, token))
             return None

@@ -26,6 +26,7 @@ from urllib.parse import urlsplit, urlunsplit
 from ts_handlers.errors import StoreError
 from ts_handlers.settings.sections import RemoteSettings
 from ts_handlers.store.remote.breaker import Breaker
+from ts_handlers.store.remote.budget import TimeBudget
 from ts_handlers.store.remote.clients.base import FILE_SYSTEMS, LOCAL, open_client, protocol_of
 
 if TYPE_CHECKING:
@@ -46,17 +47,20 @@ class Remote:
         URL, options and timeout.
     state:
         Folder for the circuit breaker's state; None keeps it in this object.
+    budget:
+        What the remote may still cost a start; a new one of `timeout_seconds` by default.
 
     Every method raises `RemoteError` when the remote does not answer in time or not as it should, and at once while
     the breaker is open.
     """
 
-    def __init__(self, settings: RemoteSettings, state: Path | None) -> None:
+    def __init__(self, settings: RemoteSettings, state: Path | None, budget: TimeBudget | None = None) -> None:
+        self.budget = budget or TimeBudget(settings.timeout_seconds)
         self.settings = settings
         self.name = redact_url(settings.url)
         identity = hashlib.sha256(settings.url.encode()).hexdigest()[:16]
         file = None if state is None else state / f"{identity}.json"
-        self.breaker = Breaker(file, self.name, settings.timeout_seconds, self._clean)
+        self.breaker = Breaker(file, self.name, self.budget, self._clean)
         self._protocol = protocol_of(settings.url)
         self._client: ObjectClient | None = None
         self._exclusive: bool | None = None
@@ -75,7 +79,7 @@ class Remote:
                 self._client = open_client(self.settings)
             return self._client
 
-    def read(self, name: str, consume: Callable[[BinaryIO], T], *, charged: bool = True) -> T | None:
+    def read(self, name: str, consume: Callable[[BinaryIO], T]) -> T | None:
         """What `consume` makes of an object's bytes, or None when there is no such object.
 
         `consume` runs in another thread and gets a stream that ends with an error once nobody waits any more.
@@ -89,9 +93,9 @@ class Remote:
             with stream:
                 return consume(_Watched(stream, given_up))  # type: ignore[arg-type]
 
-        return self.breaker.call(f"reading {name}", run, charged=charged)
+        return self.breaker.call(f"reading {name}", run)
 
-    def read_small(self, name: str, *, charged: bool = True) -> bytes | None:
+    def read_small(self, name: str) -> bytes | None:
         """All bytes of an object that its writer overwrites, in one request; None when there is no such object."""
 
         def run(_: threading.Event) -> bytes | None:
@@ -100,21 +104,19 @@ class Remote:
             except FileNotFoundError:
                 return None
 
-        return self.breaker.call(f"reading {name}", run, charged=charged)
+        return self.breaker.call(f"reading {name}", run)
 
-    def exists(self, name: str, *, charged: bool = True) -> bool:
+    def exists(self, name: str) -> bool:
         """Whether there is such an object."""
-        return self.breaker.call(f"looking for {name}", lambda _: self._open().exists(name), charged=charged)
+        return self.breaker.call(f"looking for {name}", lambda _: self._open().exists(name))
 
-    def list(self, folder: str, *, charged: bool = True, recursive: bool = False) -> list[str]:
+    def list(self, folder: str, *, recursive: bool = False) -> list[str]:
         """Names of the objects below a folder, relative to it."""
-        return self.breaker.call(
-            f"listing {folder}", lambda _: sorted(self._open().list(folder, recursive)), charged=charged
-        )
+        return self.breaker.call(f"listing {folder}", lambda _: sorted(self._open().list(folder, recursive)))
 
-    def create(self, name: str, source: Path | bytes, *, charged: bool = False) -> bool:
+    def create(self, name: str, source: Path | bytes) -> bool:
         """Make an object of bytes, or of a file's, unless it exists; False when it does."""
-        return self.breaker.call(f"writing {name}", lambda _: self._create(name, source), charged=charged)
+        return self.breaker.call(f"writing {name}", lambda _: self._create(name, source))
 
     def _create(self, name: str, source: Path | bytes) -> bool:
         client = self._open()
@@ -128,9 +130,9 @@ class Remote:
             raise
         return True
 
-    def overwrite(self, name: str, data: bytes, *, charged: bool = False) -> None:
+    def overwrite(self, name: str, data: bytes) -> None:
         """Write an object of which there is one writer; readers see the old bytes or the new ones."""
-        self.breaker.call(f"writing {name}", lambda _: self._open().overwrite(name, data), charged=charged)
+        self.breaker.call(f"writing {name}", lambda _: self._open().overwrite(name, data))
 
     def remove(self, name: str) -> None:
         """Remove an object, if it is there."""
@@ -139,9 +141,9 @@ class Remote:
             with contextlib.suppress(FileNotFoundError):
                 self._open().remove(name)
 
-        self.breaker.call(f"removing {name}", run, charged=False)
+        self.breaker.call(f"removing {name}", run)
 
-    def require_exclusive_create(self, *, charged: bool = False) -> None:
+    def require_exclusive_create(self) -> None:
         """Make sure that two hosts cannot both create an object, where that is not known beforehand.
 
         Raises
@@ -162,7 +164,7 @@ class Remote:
                 # The first may be the one that makes it; the second must fail.
                 return not (self._create(_PROBE, _PROBE_TEXT) and self._create(_PROBE, _PROBE_TEXT))
 
-            self._exclusive = self.breaker.call("trying exclusive create", run, charged=charged)
+            self._exclusive = self.breaker.call("trying exclusive create", run)
         if not self._exclusive:
             raise StoreError(
                 f"{self.name}: the server overwrites an object in spite of If-None-Match, so two hosts could replace "

@@ -17,7 +17,6 @@ import functools
 import logging
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -83,12 +82,11 @@ class TieredStore:
             return found
         if address.key.digest in self._discarded or self._sender.alone():
             return found
-        began = time.monotonic()
         with self._metrics.phase("fetch"), self._one_fetcher(address) as asked_by_another:
             if asked_by_another:
                 again = self._local.lookup(address)
                 return again if isinstance(again, Hit) else found
-            hit = self._fetch(address, began)
+            hit = self._fetch(address)
         if hit is not None and isinstance(found, Corrupt):
             self._metrics.count("corrupt")
             self._sender.note(f"damaged entry, fetched anew: {found.reason}")
@@ -97,38 +95,41 @@ class TieredStore:
     @contextlib.contextmanager
     def _one_fetcher(self, address: Address) -> Iterator[bool]:
         """Be the only process of the host that asks for this key; True when another one asked in the meantime."""
-        from filelock import FileLock, Timeout
+        budget = self._remote.budget
+        with budget.counting():
+            from filelock import FileLock, Timeout
 
-        folder, waited = self.root / "leases", False
-        lock = FileLock(folder / f"{address.key.digest}.fetch.lock")
-        try:
-            folder.mkdir(mode=0o700, exist_ok=True)
+            folder, waited = self.root / "leases", False
+            lock = FileLock(folder / f"{address.key.digest}.fetch.lock")
             try:
-                lock.acquire(timeout=0)
+                folder.mkdir(mode=0o700, exist_ok=True)
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    waited = True
+                    lock.acquire(timeout=budget.left, poll_interval=0.02)
+                answer = waited
             except Timeout:
-                waited = True
-                lock.acquire(timeout=self._remote.breaker.left, poll_interval=0.02)
-        except Timeout:
-            yield True
-            return
-        except (OSError, NotImplementedError):  # a read-only store: each process asks for itself
-            yield False
-            return
+                answer = True
+            except (OSError, NotImplementedError):  # a read-only store: each process asks for itself
+                answer = False
         try:
-            yield waited
+            yield answer
         finally:
-            lock.release()
+            if lock.is_locked:
+                lock.release()
 
-    def _fetch(self, address: Address, began: float) -> Hit | None:
-        trust = self._sender.trust()  # here: mistakes in its settings are no failure of the remote
-        with self._local.staging(address) as staging:
+    def _fetch(self, address: Address) -> Hit | None:
+        with contextlib.ExitStack() as stack:
+            with self._remote.budget.counting():
+                trust = self._sender.trust()  # here: mistakes in its settings are no failure of the remote
+                staging = stack.enter_context(self._local.staging(address))
 
-            def consume(stream: BinaryIO) -> Manifest:
-                empty_folder(staging)  # of what an earlier generation left
-                return exchange.unseal_entry(stream, staging, entry_path(address), trust)[1]
+                def consume(stream: BinaryIO) -> Manifest:
+                    empty_folder(staging)  # of what an earlier generation left
+                    return exchange.unseal_entry(stream, staging, entry_path(address), trust)[1]
 
-            self._remote.breaker.charge(time.monotonic() - began)
-            manifest = self._ask(entry_name(address), consume, "remote_miss")
+                manifest = self._ask(entry_name(address), consume, "remote_miss")
             if manifest is None:
                 return None
             if manifest.cache_key != address.key:
@@ -152,7 +153,8 @@ class TieredStore:
         `absent` is counted where there is none.
         """
         try:
-            fetched = exchange.fetch(self._remote, name, consume)
+            with self._remote.budget.counting():
+                fetched = exchange.fetch(self._remote, name, consume)
         except RemoteError as error:
             self._failed(error)
             return None
@@ -233,12 +235,13 @@ class TieredStore:
             logger.info("%s: %s", key, text)
 
         try:
-            self._remote.require_exclusive_create(charged=True)
+            with self._remote.budget.counting():
+                self._remote.require_exclusive_create()
             held = wait_for_lease(
                 self._leases,
                 key,
                 self._remote.settings.heartbeat_seconds,
-                lambda: self._remote.exists(awaited, charged=False),
+                lambda: self._remote.exists(awaited),
                 report,
             )
         except RemoteError as error:

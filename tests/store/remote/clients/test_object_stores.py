@@ -94,7 +94,7 @@ def test_one_of_many_writers_wins_and_one_host_holds_the_lease(settings: RemoteS
         barrier.wait()
         if remotes[number].create("object", b"%d" % number * 1000):
             won.append(number)
-        found = ObjectLeases(remotes[number]).acquire("key", charged=False)
+        found = ObjectLeases(remotes[number]).acquire("key")
         if isinstance(found, Grant):
             grants.append(found)
 
@@ -106,7 +106,7 @@ def test_one_of_many_writers_wins_and_one_host_holds_the_lease(settings: RemoteS
     assert len(won) == len(grants) == 1
     assert remotes[0].read_small("object") == b"%d" % won[0] * 1000
     waiter = ObjectLeases(remotes[0])
-    busy = waiter.acquire("key", charged=False)
+    busy = waiter.acquire("key")
     assert isinstance(busy, Busy)
     taken = waiter.take_over("key", busy.token)
     assert taken is not None
