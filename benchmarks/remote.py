@@ -35,7 +35,7 @@ from tests.support import torchserve_archives as archives
 from ts_handlers.settings.sections import RemoteSettings
 from ts_handlers.store.remote.lease import SIGNS_PER_HEARTBEAT, wait_for_lease
 from ts_handlers.store.remote.object_lease import ObjectLeases
-from ts_handlers.store.remote.objects import Remote
+from ts_handlers.store.remote.objects import RemoteObjects
 
 NEW_HOST_LIMIT = 1.15
 TAKEOVER_LIMIT = 2.0  # heartbeats
@@ -55,10 +55,10 @@ import sys, time
 from pathlib import Path
 from ts_handlers.settings.sections import RemoteSettings
 from ts_handlers.store.remote.object_lease import ObjectLeases
-from ts_handlers.store.remote.objects import Remote
+from ts_handlers.store.remote.objects import RemoteObjects
 from ts_handlers.store.remote.lease import wait_for_lease
 url, state, heartbeat = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
-held = wait_for_lease(ObjectLeases(Remote(RemoteSettings(url), state)), "key", heartbeat, lambda: False)
+held = wait_for_lease(ObjectLeases(RemoteObjects(RemoteSettings(url), state)), "key", heartbeat, lambda: False)
 print("held", flush=True)
 time.sleep(600)
 """
@@ -162,7 +162,7 @@ def measure_takeover(heartbeat: float, rounds: int, directory: Path) -> list[flo
         assert holder.stdout is not None
         holder.stdout.readline()
         time.sleep(heartbeat * (1 + number / rounds / SIGNS_PER_HEARTBEAT))
-        service = ObjectLeases(Remote(RemoteSettings(url), folder / "waiter"))
+        service = ObjectLeases(RemoteObjects(RemoteSettings(url), folder / "waiter"))
         waiter = ThreadPool(1)
         waiting = waiter.apply_async(wait_for_lease, (service, "key", heartbeat, lambda: False))
         time.sleep(heartbeat)  # it has seen signs of life

@@ -122,10 +122,10 @@ def redis_url(redis_port: int) -> str:
 
 @pytest.fixture
 def make_remote(tmp_path: Path) -> Callable[..., Any]:
-    """A `Remote` as a host of its own has it."""
-    from ts_handlers.store.remote.objects import Remote
+    """A `RemoteObjects` as a host of its own has it."""
+    from ts_handlers.store.remote.objects import RemoteObjects
 
-    def make(settings: RemoteSettings, host: str = "host") -> Remote:
-        return Remote(settings, tmp_path / f"state-{host}")
+    def make(settings: RemoteSettings, host: str = "host") -> RemoteObjects:
+        return RemoteObjects(settings, tmp_path / f"state-{host}")
 
     return make

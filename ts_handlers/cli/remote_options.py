@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ts_handlers.store.bundles import Moved
     from ts_handlers.store.local.store import LocalStore
-    from ts_handlers.store.remote.objects import Remote
+    from ts_handlers.store.remote.base import Remote
     from ts_handlers.store.remote.signing import Trust
     from ts_handlers.store.upkeep.scan import EntryInfo
 
@@ -60,7 +60,7 @@ def open_remote(url: str, options: list[str], timeout: float, client: Client) ->
     from ts_handlers.settings import Settings
     from ts_handlers.settings.sections import RemoteSettings
     from ts_handlers.settings.validation import validate
-    from ts_handlers.store.remote.objects import Remote
+    from ts_handlers.store.remote.objects import RemoteObjects
 
     pairs = {}
     for option in options:
@@ -70,7 +70,7 @@ def open_remote(url: str, options: list[str], timeout: float, client: Client) ->
         pairs[name] = value
     settings = RemoteSettings(url, timeout_seconds=timeout, options=pairs, client=client.value)
     validate(Settings(remote=settings))
-    return Remote(settings, None)
+    return RemoteObjects(settings, None)
 
 
 def make_store(path: Path | None, trusted_folders: list[Path]) -> LocalStore:

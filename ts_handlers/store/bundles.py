@@ -20,8 +20,8 @@ from ts_handlers.store.address import Address, entry_path
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.remote import exchange
+from ts_handlers.store.remote.base import Remote
 from ts_handlers.store.remote.exchange import canary_name, entry_name
-from ts_handlers.store.remote.objects import Remote
 from ts_handlers.store.remote.sealed import SealedReader, check_name, seal
 from ts_handlers.store.remote.signing import Trust
 from ts_handlers.store.upkeep.scan import ENTRY_DEPTH, EntryInfo

@@ -19,8 +19,8 @@ from ts_handlers.store.local.verified import known_digest
 
 if TYPE_CHECKING:
     from ts_handlers.settings.sections import RemoteSettings
+    from ts_handlers.store.remote.base import Remote
     from ts_handlers.store.remote.lease import LeaseService
-    from ts_handlers.store.remote.objects import Remote
 
 logger = logging.getLogger(__name__)
 
@@ -47,18 +47,21 @@ def open_store(settings: Settings, metrics: Metrics) -> tuple[Store, str | None]
 
     budget = TimeBudget(settings.remote.timeout_seconds)
     with budget.counting():  # the imports count too
-        from ts_handlers.store.remote.objects import Remote
+        from ts_handlers.store.remote.objects import RemoteObjects
+        from ts_handlers.store.remote.read_only import ReadOnlyRemote
         from ts_handlers.store.remote.signing import load_trust
         from ts_handlers.store.tiered.store import TieredStore
 
         state = local.root / "remote"
-        remote = Remote(settings.remote, state, budget)
+        remote: Remote = RemoteObjects(settings.remote, state, budget)
+        if settings.remote.read_only:
+            remote = ReadOnlyRemote(remote)
         leases = _open_leases(settings.remote, remote, state)
         return TieredStore(local, remote, lambda: load_trust(settings.trust), leases, metrics), problem
 
 
 def _open_leases(settings: RemoteSettings, remote: Remote, state: Path) -> LeaseService | None:
-    if settings.lease == "off" or settings.read_only:
+    if settings.lease == "off":
         return None
     if settings.lease == "auto":
         from ts_handlers.store.remote.object_lease import ObjectLeases

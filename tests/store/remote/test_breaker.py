@@ -10,7 +10,8 @@ import pytest
 
 from ts_handlers.errors import RefusedError, RemoteError
 from ts_handlers.store.remote import breaker as module
-from ts_handlers.store.remote.breaker import Breaker, UnusableError
+from ts_handlers.store.remote.base import UnusableError
+from ts_handlers.store.remote.breaker import Breaker
 from ts_handlers.store.remote.budget import TimeBudget
 
 

@@ -25,7 +25,7 @@ from ts_handlers.store.remote.lease import (
     wait_for_lease,
 )
 from ts_handlers.store.remote.object_lease import ObjectLeases
-from ts_handlers.store.remote.objects import Remote
+from ts_handlers.store.remote.objects import RemoteObjects
 from ts_handlers.store.remote.redis_lease import RedisLeases
 
 HEARTBEAT = 1.0
@@ -39,7 +39,7 @@ def host(request: pytest.FixtureRequest, tmp_path: Path) -> Host:
         url: str = request.getfixturevalue("redis_url")
         return lambda name: RedisLeases(url, 30.0, HEARTBEAT, tmp_path / name)
     settings: RemoteSettings = request.getfixturevalue(request.param)
-    return lambda name: ObjectLeases(Remote(settings, tmp_path / name))
+    return lambda name: ObjectLeases(RemoteObjects(settings, tmp_path / name))
 
 
 def acquired(found: Grant | Busy | None) -> Grant:
@@ -79,7 +79,7 @@ def test_token_that_was_used_and_removed_before_is_no_lease(
     folder: RemoteSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A host that looked, was stopped, and goes on when others have held the lease in turn."""
-    slow, first, second = (ObjectLeases(Remote(folder, tmp_path / name)) for name in ("slow", "first", "second"))
+    slow, first, second = (ObjectLeases(RemoteObjects(folder, tmp_path / name)) for name in ("slow", "first", "second"))
     look, stale = slow._tokens, [[]]
     monkeypatch.setattr(
         slow, "_tokens", lambda *arguments, **options: stale.pop() if stale else look(*arguments, **options)
@@ -126,7 +126,7 @@ def test_one_of_many_waiters_takes_over(host: Host) -> None:
 
 
 def test_sign_of_life_changes_with_each_renewal(remote_settings: RemoteSettings, tmp_path: Path) -> None:
-    a, b = (ObjectLeases(Remote(remote_settings, tmp_path / name)) for name in "ab")
+    a, b = (ObjectLeases(RemoteObjects(remote_settings, tmp_path / name)) for name in "ab")
     grant = acquired(a.acquire("key"))
     signs = set()
     for _ in range(4):

@@ -70,11 +70,11 @@ def hosts(archive: Path, tmp_path: Path) -> Iterator[Hosts]:
 LOOK = """
     import hashlib, json, sys
     from ts_handlers.settings.sections import RemoteSettings
-    from ts_handlers.store.remote.objects import Remote
+    from ts_handlers.store.remote.objects import RemoteObjects
     settings = json.loads(sys.argv[1])
-    remote = Remote(RemoteSettings(**settings), None)
+    remote = RemoteObjects(RemoteSettings(**settings), None)
     names = remote.list("", recursive=True)
-    print(json.dumps({name: hashlib.sha256(remote.read_small(name)).hexdigest() for name in names}))
+    print(json.dumps({name: hashlib.sha256(remote.get(name)).hexdigest() for name in names}))
 """
 
 

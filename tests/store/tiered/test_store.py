@@ -455,9 +455,9 @@ def test_canary_record_that_a_killed_process_could_not_send_is_sent_by_the_next_
         from tests.support.file_backend import use_file_backend
         from tests.support.models import archive_source, settings_of
         from ts_handlers import start_model
-        from ts_handlers.store.remote.objects import Remote
+        from ts_handlers.store.remote.objects import RemoteObjects
         use_file_backend()
-        Remote.create = lambda *arguments, **options: signal.pause()
+        RemoteObjects.create = lambda *arguments, **options: signal.pause()
         settings = settings_of(store=sys.argv[2], backends=["aot_inductor"], remote=json.loads(sys.argv[3]))
         print(json.dumps(start_model(archive_source(sys.argv[1]), settings).metrics.counters), flush=True)
         signal.pause()
@@ -513,14 +513,14 @@ def test_end_of_the_process_waits_for_what_is_being_sent(shared: Fleet) -> None:
         from tests.support.file_backend import use_file_backend
         from tests.support.models import archive_source, settings_of
         from ts_handlers import start_model
-        from ts_handlers.store.remote.objects import Remote
+        from ts_handlers.store.remote.objects import RemoteObjects
         use_file_backend()
-        create = Remote.create
+        create = RemoteObjects.create
         def slow(self, name, *arguments, **options):
             if name.startswith("entries"):
                 time.sleep(float(sys.argv[4]))
             return create(self, name, *arguments, **options)
-        Remote.create = slow
+        RemoteObjects.create = slow
         settings = settings_of(store=sys.argv[2], backends=["aot_inductor"], remote=json.loads(sys.argv[3]))
         model = start_model(archive_source(sys.argv[1]), settings)
         import atexit

@@ -23,16 +23,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ts_handlers.errors import UNDECODABLE, RefusedError, RemoteError, StoreError
+from ts_handlers.store.remote.base import UnusableError
 from ts_handlers.store.remote.budget import TimeBudget
 
 logger = logging.getLogger(__name__)
 
 PAUSE_SECONDS = 60.0
 T = TypeVar("T")
-
-
-class UnusableError(Exception):
-    """Raised inside a call whose service cannot be used as it is configured; the message says it all."""
 
 
 class Breaker:

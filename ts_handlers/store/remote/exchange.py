@@ -19,7 +19,7 @@ from ts_handlers.errors import RefusedError, StoreError
 from ts_handlers.store.address import Address, entry_path
 from ts_handlers.store.canaries import load_record
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest, verify_files
-from ts_handlers.store.remote.objects import Remote
+from ts_handlers.store.remote.base import Remote
 from ts_handlers.store.remote.sealed import SealedReader, seal
 from ts_handlers.store.remote.signing import Trust
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import re
 import uuid
 
+from ts_handlers.store.remote.base import Remote
 from ts_handlers.store.remote.lease import Busy, Grant
-from ts_handlers.store.remote.objects import Remote
 
 _RELEASED = "released"
 _SIGN_LIMIT = 64
@@ -47,12 +47,12 @@ class ObjectLeases:
         """See `LeaseService`."""
         if self._tokens(grant.name)[-1:] != [grant.token]:
             return False
-        self._remote.overwrite(self._path(grant.name, grant.token, ".sign"), uuid.uuid4().hex.encode())
+        self._remote.put(self._path(grant.name, grant.token, ".sign"), uuid.uuid4().hex.encode())
         return True
 
     def release(self, grant: Grant) -> None:
         """See `LeaseService`."""
-        self._remote.overwrite(self._path(grant.name, grant.token, ".sign"), _RELEASED.encode())
+        self._remote.put(self._path(grant.name, grant.token, ".sign"), _RELEASED.encode())
 
     def _path(self, name: str, token: int, suffix: str = "") -> str:
         return f"leases/{name}/{token:010d}{suffix}"
@@ -63,7 +63,7 @@ class ObjectLeases:
 
     def _sign(self, name: str, token: int) -> str:
         path = self._path(name, token, ".sign")
-        found = self._remote.read_small(path)
+        found = self._remote.get(path)
         return (found or b"")[:_SIGN_LIMIT].decode("ascii", "replace")
 
     def _create(self, name: str, token: int, took_over: bool) -> Grant | None:
@@ -71,10 +71,10 @@ class ObjectLeases:
             return None
         tokens = self._tokens(name)
         if tokens and tokens[-1] > token:  # this one was made and removed before, while this process was slow
-            self._remote.remove(self._path(name, token))
+            self._remote.delete(self._path(name, token))
             return None
         for old in tokens:
             if old < token:
-                self._remote.remove(self._path(name, old, ".sign"))
-                self._remote.remove(self._path(name, old))
+                self._remote.delete(self._path(name, old, ".sign"))
+                self._remote.delete(self._path(name, old))
         return Grant(name, token, took_over)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ts_handlers.store.remote.breaker import Breaker, UnusableError
+from ts_handlers.store.remote.base import UnusableError
+from ts_handlers.store.remote.breaker import Breaker
 from ts_handlers.store.remote.budget import TimeBudget
 from ts_handlers.store.remote.lease import LOST_AFTER, Busy, Grant
 from ts_handlers.store.remote.objects import redact, redact_url

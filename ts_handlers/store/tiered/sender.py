@@ -24,9 +24,9 @@ from ts_handlers.metrics import Metrics
 from ts_handlers.store.address import Address, entry_path, safe_name
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.remote import exchange
+from ts_handlers.store.remote.base import Remote
 from ts_handlers.store.remote.exchange import canary_name, entry_name
 from ts_handlers.store.remote.lease import HeldLease
-from ts_handlers.store.remote.objects import Remote
 from ts_handlers.store.remote.signing import Trust
 from ts_handlers.store.tiered.write_back import WriteBack
 
@@ -61,14 +61,15 @@ class Sender:
 
     def alone(self) -> bool:
         """Whether this host goes on without the remote for now."""
-        if not self._remote.breaker.is_open:
+        problem = self._remote.problem
+        if problem is None:
             return False
-        self.note(f"going on alone: {self._remote.name}: {self._remote.breaker.reason}")
+        self.note(f"going on alone: {self._remote.name}: {problem}")
         return True
 
     def _publishes(self) -> bool:
         """Whether this host sends anything at all."""
-        if self._remote.settings.read_only:
+        if not self._remote.accepts_writes:
             return False
         if not self.trust().may_publish:
             self.note("nothing is sent to the remote: trust.public_keys is set and trust.signing_key is not")
@@ -102,7 +103,7 @@ class Sender:
     def resume(self, address: Address, directory: Path) -> None:
         """Send an entry of this host, or canary records of it, if an earlier start could not."""
         key = address.key.digest
-        if key in self._resumed or self._remote.settings.read_only:
+        if key in self._resumed:
             return
         unsent = self._unsent(key)
         if not unsent:

@@ -29,9 +29,9 @@ from ts_handlers.store.entry import Manifest
 from ts_handlers.store.local.lease import Lease
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.remote import exchange
+from ts_handlers.store.remote.base import Remote
 from ts_handlers.store.remote.exchange import canary_name, entry_name
 from ts_handlers.store.remote.lease import HeldLease, LeaseService, wait_for_lease
-from ts_handlers.store.remote.objects import Remote
 from ts_handlers.store.remote.signing import Trust
 from ts_handlers.store.tiered.sender import Sender
 from ts_handlers.system.locked_directory import empty_folder
