@@ -33,7 +33,7 @@ from rows import AOT_HIT, EAGER, Row
 
 from tests.support import torchserve_archives as archives
 from ts_handlers.settings.sections import RemoteSettings
-from ts_handlers.store.remote.lease import SIGNS_PER_HEARTBEAT, wait_for_lease
+from ts_handlers.store.remote.lease import RENEWALS_PER_HEARTBEAT, wait_for_lease
 from ts_handlers.store.remote.object_lease import ObjectLeases
 from ts_handlers.store.remote.objects import RemoteObjects
 
@@ -150,7 +150,7 @@ def measure_starts(model: str, rounds: int, directory: Path) -> list[Run]:
 
 
 def measure_takeover(heartbeat: float, rounds: int, directory: Path) -> list[float]:
-    """Heartbeats from the death of a holder to the takeover, at another moment between two signs in each round."""
+    """Heartbeats from the death of a holder to the takeover, at another moment between two renewals in each round."""
     found = []
     for number in range(rounds):
         folder = directory / f"takeover-{number}"
@@ -161,11 +161,11 @@ def measure_takeover(heartbeat: float, rounds: int, directory: Path) -> list[flo
         )
         assert holder.stdout is not None
         holder.stdout.readline()
-        time.sleep(heartbeat * (1 + number / rounds / SIGNS_PER_HEARTBEAT))
+        time.sleep(heartbeat * (1 + number / rounds / RENEWALS_PER_HEARTBEAT))
         service = ObjectLeases(RemoteObjects(RemoteSettings(url), folder / "waiter"))
         waiter = ThreadPool(1)
         waiting = waiter.apply_async(wait_for_lease, (service, "key", heartbeat, lambda: False))
-        time.sleep(heartbeat)  # it has seen signs of life
+        time.sleep(heartbeat)  # it has seen renewals
         holder.kill()
         killed = time.monotonic()
         holder.wait()

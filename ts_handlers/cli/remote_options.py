@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ts_handlers.store.bundles import Moved
     from ts_handlers.store.local.store import LocalStore
     from ts_handlers.store.remote.base import Remote
-    from ts_handlers.store.remote.signing import Trust
+    from ts_handlers.store.remote.signing import Keyring
     from ts_handlers.store.upkeep.scan import EntryInfo
 
 
@@ -80,12 +80,12 @@ def make_store(path: Path | None, trusted_folders: list[Path]) -> LocalStore:
     return LocalStore(Path(path or default_store_root()), absolute(trusted_folders))
 
 
-def open_trust(public_keys: list[Path], signing_key: Path | None = None) -> Trust:
+def open_trust(public_keys: list[Path], signing_key: Path | None = None) -> Keyring:
     """The keys that the options name."""
     from ts_handlers.settings.sections import TrustSettings
-    from ts_handlers.store.remote.signing import load_trust
+    from ts_handlers.store.remote.signing import load_keyring
 
-    return load_trust(TrustSettings(tuple(map(str, public_keys)), None if signing_key is None else str(signing_key)))
+    return load_keyring(TrustSettings(tuple(map(str, public_keys)), None if signing_key is None else str(signing_key)))
 
 
 def is_wanted(model: str | None, keys: list[str], subject: str) -> bool:

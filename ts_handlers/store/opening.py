@@ -49,7 +49,7 @@ def open_store(settings: Settings, metrics: Metrics) -> tuple[Store, str | None]
     with budget.counting():  # the imports count too
         from ts_handlers.store.remote.objects import RemoteObjects
         from ts_handlers.store.remote.read_only import ReadOnlyRemote
-        from ts_handlers.store.remote.signing import load_trust
+        from ts_handlers.store.remote.signing import load_keyring
         from ts_handlers.store.tiered.store import TieredStore
 
         state = local.root / "remote"
@@ -57,7 +57,7 @@ def open_store(settings: Settings, metrics: Metrics) -> tuple[Store, str | None]
         if settings.remote.read_only:
             remote = ReadOnlyRemote(remote)
         leases = _open_leases(settings.remote, remote, state)
-        return TieredStore(local, remote, lambda: load_trust(settings.trust), leases, metrics), problem
+        return TieredStore(local, remote, lambda: load_keyring(settings.trust), leases, metrics), problem
 
 
 def _open_leases(settings: RemoteSettings, remote: Remote, state: Path) -> LeaseService | None:

@@ -48,7 +48,7 @@ def acquired(found: Grant | Busy | None) -> Grant:
 
 
 def take_over(service: LeaseService, name: str) -> Grant:
-    """Take a lease from a holder that shows no sign of life."""
+    """Take a lease from a holder that renews it no more."""
     while True:
         found = service.acquire(name)
         if isinstance(found, Grant):
@@ -125,16 +125,16 @@ def test_one_of_many_waiters_takes_over(host: Host) -> None:
     assert len(grants) == (0 if expires else 1)
 
 
-def test_sign_of_life_changes_with_each_renewal(remote_settings: RemoteSettings, tmp_path: Path) -> None:
+def test_each_renewal_can_be_told_from_the_last(remote_settings: RemoteSettings, tmp_path: Path) -> None:
     a, b = (ObjectLeases(RemoteObjects(remote_settings, tmp_path / name)) for name in "ab")
     grant = acquired(a.acquire("key"))
-    signs = set()
+    renewals = set()
     for _ in range(4):
         busy = b.acquire("key")
         assert isinstance(busy, Busy)
-        signs.add(busy.sign)
+        renewals.add(busy.renewal)
         assert a.renew(grant)
-    assert len(signs) == 4
+    assert len(renewals) == 4
 
 
 def test_held_lease_outlives_many_expiries_until_it_is_released(host: Host) -> None:
@@ -169,18 +169,18 @@ def test_wait_ends_when_the_entry_appears(host: Host) -> None:
 
 
 class Lost:
-    """A service whose holder shows signs of life until it does not; nobody's clock but the waiter's exists."""
+    """A service whose holder renews its lease until it does not; nobody's clock but the waiter's exists."""
 
-    def __init__(self, signs: int, expires: bool = False) -> None:
+    def __init__(self, renewals: int, expires: bool = False) -> None:
         self.budget = TimeBudget(30.0)
         self.acquisitions = 0
-        self.signs = signs
+        self.renewals = renewals
         self.expires = expires
         self.taken: list[int] = []
 
     def acquire(self, name: str) -> Grant | Busy:
         self.acquisitions += 1
-        return Busy(7, str(min(self.acquisitions, self.signs)), self.expires)
+        return Busy(7, str(min(self.acquisitions, self.renewals)), self.expires)
 
     def take_over(self, name: str, token: int) -> Grant | None:
         self.taken.append(self.acquisitions)
@@ -193,21 +193,21 @@ class Lost:
         pass
 
 
-@pytest.mark.parametrize("signs", [1, 9, 40])
+@pytest.mark.parametrize("renewals", [1, 9, 40])
 @pytest.mark.parametrize("skew", [0.0, -1e6, 1e6])
 def test_takeover_follows_at_the_first_poll_after_the_loss_is_detectable(
-    signs: int, skew: float, monkeypatch: pytest.MonkeyPatch
+    renewals: int, skew: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(remote_lease.time, "time", lambda: now[0] + skew)
-    service = Lost(signs)
+    service = Lost(renewals)
     held = wait_for_lease(
         service, "key", 5.0, lambda: False, clock=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s)
     )
     assert held is not None
     held.release()
     polls_of_silence = int(LOST_AFTER * POLLS_PER_HEARTBEAT)
-    assert service.taken == [signs + polls_of_silence]  # not one poll later: within a quarter of a heartbeat
+    assert service.taken == [renewals + polls_of_silence]  # not one poll later: within a quarter of a heartbeat
 
 
 def test_expiring_leases_are_left_to_their_service() -> None:

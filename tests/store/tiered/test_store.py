@@ -160,7 +160,7 @@ def test_read_only_host_takes_and_gives_nothing(shared: Fleet) -> None:
     assert objects(shared, "") == before
 
 
-def test_signed_entries_are_accepted_and_others_refused_and_built_anew(shared: Fleet, keys: Path) -> None:
+def test_signed_entries_are_accepted_and_others_refused_and_built_again(shared: Fleet, keys: Path) -> None:
     shared.start("unsigned")
     signed = shared.start("signed", trust(keys, "a", "a"))
     assert signed.outcome.result == "built"
@@ -215,7 +215,9 @@ TAMPERED: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("change", TAMPERED)
 @pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
-def test_tampered_entry_is_refused_counted_and_built_anew(change: str, signed: bool, shared: Fleet, keys: Path) -> None:
+def test_tampered_entry_is_refused_counted_and_built_again(
+    change: str, signed: bool, shared: Fleet, keys: Path
+) -> None:
     section = trust(keys, "a", "a") if signed else {}
     shared.start("first", section)
     (path,) = objects(shared, "entries")
@@ -254,14 +256,14 @@ def test_tampered_canary_is_refused_and_recorded_again(shared: Fleet) -> None:
     assert counters(shared.start("third")) == {**FETCHED, "remote_refused": 1}
 
 
-def test_entry_that_is_damaged_here_is_fetched_anew(shared: Fleet) -> None:
+def test_entry_that_is_damaged_here_is_fetched_again(shared: Fleet) -> None:
     shared.start("first")
     (path,) = (shared.root / "first" / "entries").rglob("second.json")
     path.write_text("damaged")
     again = shared.start("first")
     assert again.outcome.result == "hit"
     assert counters(again) == {**FETCHED, "corrupt": 1}
-    assert "damaged entry, fetched anew" in notes(again)
+    assert "damaged entry, fetched again" in notes(again)
 
 
 def test_entry_that_does_not_load_here_is_built_here_and_fetched_once(shared: Fleet, backend: FileBackend) -> None:

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Breaker:
-    """Guards one service.
+    """The circuit breaker of one service.
 
     Parameters
     ----------

@@ -3,7 +3,7 @@
 Objects below ``leases/<name>/``::
 
     <token>        made by exclusive create, by whoever acquires the lease: ten decimal digits; the greatest one counts
-    <token>.sign   the holder's sign of life: a number that changes with each heartbeat, or ``released``
+    <token>.sign   the holder's latest renewal: a number that changes with each one, or ``released``
 
 To take a lease over is to create the next token. The greatest token is never removed, so tokens only grow.
 """
@@ -17,7 +17,7 @@ from ts_handlers.store.remote.base import Remote
 from ts_handlers.store.remote.lease import Busy, Grant
 
 _RELEASED = "released"
-_SIGN_LIMIT = 64
+_RENEWAL_LIMIT = 64
 
 
 class ObjectLeases:
@@ -33,9 +33,9 @@ class ObjectLeases:
         if not tokens:
             grant = self._create(name, 1, took_over=False)
         else:
-            sign = self._sign(name, tokens[-1])
-            if sign != _RELEASED:
-                return Busy(tokens[-1], f"{tokens[-1]} {sign}", expires=False)
+            renewal = self._renewal(name, tokens[-1])
+            if renewal != _RELEASED:
+                return Busy(tokens[-1], f"{tokens[-1]} {renewal}", expires=False)
             grant = self._create(name, tokens[-1] + 1, took_over=False)
         return grant or Busy(tokens[-1] + 1 if tokens else 1, "", expires=False)
 
@@ -61,10 +61,10 @@ class ObjectLeases:
         found = self._remote.list(f"leases/{name}")
         return [int(item) for item in found if re.fullmatch(r"\d{10}", item)]
 
-    def _sign(self, name: str, token: int) -> str:
+    def _renewal(self, name: str, token: int) -> str:
         path = self._path(name, token, ".sign")
         found = self._remote.get(path)
-        return (found or b"")[:_SIGN_LIMIT].decode("ascii", "replace")
+        return (found or b"")[:_RENEWAL_LIMIT].decode("ascii", "replace")
 
     def _create(self, name: str, token: int, took_over: bool) -> Grant | None:
         if not self._remote.create(self._path(name, token), b""):

@@ -1,9 +1,9 @@
 """The objects of a remote store, and what a slow, dead or lying server may cost: a mounted folder, S3, GCS, Azure.
 
-Objects below the URL (see `ts_handlers.store.remote.sealed` for their format)::
+Objects below the URL (their format is in `ts_handlers.store.remote.sealed`, their names are in `names.py`)::
 
-    entries/<model>/<model digest>/<device>/<key>.<generation>    sealed entries
-    canaries/<key>/<weights digest>.<generation>                  sealed canary records
+    entries/<model>/<model digest>/<device>/<key>.<version>    sealed entries
+    canaries/<key>/<weights digest>.<version>                  sealed canary records
     leases/<key>/...                                              see ts_handlers.store.remote.object_lease
 
 Sealed objects are written once, by a create that fails when the object exists, and never replaced or removed by this

@@ -1,9 +1,9 @@
-"""Leases in Redis, each operation one script.
+"""Leases among hosts in a Redis server; each operation is one script, so that it is atomic.
 
 Keys, for a lease called ``<name>``::
 
     ts_handlers:{<name>}:lease      token and random name of the holder; expires `LOST_AFTER` heartbeats after its
-                                    last sign of life
+                                    last renewal
     ts_handlers:{<name>}:token      the last token given
     ts_handlers:{<name>}:released   the last token given back
 
@@ -62,7 +62,7 @@ class RedisLeases:
     seconds:
         What a start waits for the server at most.
     heartbeat:
-        Seconds between two signs of life.
+        Seconds in which a holder renews its lease `RENEWALS_PER_HEARTBEAT` times.
     state:
         Folder for the circuit breaker's state.
     """

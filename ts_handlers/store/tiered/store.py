@@ -28,11 +28,11 @@ from ts_handlers.store.base import Corrupt, Hit, Miss
 from ts_handlers.store.entry import Manifest
 from ts_handlers.store.local.lease import Lease
 from ts_handlers.store.local.store import LocalStore
-from ts_handlers.store.remote import exchange
+from ts_handlers.store.remote import transfer
 from ts_handlers.store.remote.base import Remote
-from ts_handlers.store.remote.exchange import canary_name, entry_name
 from ts_handlers.store.remote.lease import HeldLease, LeaseService, wait_for_lease
-from ts_handlers.store.remote.signing import Trust
+from ts_handlers.store.remote.names import canary_name, entry_name
+from ts_handlers.store.remote.signing import Keyring
 from ts_handlers.store.tiered.sender import Sender
 from ts_handlers.system.locked_directory import empty_folder
 
@@ -40,47 +40,53 @@ logger = logging.getLogger(__name__)
 
 
 class TieredStore:
-    """See `ts_handlers.store.base.Store`.
+    """A `ts_handlers.store.base.Store` of two tiers: a local store, and a remote one behind it.
 
     Parameters
     ----------
     local, remote:
         The two tiers.
-    trust:
-        Reads the keys; called at the first contact with the remote.
+    keyring:
+        Reads the key files; called when something is first fetched or sent.
     leases:
-        Where hosts agree on one builder, or None.
+        The service through which hosts agree on one builder, or None.
     metrics:
-        Counts what the remote does.
+        Gets counts of hits, misses, refusals and failures of the remote.
     """
 
     def __init__(
         self,
         local: LocalStore,
         remote: Remote,
-        trust: Callable[[], Trust],
+        keyring: Callable[[], Keyring],
         leases: LeaseService | None,
         metrics: Metrics,
     ) -> None:
         self.root = local.root
-        self._sender = Sender(local, remote, functools.cache(trust), metrics)
+        self._sender = Sender(local, remote, functools.cache(keyring), metrics)
         self.notes = self._sender.notes
         self.write_back = self._sender.write_back
         self._local = local
         self._remote = remote
         self._leases = leases
         self._metrics = metrics
-        self._stepped_over: dict[str, int] = {}
+        self._refused_versions: dict[str, int] = {}
         self._discarded: set[str] = set()
         self._kept: list[tempfile.TemporaryDirectory[str]] = []
 
     def lookup(self, address: Address) -> Hit | Miss | Corrupt:
-        """Find an entry here, or fetch it; an entry of the remote that must not be used is a miss."""
+        """Find an entry here, or fetch it; an entry of the remote that must not be used is a miss.
+
+        Raises
+        ------
+        SettingsError
+            A key file of the settings cannot be used.
+        """
         found = self._local.lookup(address)
         if isinstance(found, Hit):
             self._sender.resume(address, found.directory)
             return found
-        if address.key.digest in self._discarded or self._sender.alone():
+        if address.key.digest in self._discarded or self._sender.is_without_remote():
             return found
         with self._metrics.phase("fetch"), self._one_fetcher(address) as asked_by_another:
             if asked_by_another:
@@ -89,7 +95,7 @@ class TieredStore:
             hit = self._fetch(address)
         if hit is not None and isinstance(found, Corrupt):
             self._metrics.count("corrupt")
-            self._sender.note(f"damaged entry, fetched anew: {found.reason}")
+            self._sender.note(f"damaged entry, fetched again: {found.reason}")
         return hit or found
 
     @contextlib.contextmanager
@@ -122,12 +128,12 @@ class TieredStore:
     def _fetch(self, address: Address) -> Hit | None:
         with contextlib.ExitStack() as stack:
             with self._remote.budget.counting():
-                trust = self._sender.trust()  # here: mistakes in its settings are no failure of the remote
+                keyring = self._sender.keyring()  # here: mistakes in its settings are no failure of the remote
                 staging = stack.enter_context(self._local.staging(address))
 
                 def consume(stream: BinaryIO) -> Manifest:
-                    empty_folder(staging)  # of what an earlier generation left
-                    return exchange.unseal_entry(stream, staging, entry_path(address), trust)[1]
+                    empty_folder(staging)  # of what an earlier version left
+                    return transfer.unseal_entry(stream, staging, entry_path(address), keyring)[1]
 
                 manifest = self._ask(entry_name(address), consume, "remote_miss")
             if manifest is None:
@@ -154,7 +160,7 @@ class TieredStore:
         """
         try:
             with self._remote.budget.counting():
-                fetched = exchange.fetch(self._remote, name, consume)
+                fetched = transfer.fetch(self._remote, name, consume)
         except RemoteError as error:
             self._failed(error)
             return None
@@ -163,7 +169,7 @@ class TieredStore:
             self._sender.note(str(error))
             return None
         self._refused(fetched.refused)
-        self._stepped_over[name] = len(fetched.refused)
+        self._refused_versions[name] = len(fetched.refused)
         if fetched.value is None and absent is not None:
             self._metrics.count(absent)
         return fetched.value
@@ -228,7 +234,7 @@ class TieredStore:
         if self._leases is None or not self._sender.may_write():
             return None
         key, name = address.key.digest, entry_name(address)
-        awaited = f"{name}.{self._stepped_over.get(name, 0)}"
+        awaited = f"{name}.{self._refused_versions.get(name, 0)}"
 
         def report(text: str) -> None:
             lease.report(phase=text)
@@ -257,13 +263,13 @@ class TieredStore:
     def read_canary(self, address: Address, weights_digest: str) -> dict[str, Any] | None:
         """The canary recorded here, or the remote's, which is then recorded here too."""
         record = self._local.read_canary(address, weights_digest)
-        if record is not None or self._sender.alone():
+        if record is not None or self._sender.is_without_remote():
             return record
         name = canary_name(address.key.digest, weights_digest)
-        subject, trust = f"{address.key.digest}/{weights_digest}", self._sender.trust()
+        subject, keyring = f"{address.key.digest}/{weights_digest}", self._sender.keyring()
         with self._metrics.phase("fetch"):
             found: tuple[str, str, dict[str, Any]] | None = self._ask(
-                name, lambda stream: exchange.unseal_canary(stream, subject, trust)
+                name, lambda stream: transfer.unseal_canary(stream, subject, keyring)
             )
             if found is None:
                 return None

@@ -1,4 +1,4 @@
-"""Work that a start leaves to a thread: sending what was built to the remote store."""
+"""A queue of jobs that a thread does after a start: what was built is sent to the remote store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class WriteBack:
-    """Jobs in order, in a thread that exists while there are some.
+    """Does jobs in order, in a thread that exists while there are some.
 
     When the process ends, what is left gets `seconds`; then it is given up and counted.
 
