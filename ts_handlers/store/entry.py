@@ -24,7 +24,6 @@ from typing import Any
 import msgspec
 
 from ts_handlers.errors import UNDECODABLE
-from ts_handlers.key import fingerprint
 from ts_handlers.key.cache_key import FORMAT, CacheKey
 from ts_handlers.key.digests import digest_file, digest_text
 from ts_handlers.version import __version__
@@ -106,6 +105,8 @@ def new_manifest(key: CacheKey, artifact: dict[str, Any], directory: Path, build
     directory:
         Holds the artifact's files.
     """
+    from ts_handlers.key import fingerprint  # imports torch, which a reader of entries does not need
+
     recorded = {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),
