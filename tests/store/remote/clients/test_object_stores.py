@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.store.conftest import PATIENT_SECONDS
 from tests.support.object_stores import azurite, gcs, make_container
 from ts_handlers.errors import StoreError
 from ts_handlers.settings.sections import RemoteSettings
@@ -24,7 +25,7 @@ def through(client: str, file_system: str, url: str, options: dict[str, Any]) ->
     name = "obstore" if client == "obstore" else file_system
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
-    return RemoteSettings(url, client=client, options=options, timeout_seconds=30.0)  # type: ignore[arg-type]
+    return RemoteSettings(url, client=client, options=options, timeout_seconds=PATIENT_SECONDS)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
