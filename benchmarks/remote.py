@@ -33,9 +33,9 @@ from measure import Bench, Run
 from rows import AOT_HIT, EAGER, Row
 
 from ts_handlers.settings.sections import RemoteSettings
-from ts_handlers.store.remote.lease import SIGNS_PER_HEARTBEAT, wait_for_lease
+from ts_handlers.store.remote.lease import RENEWALS_PER_HEARTBEAT, wait_for_lease
 from ts_handlers.store.remote.object_lease import ObjectLeases
-from ts_handlers.store.remote.objects import Remote
+from ts_handlers.store.remote.objects import RemoteObjects
 
 NEW_HOST_LIMIT = 1.15
 TAKEOVER_LIMIT = 2.0  # heartbeats
@@ -55,10 +55,10 @@ import sys, time
 from pathlib import Path
 from ts_handlers.settings.sections import RemoteSettings
 from ts_handlers.store.remote.object_lease import ObjectLeases
-from ts_handlers.store.remote.objects import Remote
+from ts_handlers.store.remote.objects import RemoteObjects
 from ts_handlers.store.remote.lease import wait_for_lease
 url, state, heartbeat = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
-held = wait_for_lease(ObjectLeases(Remote(RemoteSettings(url), state)), "key", heartbeat, lambda: False)
+held = wait_for_lease(ObjectLeases(RemoteObjects(RemoteSettings(url), state)), "key", heartbeat, lambda: False)
 print("held", flush=True)
 time.sleep(600)
 """
@@ -150,7 +150,7 @@ def measure_starts(model: str, rounds: int, directory: Path) -> list[Run]:
 
 
 def measure_takeover(heartbeat: float, rounds: int, directory: Path) -> list[float]:
-    """Heartbeats from the death of a holder to the takeover, at another moment between two signs in each round."""
+    """Heartbeats from the death of a holder to the takeover, at another moment between two renewals in each round."""
     found = []
     for number in range(rounds):
         folder = directory / f"takeover-{number}"
@@ -161,11 +161,11 @@ def measure_takeover(heartbeat: float, rounds: int, directory: Path) -> list[flo
         )
         assert holder.stdout is not None
         holder.stdout.readline()
-        time.sleep(heartbeat * (1 + number / rounds / SIGNS_PER_HEARTBEAT))
-        service = ObjectLeases(Remote(RemoteSettings(url), folder / "waiter"))
+        time.sleep(heartbeat * (1 + number / rounds / RENEWALS_PER_HEARTBEAT))
+        service = ObjectLeases(RemoteObjects(RemoteSettings(url), folder / "waiter"))
         waiter = ThreadPool(1)
         waiting = waiter.apply_async(wait_for_lease, (service, "key", heartbeat, lambda: False))
-        time.sleep(heartbeat)  # it has seen signs of life
+        time.sleep(heartbeat)  # it has seen renewals
         holder.kill()
         killed = time.monotonic()
         holder.wait()

@@ -15,7 +15,7 @@ from tests.support.file_backend import FileBackend
 from tests.support.models import archive_source, settings_of
 from ts_handlers import start_model
 from ts_handlers.store.remote.sealed import SealedReader, seal
-from ts_handlers.store.remote.signing import Trust
+from ts_handlers.store.remote.signing import Keyring
 from ts_handlers.store.upkeep.scan import scan_entries
 
 Run = Callable[..., Result]
@@ -160,11 +160,11 @@ def test_bundle_with_something_damaged_inside_publishes_nothing(run: Run, filled
     assert run("export", bundle, "--store", filled).code == 0
     parts.mkdir()
     with bundle.open("rb") as stream:
-        SealedReader(stream, Trust(), "bundle").extract(parts)
+        SealedReader(stream, Keyring(), "bundle").extract(parts)
     (canary,) = parts.glob("canary-*")
     canary.write_bytes(canary.read_bytes()[:-1] + b"?")
     with bundle.open("wb") as target:
-        seal(target, "bundle", "bundle", {path.name: path for path in parts.iterdir()}, Trust())
+        seal(target, "bundle", "bundle", {path.name: path for path in parts.iterdir()}, Keyring())
     assert run("import", bundle, "--store", tmp_path / "new").code == 4
     assert scan_entries(tmp_path / "new") == []
 

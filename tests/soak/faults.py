@@ -26,7 +26,7 @@ from ts_handlers.guard.failures import CIRCUMSTANTIAL
 from ts_handlers.guard.quarantine import record_files
 from ts_handlers.store import bundles
 from ts_handlers.store.local.store import LocalStore
-from ts_handlers.store.remote.signing import Trust
+from ts_handlers.store.remote.signing import Keyring
 from ts_handlers.store.upkeep.audit import audit
 from ts_handlers.store.upkeep.eviction import Quotas
 from ts_handlers.store.upkeep.scan import scan_entries
@@ -112,7 +112,7 @@ class Operations:
         assert code == 0, text
         shutil.rmtree(folder / "sender")
         store = LocalStore(self.filled)
-        bundles.export_bundle(store, scan_entries(self.filled), folder / "bundle", Trust())
+        bundles.export_bundle(store, scan_entries(self.filled), folder / "bundle", Keyring())
         self.bundle = folder / "bundle"
 
     def _start(self, root: Path, remote: bool = False) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Operations:
 
     def _import(self, root: Path) -> None:
         try:
-            bundles.import_bundle(LocalStore(root), self.bundle, Trust())
+            bundles.import_bundle(LocalStore(root), self.bundle, Keyring())
         except (StoreError, OSError, RefusedError):
             return
 

@@ -37,9 +37,9 @@ from ts_handlers.store.base import Hit
 from ts_handlers.store.canaries import load_record
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest, verify_files
 from ts_handlers.store.local.store import LocalStore
-from ts_handlers.store.remote import exchange
+from ts_handlers.store.remote import transfer
 from ts_handlers.store.remote.sealed import MAGIC, seal
-from ts_handlers.store.remote.signing import Trust, generate_keys, load_trust
+from ts_handlers.store.remote.signing import Keyring, generate_keys, load_keyring
 from ts_handlers.store.upkeep.audit import audit
 from ts_handlers.store.upkeep.garbage import find_garbage
 from ts_handlers.store.upkeep.scan import scan_entries
@@ -87,7 +87,7 @@ def manifests(folder: Path) -> Example:
     return example
 
 
-def _import(folder: Path, raw: bytes, trust: Trust) -> bool:
+def _import(folder: Path, raw: bytes, trust: Keyring) -> bool:
     """Import a bundle into an empty store; True when it was refused."""
     jail = folder / "jail"
     shutil.rmtree(jail, ignore_errors=True)
@@ -114,7 +114,7 @@ def _import(folder: Path, raw: bytes, trust: Trust) -> bool:
     return refused
 
 
-def _bundle(folder: Path, trust: Trust) -> bytes:
+def _bundle(folder: Path, trust: Keyring) -> bytes:
     store = LocalStore(folder / "source")
     for device in ("one", "two"):
         where = entries.address(device=device)
@@ -142,21 +142,21 @@ def _resealed(raw: bytes, change: Callable[[Any], Any]) -> bytes:
 
 def bundles_of(folder: Path) -> Example:
     """A bundle without signature: its bytes, its header, or what lies in it."""
-    raw = _bundle(folder, Trust())
+    raw = _bundle(folder, Keyring())
     inner = _parts(folder, raw)
 
     def example(data: st.DataObject) -> bool:
         kind = data.draw(st.sampled_from(["bytes", "header", "inner bytes", "inner header"]))
         if kind == "bytes":
-            return _import(folder, changed_bytes(data, raw), Trust())
+            return _import(folder, changed_bytes(data, raw), Keyring())
         if kind == "header":
-            return _import(folder, _resealed(raw, functools.partial(changed_json, data)), Trust())
+            return _import(folder, _resealed(raw, functools.partial(changed_json, data)), Keyring())
         name = data.draw(st.sampled_from(sorted(inner)))
         change = functools.partial(changed_json, data)
         part = changed_bytes(data, inner[name]) if kind == "inner bytes" else _resealed(inner[name], change)
         target = io.BytesIO()
-        seal(target, "bundle", "bundle", {**inner, name: part}, Trust())
-        return _import(folder, target.getvalue(), Trust())
+        seal(target, "bundle", "bundle", {**inner, name: part}, Keyring())
+        return _import(folder, target.getvalue(), Keyring())
 
     return example
 
@@ -166,14 +166,14 @@ def _parts(folder: Path, raw: bytes) -> dict[str, Path | bytes]:
 
     target = folder / "parts"
     target.mkdir()
-    SealedReader(io.BytesIO(raw), Trust(), "bundle").extract(target)
+    SealedReader(io.BytesIO(raw), Keyring(), "bundle").extract(target)
     return {path.name: path.read_bytes() for path in target.iterdir()}
 
 
 def signed_bundles(folder: Path) -> Example:
     """A signed bundle: any change of a byte must be refused."""
     generate_keys(folder / "private", folder / "public")
-    trust = load_trust(
+    trust = load_keyring(
         settings_of(
             trust={"public_keys": [str(folder / "public")], "signing_key": str(folder / "private")},
         ).trust
@@ -197,7 +197,7 @@ def objects(folder: Path) -> Example:
     store, where = LocalStore(folder / "store"), entries.address()
     directory = entries.publish(store, where)
     buffer = io.BytesIO()
-    exchange.seal_entry(buffer, directory, entry_path(where), Trust())
+    transfer.seal_entry(buffer, directory, entry_path(where), Keyring())
     manifest = json.loads((directory / MANIFEST).read_bytes())
     files = {name: (directory / name).read_bytes() for name in manifest["files"]}
 
@@ -207,13 +207,13 @@ def objects(folder: Path) -> Example:
         else:
             changed = _fuzzed_manifest(data, manifest)
             target = io.BytesIO()
-            seal(target, "entry", entry_path(where), {**files, MANIFEST: changed}, Trust())
+            seal(target, "entry", entry_path(where), {**files, MANIFEST: changed}, Keyring())
             raw = target.getvalue()
         place = folder / "unsealed"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         try:
-            found, _ = exchange.unseal_entry(io.BytesIO(raw), place, entry_path(where), Trust())
+            found, _ = transfer.unseal_entry(io.BytesIO(raw), place, entry_path(where), Keyring())
         except (RefusedError, StoreError):
             return True
         verify_files(place, read_manifest(place))

@@ -19,6 +19,8 @@ import pytest
 from ts_handlers.settings.sections import RemoteSettings
 from ts_handlers.store.remote.signing import generate_keys
 
+PATIENT_SECONDS = 120.0
+"""A timeout that a busy machine does not reach; tests of timeouts set their own."""
 S3_KEYS = {"key": "test-access-key", "secret": "test-secret-key"}
 
 
@@ -46,7 +48,7 @@ def s3(s3_port: int) -> RemoteSettings:
 
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
     s3fs.S3FileSystem(**s3_options(s3_port), skip_instance_cache=True).call_s3("create_bucket", Bucket=bucket)
-    return RemoteSettings(f"s3://{bucket}/some/prefix", options=s3_options(s3_port), timeout_seconds=30.0)
+    return RemoteSettings(f"s3://{bucket}/some/prefix", options=s3_options(s3_port), timeout_seconds=PATIENT_SECONDS)
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +70,7 @@ def s3fs(s3: RemoteSettings) -> RemoteSettings:
 def folder(tmp_path: Path) -> RemoteSettings:
     """A folder that stands for a mounted one."""
     (tmp_path / "remote").mkdir()
-    return RemoteSettings(f"file://{tmp_path}/remote")
+    return RemoteSettings(f"file://{tmp_path}/remote", timeout_seconds=PATIENT_SECONDS)
 
 
 @pytest.fixture(params=["folder", "s3", "s3fs"])
@@ -122,10 +124,10 @@ def redis_url(redis_port: int) -> str:
 
 @pytest.fixture
 def make_remote(tmp_path: Path) -> Callable[..., Any]:
-    """A `Remote` as a host of its own has it."""
-    from ts_handlers.store.remote.objects import Remote
+    """A `RemoteObjects` as a host of its own has it."""
+    from ts_handlers.store.remote.objects import RemoteObjects
 
-    def make(settings: RemoteSettings, host: str = "host") -> Remote:
-        return Remote(settings, tmp_path / f"state-{host}")
+    def make(settings: RemoteSettings, host: str = "host") -> RemoteObjects:
+        return RemoteObjects(settings, tmp_path / f"state-{host}")
 
     return make

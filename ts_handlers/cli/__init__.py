@@ -1,6 +1,6 @@
 """The command `ts-handlers`.
 
 Every module in `ts_handlers/cli/verbs/` is a verb: its function `command` is what runs and its docstring is the help.
-Nothing is registered elsewhere. A verb takes `StoreOption` and `JsonOption` from `ts_handlers.cli.options`, imports
+Nothing is registered elsewhere. A verb takes `StoreOptions` and `JsonOption` from `ts_handlers.cli.options`, imports
 what is slow inside the function (so that ``--help`` and completion stay quick), and returns an `ExitCode` or None.
 """

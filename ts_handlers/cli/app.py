@@ -36,6 +36,7 @@ def make_app() -> typer.Typer:
     import typer
 
     from ts_handlers.cli import verbs
+    from ts_handlers.cli.option_groups import expand
 
     app = typer.Typer(
         name="ts-handlers",
@@ -56,7 +57,7 @@ def make_app() -> typer.Typer:
     for info in sorted(pkgutil.iter_modules(verbs.__path__), key=lambda info: info.name):
         module = importlib.import_module(f"{verbs.__name__}.{info.name}")
         name = info.name.strip("_").replace("_", "-")  # `import_.py`, since `import` is a keyword
-        app.command(name)(_with_exit_codes(module.command))
+        app.command(name)(_with_exit_codes(expand(module.command)))
     return app
 
 

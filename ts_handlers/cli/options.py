@@ -1,12 +1,15 @@
-"""Options that every verb has, and opening the store that they name."""
+"""Options that most verbs have, and finding a key in the store that they name."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ts_handlers.cli.option_groups import OptionGroup
 from ts_handlers.errors import StoreError
 from ts_handlers.settings.location import default_store_root
 
@@ -34,27 +37,44 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for program
 KeyArgument = Annotated[str, typer.Argument(metavar="KEY", help="A key, or enough of its first digits.")]
 
 
-def absolute(folders: list[Path]) -> list[str]:
-    """Folders of the command line as the settings want them."""
-    return [str(folder.expanduser().absolute()) for folder in folders]
+@dataclasses.dataclass(frozen=True)
+class StoreOptions(OptionGroup):
+    """Which store, and which folders above it are accepted as they are."""
 
+    trust_folder: TrustedFolders = dataclasses.field(default_factory=list)
+    store: StoreOption = None
 
-def open_existing_store(path: Path | None, trusted_folders: list[Path] | None = None) -> LocalStore:
-    """The store that `path` names (None: the default one), which must exist.
+    def open(self) -> LocalStore:
+        """The store, which must exist.
 
-    The owner and mode of `trusted_folders` above it are accepted as they are.
+        Raises
+        ------
+        StoreError
+            There is none, or it is not safe to use.
+        """
+        root = self._root.expanduser().absolute()
+        if not root.exists():
+            raise StoreError(f"there is no store at {root}; name another one with --store or TS_HANDLERS_CACHE")
+        return self._open(root)
 
-    Raises
-    ------
-    StoreError
-        There is none, or it is not safe to use.
-    """
-    from ts_handlers.store.local.store import LocalStore
+    def make(self) -> LocalStore:
+        """The store, which is made if it does not exist.
 
-    root = Path(path or default_store_root()).expanduser().absolute()
-    if not root.exists():
-        raise StoreError(f"there is no store at {root}; name another one with --store or TS_HANDLERS_CACHE")
-    return LocalStore(root, absolute(trusted_folders or []))
+        Raises
+        ------
+        StoreError
+            It cannot be made, or is not safe to use.
+        """
+        return self._open(self._root)
+
+    @property
+    def _root(self) -> Path:
+        return Path(self.store or default_store_root())
+
+    def _open(self, root: Path) -> LocalStore:
+        from ts_handlers.store.local.store import LocalStore
+
+        return LocalStore(root, [str(folder.expanduser().absolute()) for folder in self.trust_folder])
 
 
 def find_entries(store: LocalStore, prefix: str) -> list[EntryInfo]:
@@ -67,10 +87,35 @@ def find_entries(store: LocalStore, prefix: str) -> list[EntryInfo]:
     """
     from ts_handlers.store.upkeep.scan import scan_entries
 
-    found = [entry for entry in scan_entries(store.root) if entry.key.startswith(prefix.lower())]
-    keys = sorted({entry.key for entry in found})
-    if not keys:
-        raise typer.BadParameter(f"no key in {store.root} starts with {prefix!r}; `ts-handlers ls` lists them")
-    if len(keys) > 1:
-        raise typer.BadParameter(f"{len(keys)} keys start with {prefix!r}: {', '.join(keys[:8])}; give more digits")
-    return found
+    found = scan_entries(store.root)
+    none = f"no key in {store.root} starts with {prefix!r}; `ts-handlers ls` lists them"
+    key = one_key((entry.key for entry in found), prefix, none)
+    return [entry for entry in found if entry.key == key]
+
+
+def one_key(keys: Iterable[str], prefix: str, none: str, kind: str = "keys") -> str:
+    """The one key that starts with `prefix`.
+
+    Parameters
+    ----------
+    none:
+        The message when no key starts so.
+    kind:
+        What the keys are called in the message when several start so.
+
+    Raises
+    ------
+    typer.BadParameter
+        No key or several keys start so.
+
+    Examples
+    --------
+    >>> one_key(["ab01", "cd23", "ab01"], "AB", "no key")
+    'ab01'
+    """
+    found = sorted({key for key in keys if key.startswith(prefix.lower())})
+    if not found:
+        raise typer.BadParameter(none)
+    if len(found) > 1:
+        raise typer.BadParameter(f"{len(found)} {kind} start with {prefix!r}: {', '.join(found[:8])}; give more digits")
+    return found[0]

@@ -19,11 +19,11 @@ from ts_handlers.store.address import Address, entry_path
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest
 from ts_handlers.store.local.layout import CANARIES, ENTRIES, ENTRY_DEPTH
 from ts_handlers.store.local.store import LocalStore
-from ts_handlers.store.remote import exchange
-from ts_handlers.store.remote.exchange import canary_name, entry_name
-from ts_handlers.store.remote.objects import Remote
+from ts_handlers.store.remote import transfer
+from ts_handlers.store.remote.base import Remote
+from ts_handlers.store.remote.names import canary_name, entry_name
 from ts_handlers.store.remote.sealed import SealedReader, check_name, seal
-from ts_handlers.store.remote.signing import Trust
+from ts_handlers.store.remote.signing import Keyring
 from ts_handlers.store.upkeep.scan import EntryInfo
 from ts_handlers.system.files import atomic_file
 
@@ -48,7 +48,7 @@ class Moved:
     canaries: int = 0
 
 
-def push(store: LocalStore, entries: Iterable[EntryInfo], remote: Remote, trust: Trust) -> Iterator[Moved]:
+def push(store: LocalStore, entries: Iterable[EntryInfo], remote: Remote, trust: Keyring) -> Iterator[Moved]:
     """Send entries and their canary records to a remote store, one after the other; existing objects stay.
 
     Raises
@@ -70,12 +70,12 @@ def push(store: LocalStore, entries: Iterable[EntryInfo], remote: Remote, trust:
                 yield Moved(_subject(entry), "failed", str(error))
                 continue
             subject = entry_path(address)
-            new = exchange.send(remote, entry_name(address), sealed, _entry_check(subject, trust))
+            new = transfer.send(remote, entry_name(address), sealed, _entry_check(subject, trust))
             canaries = 0
             for weights in store.canaries(address):
                 _seal_canary(sealed, store, address, weights, trust)
                 subject_of_canary = f"{address.key.digest}/{weights}"
-                canaries += exchange.send(
+                canaries += transfer.send(
                     remote,
                     canary_name(address.key.digest, weights),
                     sealed,
@@ -85,7 +85,7 @@ def push(store: LocalStore, entries: Iterable[EntryInfo], remote: Remote, trust:
 
 
 def pull(
-    store: LocalStore, remote: Remote, trust: Trust, wanted: Callable[[str], bool] = lambda subject: True
+    store: LocalStore, remote: Remote, trust: Keyring, wanted: Callable[[str], bool] = lambda subject: True
 ) -> Iterator[Moved]:
     """Fetch entries and their canary records from a remote store.
 
@@ -101,7 +101,7 @@ def pull(
     StoreError
         The local store cannot be written.
     """
-    names = remote.list(ENTRIES, charged=False, recursive=True)
+    names = remote.list(ENTRIES, recursive=True)
     for subject in sorted({name.rpartition(".")[0] for name in names}):
         with contextlib.suppress(RefusedError):
             check_name(subject)
@@ -109,7 +109,7 @@ def pull(
                 yield _pull_one(store, remote, trust, subject)
 
 
-def _pull_one(store: LocalStore, remote: Remote, trust: Trust, subject: str) -> Moved:
+def _pull_one(store: LocalStore, remote: Remote, trust: Keyring, subject: str) -> Moved:
     directory, outcome = store.root / ENTRIES / subject, "present"
     if not (directory / MANIFEST).exists():
         outcome = "done"
@@ -117,25 +117,23 @@ def _pull_one(store: LocalStore, remote: Remote, trust: Trust, subject: str) -> 
 
             def consume(stream: BinaryIO) -> tuple[Address, Manifest]:
                 staging = _fresh(folder / "entry")
-                return exchange.unseal_entry(stream, staging, subject, trust)
+                return transfer.unseal_entry(stream, staging, subject, trust)
 
-            fetched = exchange.fetch(remote, f"{ENTRIES}/{subject}", consume, charged=False)
+            fetched = transfer.fetch(remote, f"{ENTRIES}/{subject}", consume)
             if fetched.value is None:
                 return Moved(subject, "refused", "; ".join(fetched.refused))
             address, manifest = fetched.value
             directory = store.publish(address, folder / "entry", manifest)
     address = _address(directory)
     key, canaries = address.key.digest, 0
-    names = remote.list(f"{CANARIES}/{key}", charged=False)
+    names = remote.list(f"{CANARIES}/{key}")
     for weights in sorted({name.rpartition(".")[0] for name in names} - set(store.canaries(address))):
-        record = exchange.fetch(
-            remote, canary_name(key, weights), _canary_check(f"{key}/{weights}", trust), charged=False
-        ).value
+        record = transfer.fetch(remote, canary_name(key, weights), _canary_check(f"{key}/{weights}", trust)).value
         canaries += record is not None and store.write_canary(address, weights, record[2])
     return Moved(subject, "done" if outcome == "done" else "present", canaries=canaries)
 
 
-def export_bundle(store: LocalStore, entries: Iterable[EntryInfo], path: Path, trust: Trust) -> list[Moved]:
+def export_bundle(store: LocalStore, entries: Iterable[EntryInfo], path: Path, trust: Keyring) -> list[Moved]:
     """Write entries and their canary records into one file, which appears when it is complete.
 
     Raises
@@ -168,7 +166,7 @@ def export_bundle(store: LocalStore, entries: Iterable[EntryInfo], path: Path, t
     return moved
 
 
-def import_bundle(store: LocalStore, path: Path, trust: Trust) -> list[Moved]:
+def import_bundle(store: LocalStore, path: Path, trust: Keyring) -> list[Moved]:
     """Publish the entries of a bundle, with their canary records, in a local store; existing ones stay.
 
     Raises
@@ -189,10 +187,10 @@ def import_bundle(store: LocalStore, path: Path, trust: Trust) -> list[Moved]:
             with open(inside / name, "rb") as sealed:
                 if name.startswith("entry-"):
                     staging = _fresh(folder / f"unsealed-{len(entries)}")
-                    address, manifest = exchange.unseal_entry(sealed, staging, None, trust)
+                    address, manifest = transfer.unseal_entry(sealed, staging, None, trust)
                     entries[address.key.digest] = address, staging, manifest
                 elif name.startswith("canary-"):
-                    canaries.append(exchange.unseal_canary(sealed, None, trust))
+                    canaries.append(transfer.unseal_canary(sealed, None, trust))
                     if canaries[-1][0] not in entries:
                         raise RefusedError(f"{path} holds a canary record of {canaries[-1][0]}, but not its entry")
             (inside / name).unlink()  # room for the next one
@@ -231,23 +229,23 @@ def _address(directory: Path) -> Address:
     return Address(model, digest, device, read_manifest(directory).cache_key)
 
 
-def _seal_entry(target: Path, directory: Path, trust: Trust) -> Address:
+def _seal_entry(target: Path, directory: Path, trust: Keyring) -> Address:
     address = _address(directory)
     with open(target, "wb") as file:
-        exchange.seal_entry(file, directory, entry_path(address), trust)
+        transfer.seal_entry(file, directory, entry_path(address), trust)
     return address
 
 
-def _seal_canary(target: Path, store: LocalStore, address: Address, weights: str, trust: Trust) -> None:
+def _seal_canary(target: Path, store: LocalStore, address: Address, weights: str, trust: Keyring) -> None:
     record = store.read_canary(address, weights)
     assert record is not None  # `LocalStore.canaries` has just read it
     with open(target, "wb") as file:
-        exchange.seal_canary(file, record, address.key.digest, weights, trust)
+        transfer.seal_canary(file, record, address.key.digest, weights, trust)
 
 
-def _entry_check(subject: str, trust: Trust) -> Callable[[BinaryIO], None]:
-    return lambda stream: exchange.verify_entry(stream, subject, trust)
+def _entry_check(subject: str, trust: Keyring) -> Callable[[BinaryIO], None]:
+    return lambda stream: transfer.verify_entry(stream, subject, trust)
 
 
-def _canary_check(subject: str, trust: Trust) -> Callable[[BinaryIO], tuple[str, str, dict[str, object]]]:
-    return lambda stream: exchange.unseal_canary(stream, subject, trust)
+def _canary_check(subject: str, trust: Keyring) -> Callable[[BinaryIO], tuple[str, str, dict[str, object]]]:
+    return lambda stream: transfer.unseal_canary(stream, subject, trust)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +19,8 @@ from ts_handlers.store.local.verified import known_digest
 
 if TYPE_CHECKING:
     from ts_handlers.settings.sections import RemoteSettings
+    from ts_handlers.store.remote.base import Remote
     from ts_handlers.store.remote.lease import LeaseService
-    from ts_handlers.store.remote.objects import Remote
 
 logger = logging.getLogger(__name__)
 
@@ -44,21 +43,25 @@ def open_store(settings: Settings, metrics: Metrics) -> tuple[Store, str | None]
     local, problem = _open_local(settings)
     if settings.remote is None:
         return local, problem
-    began = time.monotonic()
-    from ts_handlers.store.remote.objects import Remote
-    from ts_handlers.store.remote.signing import load_trust
-    from ts_handlers.store.tiered.store import TieredStore
+    from ts_handlers.store.remote.budget import TimeBudget
 
-    state = local.root / REMOTE
-    remote = Remote(settings.remote, state)
-    leases = _open_leases(settings.remote, remote, state)
-    store = TieredStore(local, remote, lambda: load_trust(settings.trust), leases, metrics)
-    remote.breaker.charge(time.monotonic() - began)
-    return store, problem
+    budget = TimeBudget(settings.remote.timeout_seconds)
+    with budget.counting():  # the imports count too
+        from ts_handlers.store.remote.objects import RemoteObjects
+        from ts_handlers.store.remote.read_only import ReadOnlyRemote
+        from ts_handlers.store.remote.signing import load_keyring
+        from ts_handlers.store.tiered.store import TieredStore
+
+        state = local.root / REMOTE
+        remote: Remote = RemoteObjects(settings.remote, state, budget)
+        if settings.remote.read_only:
+            remote = ReadOnlyRemote(remote)
+        leases = _open_leases(settings.remote, remote, state)
+        return TieredStore(local, remote, lambda: load_keyring(settings.trust), leases, metrics), problem
 
 
 def _open_leases(settings: RemoteSettings, remote: Remote, state: Path) -> LeaseService | None:
-    if settings.lease == "off" or settings.read_only:
+    if settings.lease == "off":
         return None
     if settings.lease == "auto":
         from ts_handlers.store.remote.object_lease import ObjectLeases

@@ -10,7 +10,9 @@ import pytest
 
 from ts_handlers.errors import RefusedError, RemoteError
 from ts_handlers.store.remote import breaker as module
-from ts_handlers.store.remote.breaker import Breaker, UnusableError
+from ts_handlers.store.remote.base import UnusableError
+from ts_handlers.store.remote.breaker import Breaker
+from ts_handlers.store.remote.budget import TimeBudget
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def hang(given_up: threading.Event) -> None:
 
 
 def test_answers_and_the_calls_own_errors_do_not_open_it(state: Path) -> None:
-    breaker = Breaker(state, "service", 30.0)
+    breaker = Breaker(state, "service", TimeBudget(30.0))
     assert breaker.call("asking", lambda _: 17) == 17
     for error in (FileNotFoundError("x"), FileExistsError("x"), RefusedError("x")):
 
@@ -38,11 +40,11 @@ def test_answers_and_the_calls_own_errors_do_not_open_it(state: Path) -> None:
 
 def test_after_a_timeout_nothing_is_tried_by_any_process_of_the_host(state: Path) -> None:
     calls: list[str] = []
-    breaker = Breaker(state, "service", 0.2)
+    breaker = Breaker(state, "service", TimeBudget(0.2))
     with pytest.raises(RemoteError, match=r"service: asking: no answer within the 0\.2 s") as caught:
         breaker.call("asking", hang)
     assert caught.value.first
-    for other in (breaker, Breaker(state, "service", 0.2)):
+    for other in (breaker, Breaker(state, "service", TimeBudget(0.2))):
         with pytest.raises(RemoteError, match="no answer within") as caught:
             other.call("asking", lambda _: calls.append("x"))
         assert not caught.value.first
@@ -57,37 +59,36 @@ def test_what_nobody_waits_for_any_more_is_told_so(state: Path) -> None:
             told.set()
 
     with pytest.raises(RemoteError):
-        Breaker(state, "service", 0.1).call("asking", wait)
+        Breaker(state, "service", TimeBudget(0.1)).call("asking", wait)
     assert told.wait(60)
 
 
-def test_charged_calls_share_one_budget_and_others_have_their_own(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    breaker = Breaker(state, "service", 50.0)
+def test_calls_that_count_share_one_budget_and_others_have_their_own(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaker = Breaker(state, "service", TimeBudget(50.0))
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
 
-    def take(seconds: float, charged: bool) -> None:
-        breaker.call("asking", lambda _: now.__setitem__(0, now[0] + seconds), charged=charged)
+    def take(seconds: float) -> None:
+        breaker.call("asking", lambda _: now.__setitem__(0, now[0] + seconds))
 
-    take(30.0, charged=True)
-    take(40.0, charged=False)
-    take(20.0, charged=True)
-    assert not breaker.is_open
-    with pytest.raises(RemoteError, match="no answer within the 50 s"):
-        breaker.call("asking", hang, charged=True)
+    with breaker.budget.counting():
+        take(30.0)
+    take(40.0)
+    with breaker.budget.counting():
+        take(20.0)
+        assert not breaker.is_open
+        with pytest.raises(RemoteError, match="no answer within the 50 s"):
+            breaker.call("asking", hang)
 
 
-def test_what_surrounds_the_calls_is_charged_and_a_little_is_kept_back(state: Path) -> None:
-    breaker = Breaker(state, "service", 10.0)
-    assert breaker.left == 10.0 - module.TIDY_UP_SECONDS
-    breaker.charge(9.0)
-    assert breaker.left == pytest.approx(1.0 - module.TIDY_UP_SECONDS)
-    breaker.charge(9.0)
-    assert breaker.left == 0.0
-    with pytest.raises(RemoteError, match="no answer within the 10 s"):
-        breaker.call("asking", hang)
-    assert breaker.left == 10.0 - module.TIDY_UP_SECONDS
-    assert Breaker(state, "service", 0.1).left == pytest.approx(0.09)
+def test_a_failure_gives_the_next_attempt_a_whole_budget(state: Path) -> None:
+    breaker = Breaker(state, "service", TimeBudget(0.1))
+    with breaker.budget.counting():
+        with pytest.raises(RemoteError, match=r"no answer within the 0\.1 s"):
+            breaker.call("asking", hang)
+        assert breaker.budget.left > 0.0
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_errors_of_the_service_open_it_with_their_reason(error: Exception, text:
     def fail(_: threading.Event) -> None:
         raise error
 
-    breaker = Breaker(state, "service", 30.0)
+    breaker = Breaker(state, "service", TimeBudget(30.0))
     with pytest.raises(RemoteError, match=text):
         breaker.call("asking", fail)
     assert breaker.is_open
@@ -108,17 +109,17 @@ def test_errors_of_the_service_open_it_with_their_reason(error: Exception, text:
 
 def test_it_is_tried_again_after_the_pause_and_after_a_reboot(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RemoteError):
-        Breaker(state, "service", 0.05).call("asking", hang)
+        Breaker(state, "service", TimeBudget(0.05)).call("asking", hang)
     facts = json.loads(state.read_text())
     for stale in ({**facts, "boot": "another"}, {**facts, "until": 0.0}, {**facts, "until": 1e12}, {}, []):
         state.write_text(json.dumps(stale))
-        assert Breaker(state, "service", 30.0).call("asking", lambda _: 17) == 17
+        assert Breaker(state, "service", TimeBudget(30.0)).call("asking", lambda _: 17) == 17
     state.write_text("{half")
-    assert not Breaker(state, "service", 30.0).is_open
+    assert not Breaker(state, "service", TimeBudget(30.0)).is_open
     state.write_text(json.dumps(facts))
-    assert Breaker(state, "service", 30.0).is_open
+    assert Breaker(state, "service", TimeBudget(30.0)).is_open
     monkeypatch.setattr(module.time, "monotonic", lambda: facts["until"] + 1)
-    assert Breaker(state, "service", 30.0).call("asking", lambda _: 17) == 17
+    assert Breaker(state, "service", TimeBudget(30.0)).call("asking", lambda _: 17) == 17
 
 
 def test_secrets_are_not_kept(state: Path) -> None:
@@ -126,13 +127,13 @@ def test_secrets_are_not_kept(state: Path) -> None:
         raise ConnectionError("password hunter2 refused")
 
     with pytest.raises(RemoteError, match=r"password \*\*\* refused"):
-        Breaker(state, "service", 30.0, lambda text: text.replace("hunter2", "***")).call("asking", fail)
+        Breaker(state, "service", TimeBudget(30.0), lambda text: text.replace("hunter2", "***")).call("asking", fail)
     assert "hunter2" not in state.read_text()
 
 
 def test_a_folder_that_cannot_be_written_keeps_the_state_in_the_process(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    breaker = Breaker(tmp_path / "file" / "service.json", "service", 0.05)
+    breaker = Breaker(tmp_path / "file" / "service.json", "service", TimeBudget(0.05))
     with pytest.raises(RemoteError):
         breaker.call("asking", hang)
     assert breaker.is_open

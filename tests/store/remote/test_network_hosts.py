@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.store.conftest import PATIENT_SECONDS
 from tests.support.file_backend import START
 from tests.support.models import eager_model
 from tests.support.network_hosts import Network, network, s3_server
 from tests.support.subprocesses import finish
+from tests.support.workers import wait_until
 
 pytestmark = pytest.mark.processes
 
@@ -32,7 +34,7 @@ class Hosts:
         region = {"client_kwargs": {"region_name": "us-east-1"}}
         self.remote = {"url": "s3://bucket/x", "options": {**KEYS, **region, "endpoint_url": url}}
 
-    def begin(self, host: str, *, seconds: float = 30.0, **env: str) -> subprocess.Popen[str]:
+    def begin(self, host: str, *, seconds: float = PATIENT_SECONDS, **env: str) -> subprocess.Popen[str]:
         remote = {**self.remote, "heartbeat_seconds": 0.8, "timeout_seconds": seconds}
         log = str(self.root / f"builds-{host}")
         store = self.root / f"store-{host}"
@@ -54,10 +56,17 @@ class Hosts:
         while not log.exists() or "begin" not in log.read_text():
             assert process.poll() is None, process.communicate()[1]
 
+    def has_failed(self, host: str) -> bool:
+        """Whether the host has given the remote up for now."""
+        return self._failures(host) != []
+
     def forget_failures(self, host: str) -> None:
         """What the pause after a failure does, without waiting for it."""
-        for state in (self.root / f"store-{host}" / "remote").glob("*.json"):
+        for state in self._failures(host):
             state.unlink()
+
+    def _failures(self, host: str) -> list[Path]:
+        return list((self.root / f"store-{host}" / "remote").glob("*.json"))
 
 
 @pytest.fixture
@@ -70,11 +79,11 @@ def hosts(archive: Path, tmp_path: Path) -> Iterator[Hosts]:
 LOOK = """
     import hashlib, json, sys
     from ts_handlers.settings.sections import RemoteSettings
-    from ts_handlers.store.remote.objects import Remote
+    from ts_handlers.store.remote.objects import RemoteObjects
     settings = json.loads(sys.argv[1])
-    remote = Remote(RemoteSettings(**settings), None)
+    remote = RemoteObjects(RemoteSettings(**settings), None)
     names = remote.list("", recursive=True)
-    print(json.dumps({name: hashlib.sha256(remote.read_small(name)).hexdigest() for name in names}))
+    print(json.dumps({name: hashlib.sha256(remote.get(name)).hexdigest() for name in names}))
 """
 
 
@@ -90,7 +99,7 @@ def counters(facts: dict[str, Any], *names: str) -> list[int]:
 
 def test_builder_that_is_cut_off_is_taken_over_and_changes_nothing_when_it_comes_back(hosts: Hosts) -> None:
     gate = hosts.root / "gate"
-    first = hosts.begin("a", seconds=2.0, BUILD_UNTIL=str(gate))
+    first = hosts.begin("a", seconds=8.0, BUILD_UNTIL=str(gate))
     hosts.wait_for_build("a", first)
     hosts.network.cut("a")
 
@@ -100,6 +109,7 @@ def test_builder_that_is_cut_off_is_taken_over_and_changes_nothing_when_it_comes
     published = objects(hosts, "b")
     assert sorted(name.partition("/")[0] for name in published) == ["canaries", "entries"]
 
+    assert wait_until(lambda: hosts.has_failed("a"))  # its latest renewal has reached its timeout
     hosts.network.join("a")
     gate.touch()
     facts = hosts.end(first)

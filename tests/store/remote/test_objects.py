@@ -14,14 +14,15 @@ import pytest
 from fsspec.registry import _registry
 
 from tests.support.tcp_proxy import Proxy
+from tests.support.workers import wait_until
 from ts_handlers.errors import RemoteError, StoreError
 from ts_handlers.settings.sections import RemoteSettings
-from ts_handlers.store.remote.objects import Remote, redact, redact_url
+from ts_handlers.store.remote.objects import RemoteObjects, redact, redact_url
 
-Make = Callable[..., Remote]
+Make = Callable[..., RemoteObjects]
 
 
-def read(remote: Remote, name: str) -> bytes | None:
+def read(remote: RemoteObjects, name: str) -> bytes | None:
     return remote.read(name, lambda stream: b"".join(iter(lambda: stream.read(1000), b"")))
 
 
@@ -39,12 +40,12 @@ def test_objects(remote_settings: RemoteSettings, make_remote: Make, tmp_path: P
     assert other.create("a/d", b"")
     assert other.list("a", recursive=True) == ["b/c.0", "d"]
     assert "d" in remote.list("a")
-    assert other.read_small("a/sign") is None
+    assert other.get("a/sign") is None
     for text in (b"first", b"second"):
-        remote.overwrite("a/sign", text)
-        assert other.read_small("a/sign") == text
-    remote.remove("a/d")
-    remote.remove("a/d")
+        remote.put("a/sign", text)
+        assert other.get("a/sign") == text
+    remote.delete("a/d")
+    remote.delete("a/d")
     assert read(other, "a/d") is None
     remote.require_exclusive_create()
     other.require_exclusive_create()
@@ -54,12 +55,12 @@ def test_objects_that_are_overwritten_all_the_time_can_be_read(
     remote_settings: RemoteSettings, make_remote: Make
 ) -> None:
     remote, reader, end = make_remote(remote_settings), make_remote(remote_settings, "reader"), threading.Event()
-    remote.overwrite("sign", b"0" * 32)
+    remote.put("sign", b"0" * 32)
 
     def write() -> None:
         while not end.is_set():
             for digit in b"0123456789":
-                remote.overwrite("sign", bytes([digit]) * 32)
+                remote.put("sign", bytes([digit]) * 32)
 
     thread = threading.Thread(target=write)
     thread.start()
@@ -67,7 +68,7 @@ def test_objects_that_are_overwritten_all_the_time_can_be_read(
     reads = 0
     try:
         while reads < 60 or (len(found) < 2 and thread.is_alive()):  # a busy machine may not run the writer at first
-            found.add(reader.read_small("sign"))
+            found.add(reader.get("sign"))
             reads += 1
     finally:
         end.set()
@@ -146,12 +147,10 @@ def test_server_that_never_answers_is_asked_once(s3_through: RemoteSettings, mak
     with Proxy(mode="swallow") as silent:
         options = {**s3_through.options, "endpoint_url": f"http://127.0.0.1:{silent.port}"}
         remote = make_remote(msgspec.structs.replace(s3_through, options=options, timeout_seconds=0.5))
-        asked = []
         for _ in range(2):
             with pytest.raises(RemoteError, match=r"no answer within the 0\.5 s"):
                 remote.exists("a")
-            asked.append(silent.connections)
-        assert asked[0] == asked[1] <= 1
+            assert wait_until(lambda: silent.connections == 1)  # by a thread that nobody waits for any more
 
 
 def test_server_that_fails_is_asked_again_a_few_times(s3: RemoteSettings, make_remote: Make) -> None:

@@ -19,19 +19,19 @@ from hypothesis import strategies as st
 from ts_handlers.errors import RefusedError, StoreError
 from ts_handlers.settings.sections import TrustSettings
 from ts_handlers.store.remote.sealed import MAGIC, SealedReader, check_name, seal
-from ts_handlers.store.remote.signing import Trust, load_trust
+from ts_handlers.store.remote.signing import Keyring, load_keyring
 
 FILES: dict[str, Path | bytes] = {"manifest.json": b"{}", "code/model.so": bytes(range(256)) * 5, "empty": b""}
 
 
-def trust(keys: Path, accepted: str, signing: str | None) -> Trust:
+def trust(keys: Path, accepted: str, signing: str | None) -> Keyring:
     public = tuple(str(keys / f"{name}.pub") for name in accepted)
-    return load_trust(TrustSettings(public, None if signing is None else str(keys / f"{signing}.key")))
+    return load_keyring(TrustSettings(public, None if signing is None else str(keys / f"{signing}.key")))
 
 
-def sealed(trust: Trust | None = None, files: dict[str, Path | bytes] | None = None, subject: str = "it") -> bytes:
+def sealed(trust: Keyring | None = None, files: dict[str, Path | bytes] | None = None, subject: str = "it") -> bytes:
     target = io.BytesIO()
-    seal(target, "entry", subject, FILES if files is None else files, trust or Trust())
+    seal(target, "entry", subject, FILES if files is None else files, trust or Keyring())
     return target.getvalue()
 
 
@@ -41,8 +41,8 @@ def by_hand(header: Any, body: bytes = b"", signature: bytes = b"-") -> bytes:
     return MAGIC + b"%d\n" % len(raw) + raw + b"\n" + digest + b" " + signature + b"\n" + body
 
 
-def extract(data: bytes, directory: Path, trust: Trust | None = None, subject: str = "it") -> None:
-    SealedReader(io.BytesIO(data), trust or Trust(), "entry", subject).extract(directory)
+def extract(data: bytes, directory: Path, trust: Keyring | None = None, subject: str = "it") -> None:
+    SealedReader(io.BytesIO(data), trust or Keyring(), "entry", subject).extract(directory)
 
 
 def tree(directory: Path) -> dict[str, bytes]:
@@ -59,7 +59,7 @@ def test_what_goes_in_comes_out(tmp_path: Path) -> None:
     extract(data, tmp_path / "out")
     assert tree(tmp_path / "out") == FILES
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()} == {0o600}
-    SealedReader(io.BytesIO(data), Trust(), "entry").verify()
+    SealedReader(io.BytesIO(data), Keyring(), "entry").verify()
 
 
 def test_signed_files_are_the_same_bytes_too_and_are_accepted(keys: Path, tmp_path: Path) -> None:
@@ -113,9 +113,9 @@ def test_nothing_is_interpreted_before_the_signature_was_right(keys: Path) -> No
 
 def test_an_object_is_not_passed_off_as_another_one() -> None:
     with pytest.raises(RefusedError, match=r"of 'it', expected 'that'"):
-        SealedReader(io.BytesIO(sealed()), Trust(), "entry", "that")
+        SealedReader(io.BytesIO(sealed()), Keyring(), "entry", "that")
     with pytest.raises(RefusedError, match=r"kind 'canary', found 'entry'"):
-        SealedReader(io.BytesIO(sealed()), Trust(), "canary", "it")
+        SealedReader(io.BytesIO(sealed()), Keyring(), "canary", "it")
 
 
 DIGEST = "0" * 64
@@ -181,7 +181,7 @@ def test_size_bombs_write_nothing(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=f"{1 << 60} bytes are needed"):
         extract(by_hand(_records(bomb=1 << 60)), tmp_path)
     with pytest.raises(RefusedError, match="at most 100 bytes"):
-        SealedReader(io.BytesIO(by_hand(_records(bomb=101), bytes(101))), Trust(), "entry").read("bomb", 100)
+        SealedReader(io.BytesIO(by_hand(_records(bomb=101), bytes(101))), Keyring(), "entry").read("bomb", 100)
     assert tree(tmp_path) == {}
 
 
@@ -209,7 +209,7 @@ def test_a_file_that_changes_while_it_is_sealed_is_not_sent(tmp_path: Path, monk
         sealed(files={"file": tmp_path / "file"})
 
 
-def _check_damage(data: bytes, expected: dict[str, Any], trust: Trust | None = None) -> None:
+def _check_damage(data: bytes, expected: dict[str, Any], trust: Keyring | None = None) -> None:
     """Whatever `data` is: either the very files come out, or it is refused and nothing unlisted was made."""
     outer = Path(os.environ["PYTEST_FUZZ_FOLDER"])
     shutil.rmtree(outer, ignore_errors=True)
@@ -232,7 +232,7 @@ def _fuzz_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
 @given(position=st.integers(0, 10**9), bit=st.integers(0, 7))
 def test_no_flipped_bit_changes_what_comes_out(signed: bool, position: int, bit: int, keys: Path) -> None:
-    both = trust(keys, "a", "a") if signed else Trust()
+    both = trust(keys, "a", "a") if signed else Keyring()
     data = bytearray(sealed(both))
     data[position % len(data)] ^= 1 << bit
     _check_damage(bytes(data), FILES, both)
@@ -242,7 +242,7 @@ def test_no_flipped_bit_changes_what_comes_out(signed: bool, position: int, bit:
 def test_every_truncation_is_refused(length: int) -> None:
     data = sealed()
     with pytest.raises(RefusedError, match="truncated"):
-        SealedReader(io.BytesIO(data[: length % len(data)]), Trust(), "entry").verify()
+        SealedReader(io.BytesIO(data[: length % len(data)]), Keyring(), "entry").verify()
     _check_damage(data[: length % len(data)], FILES)
 
 

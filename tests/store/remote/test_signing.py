@@ -9,7 +9,7 @@ import pytest
 
 from ts_handlers.errors import SettingsError
 from ts_handlers.settings.sections import TrustSettings
-from ts_handlers.store.remote.signing import Trust, generate_keys, load_trust
+from ts_handlers.store.remote.signing import Keyring, generate_keys, load_keyring
 
 
 def test_private_key_is_private_and_no_key_is_overwritten(tmp_path: Path) -> None:
@@ -33,12 +33,12 @@ def test_who_may_publish(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
     for name in "ab":
         generate_keys(tmp_path / f"{name}.key", tmp_path / f"{name}.pub")
     a = str(tmp_path / "a.key")
-    assert Trust().may_publish
-    assert not load_trust(TrustSettings((str(tmp_path / "a.pub"),))).may_publish
-    assert load_trust(TrustSettings((str(tmp_path / "a.pub"),), a)).may_publish
-    assert load_trust(TrustSettings((), a)).may_publish
+    assert Keyring().may_publish
+    assert not load_keyring(TrustSettings((str(tmp_path / "a.pub"),))).may_publish
+    assert load_keyring(TrustSettings((str(tmp_path / "a.pub"),), a)).may_publish
+    assert load_keyring(TrustSettings((), a)).may_publish
     assert caplog.text == ""
-    load_trust(TrustSettings((str(tmp_path / "b.pub"),), a))
+    load_keyring(TrustSettings((str(tmp_path / "b.pub"),), a))
     assert "would refuse what it publishes itself" in caplog.text
 
 
@@ -62,7 +62,7 @@ def test_wrong_key_files_are_named(tmp_path: Path) -> None:
     def message(public: tuple[str, ...] = (), signing: str | None = None) -> str:
         paths = tuple(str(tmp_path / name) for name in public)
         with pytest.raises(SettingsError) as caught:
-            load_trust(TrustSettings(paths, None if signing is None else str(tmp_path / signing)))
+            load_keyring(TrustSettings(paths, None if signing is None else str(tmp_path / signing)))
         return str(caught.value)
 
     assert "public_keys[0]" in message(("missing",))
@@ -78,4 +78,4 @@ def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     generate_keys(tmp_path / "a.key", tmp_path / "a.pub")
     monkeypatch.setitem(__import__("sys").modules, "cryptography.hazmat.primitives.serialization", None)
     with pytest.raises(SettingsError, match=r"package 'cryptography'.*pip install"):
-        load_trust(TrustSettings((str(tmp_path / "a.pub"),)))
+        load_keyring(TrustSettings((str(tmp_path / "a.pub"),)))

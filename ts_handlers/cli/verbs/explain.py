@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ts_handlers.cli.exit_codes import ExitCode
-from ts_handlers.cli.options import JsonOption, StoreOption, TrustedFolders, find_entries, open_existing_store
+from ts_handlers.cli.options import JsonOption, StoreOptions, find_entries
 from ts_handlers.cli.output import print_json, print_table
 from ts_handlers.key.cache_key import CacheKey, explain
 
@@ -30,6 +30,7 @@ def command(
             metavar="[KEY]", help="The key to compare with; an archive takes the nearest entry of its model."
         ),
     ] = None,
+    *,
     device: Annotated[
         str | None,
         typer.Option(help="Of an archive: cpu, cuda or cuda:<index>; otherwise the first GPU if there is one."),
@@ -40,15 +41,14 @@ def command(
     model_name: Annotated[
         str | None, typer.Option(help="The name that TorchServe serves the archive under; otherwise its own.")
     ] = None,
-    trust_folder: TrustedFolders = [],  # noqa: B006  (typer copies it)
-    store: StoreOption = None,
+    store: StoreOptions,
     as_json: JsonOption = False,
 ) -> ExitCode:
     """Say in which parts two keys differ, or why a start of an archive's model on this machine would miss.
 
     For an archive its handler is imported and run up to the start of its model. Ends with 1 when keys differ.
     """
-    opened = open_existing_store(store, trust_folder)
+    opened = store.open()
     if Path(what).exists():
         from ts_handlers.servers.torchserve.archive_keys import archive_keys
 

@@ -7,12 +7,13 @@ from typing import Annotated
 import typer
 
 from ts_handlers.cli.exit_codes import ExitCode
-from ts_handlers.cli.options import JsonOption, StoreOption, TrustedFolders, open_existing_store
+from ts_handlers.cli.options import JsonOption, StoreOptions
 from ts_handlers.cli.output import human_bytes, print_json, print_table
 from ts_handlers.settings.quantities import parse_bytes
 
 
 def command(
+    *,
     max_bytes: Annotated[str | None, typer.Option(metavar="SIZE", help="Quota of the store, such as 20GiB.")] = None,
     max_entries: Annotated[int | None, typer.Option(min=0, help="Quota of the store.")] = None,
     max_inodes: Annotated[int | None, typer.Option(min=0, help="Quota of the store.")] = None,
@@ -20,8 +21,7 @@ def command(
     model_max_entries: Annotated[int | None, typer.Option(min=0, help="Quota of each model.")] = None,
     model_max_inodes: Annotated[int | None, typer.Option(min=0, help="Quota of each model.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; remove nothing.")] = False,
-    trust_folder: TrustedFolders = [],  # noqa: B006  (typer copies it)
-    store: StoreOption = None,
+    store: StoreOptions,
     as_json: JsonOption = False,
 ) -> ExitCode:
     """Collect what crashes have left and, with a quota, evict the entries least recently used.
@@ -33,7 +33,7 @@ def command(
 
     quotas = Quotas(_size("--max-bytes", max_bytes), max_entries, max_inodes)
     per_model = Quotas(_size("--model-max-bytes", model_max_bytes), model_max_entries, model_max_inodes)
-    opened = open_existing_store(store, trust_folder)
+    opened = store.open()
     report = make_room(opened.root, quotas, per_model, dry_run=dry_run)
     if as_json:
         steps = [

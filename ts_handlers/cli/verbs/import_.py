@@ -8,19 +8,18 @@ from typing import Annotated
 import typer
 
 from ts_handlers.cli.exit_codes import ExitCode
-from ts_handlers.cli.options import JsonOption, StoreOption, TrustedFolders
-from ts_handlers.cli.remote_options import PublicKeys, make_store, open_trust, report
+from ts_handlers.cli.options import JsonOption, StoreOptions
+from ts_handlers.cli.remote_options import PublicKeys, open_keyring, report
 
 
 def command(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A file that `export` has written.")],
+    *,
     public_key: PublicKeys = [],  # noqa: B006  (typer copies it)
-    trust_folder: TrustedFolders = [],  # noqa: B006
-    store: StoreOption = None,
+    store: StoreOptions,
     as_json: JsonOption = False,
 ) -> ExitCode:
     """Publish the entries of a bundle in the local store, which is made if it does not exist."""
     from ts_handlers.store.bundles import import_bundle
 
-    opened = make_store(store, trust_folder)
-    return report(import_bundle(opened, bundle, open_trust(public_key)), as_json)
+    return report(import_bundle(store.make(), bundle, open_keyring(public_key)), as_json)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ts_handlers.cli.exit_codes import ExitCode
-from ts_handlers.cli.options import JsonOption, StoreOption, TrustedFolders, open_existing_store
+from ts_handlers.cli.options import JsonOption, StoreOptions
 from ts_handlers.cli.output import human_age, human_bytes, print_json, print_quarantines, print_table, timestamp
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def command(
     model: Annotated[str, typer.Argument(metavar="[MODEL]", help="Only models whose name fits this pattern.")] = "*",
-    trust_folder: TrustedFolders = [],  # noqa: B006  (typer copies it)
-    store: StoreOption = None,
+    *,
+    store: StoreOptions,
     as_json: JsonOption = False,
 ) -> ExitCode:
     """List the entries: model, backend, device, key, size, age, last use, uses, state; what is quarantined or failed.
@@ -31,7 +31,7 @@ def command(
     from ts_handlers.guard.records import stored_fields
     from ts_handlers.store.upkeep.scan import scan_entries, scan_trash
 
-    opened = open_existing_store(store, trust_folder)
+    opened = store.open()
     entries = [entry for entry in scan_entries(opened.root) if fnmatch.fnmatchcase(entry.model, model)]
     trash = scan_trash(opened.root)
     records = [record for record in read_quarantines(opened.root) if fnmatch.fnmatchcase(record.model, model)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -10,19 +10,18 @@ from ts_handlers.cli.exit_codes import ExitCode
 from ts_handlers.cli.options import (
     JsonOption,
     KeyArgument,
-    StoreOption,
-    TrustedFolders,
+    StoreOptions,
     find_entries,
-    open_existing_store,
 )
 from ts_handlers.cli.output import human_bytes, print_json, print_quarantines, print_table, timestamp
-from ts_handlers.store.upkeep.scan import EntryInfo
+
+if TYPE_CHECKING:
+    from ts_handlers.store.upkeep.scan import EntryInfo
 
 
 def command(
     key: KeyArgument,
-    trust_folder: TrustedFolders = [],  # noqa: B006  (typer copies it)
-    store: StoreOption = None,
+    store: StoreOptions,
     as_json: JsonOption = False,
 ) -> ExitCode:
     """Show one key's entry: the key's parts, files, build timings, recorded facts, canaries; and what went wrong.
@@ -33,7 +32,7 @@ def command(
     from ts_handlers.guard.records import stored_fields
     from ts_handlers.store.upkeep.scan import canaries_of
 
-    opened = open_existing_store(store, trust_folder)
+    opened = store.open()
     records = read_quarantines(opened.root, key.lower())
     try:
         found = find_entries(opened, key)

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import typer
-
-from ts_handlers.cli.options import JsonOption, KeyArgument, StoreOption, TrustedFolders, open_existing_store
+from ts_handlers.cli.options import JsonOption, KeyArgument, StoreOptions, one_key
 from ts_handlers.cli.output import print_json
 
 
-def command(
-    key: KeyArgument,
-    trust_folder: TrustedFolders = [],  # noqa: B006  (typer copies it)
-    store: StoreOption = None,
-    as_json: JsonOption = False,
-) -> None:
+def command(key: KeyArgument, store: StoreOptions, *, as_json: JsonOption = False) -> None:
     """Let a pinned entry be evicted again when room is needed."""
     from ts_handlers.store.local.pins import pinned_keys, unpin
 
-    opened = open_existing_store(store, trust_folder)
-    pins = {name: note for name, note in pinned_keys(opened.root).items() if name.startswith(key.lower())}
-    if len(pins) != 1:
-        raise typer.BadParameter(f"{len(pins)} pinned keys start with {key!r}: {', '.join(pins) or 'none'}")
-    ((name, note),) = pins.items()
-    unpin(opened.root, name)
+    root = store.open().root
+    pins = pinned_keys(root)
+    name = one_key(pins, key, f"0 pinned keys start with {key!r}: none", "pinned keys")
+    note = pins[name]
+    unpin(root, name)
     if as_json:
         print_json({"key": name, "pinned": False, "note": note})
     else:

@@ -7,14 +7,14 @@ from typing import Annotated
 import typer
 
 from ts_handlers.cli.exit_codes import ExitCode
-from ts_handlers.cli.options import JsonOption, StoreOption, TrustedFolders, open_existing_store
+from ts_handlers.cli.options import JsonOption, StoreOptions
 from ts_handlers.cli.output import human_bytes, print_json, print_table
 
 
 def command(
+    *,
     repair: Annotated[bool, typer.Option("--repair", help="Move what is damaged into the store's trash.")] = False,
-    trust_folder: TrustedFolders = [],  # noqa: B006  (typer copies it)
-    store: StoreOption = None,
+    store: StoreOptions,
     as_json: JsonOption = False,
 ) -> ExitCode:
     """Hash every file of every entry and every canary, whatever was remembered about them.
@@ -24,7 +24,7 @@ def command(
     """
     from ts_handlers.store.upkeep.audit import audit
 
-    opened = open_existing_store(store, trust_folder)
+    opened = store.open()
     findings = list(audit(opened.root, repair=repair))
     damaged = [finding for finding in findings if finding.problem is not None]
     total = sum(finding.bytes for finding in findings)

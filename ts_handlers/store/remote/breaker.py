@@ -1,8 +1,6 @@
-"""Calls to a service that may be slow or dead: bounded in time, and given up after the first failure.
+"""A circuit breaker: calls to a service that may be slow or dead are bounded in time, and given up after one failure.
 
-A `Breaker` runs each call in a thread of its own and waits for it no longer than the budget that is left: what a start
-waits for a service, all calls together, is bounded by one timeout. Callers charge what else the service costs before a
-call (imports, locks, files) to the same budget, and a little of it is kept back for tidying up after a timeout.
+A `Breaker` runs each call in a thread of its own and waits for it no longer than its `TimeBudget` allows.
 
 After a failure the breaker is open: calls fail at once, in every process of the host, until `PAUSE_SECONDS` have
 passed; then one call tries again.
@@ -23,23 +21,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ts_handlers.errors import UNDECODABLE, RefusedError, RemoteError, StoreError, one_line
+from ts_handlers.store.remote.base import UnusableError
+from ts_handlers.store.remote.budget import TimeBudget
 from ts_handlers.system.files import write_atomically
 from ts_handlers.system.processes import boot_id
 
 logger = logging.getLogger(__name__)
 
 PAUSE_SECONDS = 60.0
-TIDY_UP_SECONDS = 0.05
-"""Kept back of the budget of charged calls; at most a tenth of it."""
 T = TypeVar("T")
 
 
-class UnusableError(Exception):
-    """Raised inside a call whose service cannot be used as it is configured; the message says it all."""
-
-
 class Breaker:
-    """Guards one service.
+    """The circuit breaker of one service.
 
     Parameters
     ----------
@@ -48,19 +42,19 @@ class Breaker:
         state in this object alone.
     name:
         What the service is called in messages; no secrets.
-    seconds:
-        The budget of charged calls together, and the limit of each other call.
+    budget:
+        What the service may still cost a start. Calls within its ``counting()`` share it; each other call may take as
+        long as the whole budget.
     clean:
         Removes secrets from the messages of errors.
     """
 
     def __init__(
-        self, state: Path | None, name: str, seconds: float, clean: Callable[[str], str] = lambda text: text
+        self, state: Path | None, name: str, budget: TimeBudget, clean: Callable[[str], str] = lambda text: text
     ) -> None:
         self._state = state
-        self._seconds = seconds
         self._clean = clean
-        self._spent = self._kept_back = min(TIDY_UP_SECONDS, seconds / 10)
+        self.budget = budget
         self._until = 0.0
         self.name = name
         self.reason: str | None = None
@@ -81,16 +75,7 @@ class Breaker:
                 self._until, self.reason = float(facts["until"]), str(facts["reason"])
         return self.reason is not None
 
-    @property
-    def left(self) -> float:
-        """Seconds of the budget that are left."""
-        return max(0.0, self._seconds - self._spent)
-
-    def charge(self, seconds: float) -> None:
-        """Take what a start spent for the service beside the calls (imports, locks, files) off the budget."""
-        self._spent += seconds
-
-    def call(self, what: str, function: Callable[[threading.Event], T], *, charged: bool = True) -> T:
+    def call(self, what: str, function: Callable[[threading.Event], T]) -> T:
         """Run `function` in a thread and return its result.
 
         Parameters
@@ -99,8 +84,6 @@ class Breaker:
             What is done, for messages.
         function:
             Gets an event that is set once nobody waits any more.
-        charged:
-            Whether a start waits for this call.
 
         Raises
         ------
@@ -111,7 +94,6 @@ class Breaker:
         """
         if self.is_open:
             raise RemoteError(f"{self.name}: {self.reason}")
-        limit = self.left if charged else self._seconds
         given_up = threading.Event()
         box: dict[str, Any] = {}
 
@@ -121,16 +103,13 @@ class Breaker:
             except BaseException as error:
                 box["error"] = error
 
-        started = time.monotonic()
         # A daemon: a thread that hangs in a system call must not keep the process from ending.
         thread = threading.Thread(target=run, name=f"ts_handlers {what}", daemon=True)
         thread.start()
-        thread.join(limit)
-        if charged:
-            self.charge(time.monotonic() - started)
+        thread.join(self.budget.call_limit)
         if thread.is_alive():
             given_up.set()
-            raise self._trip(f"{what}: no answer within the {self._seconds:g} s of timeout_seconds")
+            raise self._trip(f"{what}: no answer within the {self.budget.seconds:g} s of timeout_seconds")
         error = box.get("error")
         if error is None:
             result: T = box["result"]
@@ -142,7 +121,7 @@ class Breaker:
 
     def _trip(self, problem: str) -> RemoteError:
         """Open the breaker, for the whole host."""
-        self._spent = self._kept_back
+        self.budget.renew()
         self.reason = one_line(self._clean(problem))
         self._until = time.monotonic() + PAUSE_SECONDS
         logger.warning(

@@ -1,12 +1,12 @@
-"""One builder per key among hosts: a lease with heartbeat, takeover and a fencing token.
+"""A lease with heartbeat, takeover and a fencing token, so that one host builds a key and the others wait for it.
 
-A holder shows `SIGNS_PER_HEARTBEAT` signs of life in each heartbeat. Nobody compares the clocks of two hosts: a waiter
-measures with its own monotonic clock for how long it has seen no change, and a Redis server measures with its own clock
-alone.
+A holder renews its lease `RENEWALS_PER_HEARTBEAT` times in each heartbeat. Nobody compares the clocks of two hosts: a
+waiter measures with its own monotonic clock for how long it has seen no renewal, and a Redis server measures with its
+own clock.
 
-The loss of a holder (killed, stopped, or cut off) is *detectable* for a waiter when it has watched the holder for
-`LOST_AFTER` heartbeats without a new sign of life, or when the Redis server has let the lease expire, which it does
-`LOST_AFTER` heartbeats after the last one. The waiter polls `POLLS_PER_HEARTBEAT` times per heartbeat and takes over at
+The loss of a holder (killed, stopped, or cut off) is *detectable* for a waiter when it has watched the lease for
+`LOST_AFTER` heartbeats without a renewal, or when the Redis server has let the lease expire, which it does `LOST_AFTER`
+heartbeats after the last renewal. The waiter polls `POLLS_PER_HEARTBEAT` times per heartbeat and takes over at
 its first poll after that moment: within two heartbeats of the loss.
 
 Each acquisition gets a token greater than every earlier one of the same name. A holder that has been taken over finds
@@ -24,20 +24,26 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ts_handlers.errors import RemoteError
+from ts_handlers.store.remote.budget import TimeBudget
 
 logger = logging.getLogger(__name__)
 
 LOST_AFTER = 1.25  # heartbeats
-SIGNS_PER_HEARTBEAT = 4
+RENEWALS_PER_HEARTBEAT = 4
 POLLS_PER_HEARTBEAT = 4
 LOG_EVERY_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Grant:
-    """A lease held.
+    """A lease that this process got.
 
-    `took_over`: its last holder had not released it. `owner`: a random name, where the service may forget tokens.
+    Attributes
+    ----------
+    name: of the lease.
+    token: greater than every earlier one of the same name.
+    took_over: whether the last holder had not released it.
+    owner: a random name of this process, where the service may forget tokens.
     """
 
     name: str
@@ -50,26 +56,35 @@ class Grant:
 class Busy:
     """A lease that somebody else holds.
 
-    `token` is the holder's, `sign` its latest sign of life. `expires`: the service itself ends the lease of a holder
-    that is lost, so that nobody has to take it over.
+    Attributes
+    ----------
+    token: of the holder.
+    renewal: a text that changes with each renewal.
+    expires: whether the service itself ends the lease of a holder that is lost, so that nobody has to take it over.
     """
 
     token: int
-    sign: str
+    renewal: str
     expires: bool
 
 
 class LeaseService(Protocol):
-    """Where hosts agree. Every method raises `RemoteError` when the service does not answer; none waits."""
+    """The service through which hosts agree that one of them builds a key.
 
-    def acquire(self, name: str, charged: bool) -> Grant | Busy:
+    Every method raises `RemoteError` when the service does not answer in time; none waits for another host.
+    """
+
+    budget: TimeBudget
+    """What the service may still cost a start."""
+
+    def acquire(self, name: str) -> Grant | Busy:
         """Take a lease that nobody holds."""
 
     def take_over(self, name: str, token: int) -> Grant | None:
         """Take the lease from a lost holder; None when somebody else was faster."""
 
     def renew(self, grant: Grant) -> bool:
-        """Show a sign of life; False when the lease has been taken over."""
+        """Show that the holder lives; False when the lease has been taken over."""
 
     def release(self, grant: Grant) -> None:
         """Give the lease back, so that the next one need not wait."""
@@ -88,7 +103,7 @@ class HeldLease:
         self._thread.start()
 
     def _beat(self) -> None:
-        while not self._released.wait(self._heartbeat / SIGNS_PER_HEARTBEAT):
+        while not self._released.wait(self._heartbeat / RENEWALS_PER_HEARTBEAT):
             if not self.confirm():
                 logger.warning("the lease %s was taken over by another host", self.grant.name)
                 return
@@ -128,12 +143,12 @@ def wait_for_lease(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> HeldLease | None:
-    """Hold a lease, waiting for its holder if there is one.
+    """Get a lease, and wait for its holder if there is one. Only the first question counts against the time budget.
 
     Parameters
     ----------
     heartbeat:
-        Seconds between two signs of life.
+        Seconds in which a holder renews its lease `RENEWALS_PER_HEARTBEAT` times.
     published:
         Whether what the holder builds has appeared; it ends the wait.
     report:
@@ -149,14 +164,15 @@ def wait_for_lease(
         The service does not answer.
     """
     interval = heartbeat / POLLS_PER_HEARTBEAT
-    sign, since, started = "", clock(), clock()
+    renewal, since, started = "", clock(), clock()
     told: float | None = None
+    with service.budget.counting():
+        found = service.acquire(name)
     while True:
-        found = service.acquire(name, charged=told is None)
         now = clock()
         if isinstance(found, Busy):
-            if found.sign != sign:
-                sign, since = found.sign, now
+            if found.renewal != renewal:
+                renewal, since = found.renewal, now
             elif not found.expires and now - since >= LOST_AFTER * heartbeat:
                 logger.warning("the holder of %s was not heard of for %.1f s; taking over", name, now - since)
                 taken = service.take_over(name, found.token)
@@ -170,3 +186,4 @@ def wait_for_lease(
         if published():
             return None
         sleep(interval)
+        found = service.acquire(name)

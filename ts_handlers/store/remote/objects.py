@@ -1,15 +1,15 @@
-"""Objects in a folder that hosts share: a mounted folder, S3 and its kin, GCS, Azure.
+"""The objects of a remote store, and what a slow, dead or lying server may cost: a mounted folder, S3, GCS, Azure.
 
-Objects below the URL (see `ts_handlers.store.remote.sealed` for their format)::
+Objects below the URL (their format is in `ts_handlers.store.remote.sealed`, their names are in `names.py`)::
 
-    entries/<model>/<model digest>/<device>/<key>.<generation>    sealed entries
-    canaries/<key>/<weights digest>.<generation>                  sealed canary records
+    entries/<model>/<model digest>/<device>/<key>.<version>    sealed entries
+    canaries/<key>/<weights digest>.<version>                  sealed canary records
     leases/<key>/...                                              see ts_handlers.store.remote.object_lease
 
 Sealed objects are written once, by a create that fails when the object exists, and never replaced or removed by this
 package. Only file systems whose create is atomic are written to; others are read.
 
-How the objects are reached is `ts_handlers.store.remote.clients`; what a slow, dead or lying server may cost is here.
+How the objects are reached is `ts_handlers.store.remote.clients`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from ts_handlers.errors import StoreError
 from ts_handlers.settings.sections import RemoteSettings
+from ts_handlers.store.remote.base import ObjectClient
 from ts_handlers.store.remote.breaker import Breaker
-from ts_handlers.store.remote.clients.base import FILE_SYSTEMS, LOCAL, open_client, protocol_of
-
-if TYPE_CHECKING:
-    from ts_handlers.store.remote.clients.base import ObjectClient
+from ts_handlers.store.remote.budget import TimeBudget
+from ts_handlers.store.remote.clients.protocols import OBJECT_STORES, protocol_of
+from ts_handlers.store.remote.clients.registry import check_settings, open_client
 
 _PROBE = "exclusive-create"
 _PROBE_TEXT = b"This object shows that a second create of it fails.\n"
@@ -37,36 +37,44 @@ _SECRET = re.compile(r"key|secret|token|pass|cred|sas|conn|auth", re.IGNORECASE)
 T = TypeVar("T")
 
 
-class Remote:
-    """The objects below a URL. Nothing is imported or connected before the first call.
+class RemoteObjects:
+    """A `Remote` on the client library that suits the URL, with a circuit breaker around every call.
 
     Parameters
     ----------
     settings:
-        URL, options and timeout.
+        URL, options, client and timeout.
     state:
         Folder for the circuit breaker's state; None keeps it in this object.
+    budget:
+        What the remote may still cost a start; a new one of `timeout_seconds` by default.
 
-    Every method raises `RemoteError` when the remote does not answer in time or not as it should, and at once while
-    the breaker is open.
+    Raises
+    ------
+    SettingsError
+        The client that the settings name cannot do what they ask for.
     """
 
-    def __init__(self, settings: RemoteSettings, state: Path | None) -> None:
+    accepts_writes = True
+
+    def __init__(self, settings: RemoteSettings, state: Path | None, budget: TimeBudget | None = None) -> None:
+        check_settings(settings)
         self.settings = settings
         self.name = redact_url(settings.url)
+        self.budget = budget or TimeBudget(settings.timeout_seconds)
         identity = hashlib.sha256(settings.url.encode()).hexdigest()[:16]
         file = None if state is None else state / f"{identity}.json"
-        self.breaker = Breaker(file, self.name, settings.timeout_seconds, self._clean)
-        self._protocol = protocol_of(settings.url)
+        self._breaker = Breaker(file, self.name, self.budget, self._redact)
         self._client: ObjectClient | None = None
-        self._exclusive: bool | None = None
+        self._is_exclusive: bool | None = None
         self._lock = threading.Lock()
-        if settings.client == "obstore":  # `auto` takes what understands the options
-            from ts_handlers.store.remote.clients.obstore_options import translate
 
-            translate(settings.url, settings.options)
+    @property
+    def problem(self) -> str | None:
+        """See `Remote`; reads the circuit breaker's state."""
+        return self._breaker.reason if self._breaker.is_open else None
 
-    def _clean(self, text: str) -> str:
+    def _redact(self, text: str) -> str:
         return redact(text, self.settings.url, self.settings.options)
 
     def _open(self) -> ObjectClient:
@@ -75,11 +83,8 @@ class Remote:
                 self._client = open_client(self.settings)
             return self._client
 
-    def read(self, name: str, consume: Callable[[BinaryIO], T], *, charged: bool = True) -> T | None:
-        """What `consume` makes of an object's bytes, or None when there is no such object.
-
-        `consume` runs in another thread and gets a stream that ends with an error once nobody waits any more.
-        """
+    def read(self, name: str, consume: Callable[[BinaryIO], T]) -> T | None:
+        """See `Remote`."""
 
         def run(given_up: threading.Event) -> T | None:
             try:
@@ -89,32 +94,30 @@ class Remote:
             with stream:
                 return consume(_Watched(stream, given_up))  # type: ignore[arg-type]
 
-        return self.breaker.call(f"reading {name}", run, charged=charged)
+        return self._breaker.call(f"reading {name}", run)
 
-    def read_small(self, name: str, *, charged: bool = True) -> bytes | None:
-        """All bytes of an object that its writer overwrites, in one request; None when there is no such object."""
+    def get(self, name: str) -> bytes | None:
+        """See `Remote`; one request."""
 
         def run(_: threading.Event) -> bytes | None:
             try:
-                return self._open().read(name)
+                return self._open().get(name)
             except FileNotFoundError:
                 return None
 
-        return self.breaker.call(f"reading {name}", run, charged=charged)
+        return self._breaker.call(f"reading {name}", run)
 
-    def exists(self, name: str, *, charged: bool = True) -> bool:
-        """Whether there is such an object."""
-        return self.breaker.call(f"looking for {name}", lambda _: self._open().exists(name), charged=charged)
+    def exists(self, name: str) -> bool:
+        """See `Remote`."""
+        return self._breaker.call(f"looking for {name}", lambda _: self._open().exists(name))
 
-    def list(self, folder: str, *, charged: bool = True, recursive: bool = False) -> list[str]:
-        """Names of the objects below a folder, relative to it."""
-        return self.breaker.call(
-            f"listing {folder}", lambda _: sorted(self._open().list(folder, recursive)), charged=charged
-        )
+    def list(self, folder: str, *, recursive: bool = False) -> list[str]:
+        """See `Remote`."""
+        return self._breaker.call(f"listing {folder}", lambda _: sorted(self._open().list(folder, recursive=recursive)))
 
-    def create(self, name: str, source: Path | bytes, *, charged: bool = False) -> bool:
-        """Make an object of bytes, or of a file's, unless it exists; False when it does."""
-        return self.breaker.call(f"writing {name}", lambda _: self._create(name, source), charged=charged)
+    def create(self, name: str, source: Path | bytes) -> bool:
+        """See `Remote`."""
+        return self._breaker.call(f"writing {name}", lambda _: self._create(name, source))
 
     def _create(self, name: str, source: Path | bytes) -> bool:
         client = self._open()
@@ -128,47 +131,47 @@ class Remote:
             raise
         return True
 
-    def overwrite(self, name: str, data: bytes, *, charged: bool = False) -> None:
-        """Write an object of which there is one writer; readers see the old bytes or the new ones."""
-        self.breaker.call(f"writing {name}", lambda _: self._open().overwrite(name, data), charged=charged)
+    def put(self, name: str, data: bytes) -> None:
+        """See `Remote`."""
+        self._breaker.call(f"writing {name}", lambda _: self._open().put(name, data))
 
-    def remove(self, name: str) -> None:
-        """Remove an object, if it is there."""
+    def delete(self, name: str) -> None:
+        """See `Remote`."""
 
         def run(_: threading.Event) -> None:
             with contextlib.suppress(FileNotFoundError):
-                self._open().remove(name)
+                self._open().delete(name)
 
-        self.breaker.call(f"removing {name}", run, charged=False)
+        self._breaker.call(f"removing {name}", run)
 
-    def require_exclusive_create(self, *, charged: bool = False) -> None:
-        """Make sure that two hosts cannot both create an object, where that is not known beforehand.
+    def require_exclusive_create(self) -> None:
+        """See `Remote`; tries it with an object of its own where it depends on the server.
 
         Raises
         ------
         StoreError
-            They could, so this file system must not be written to.
+            Two hosts could create the same object, so this file system must not be written to.
         """
-        if self._protocol in LOCAL:
-            return
-        if self._protocol not in FILE_SYSTEMS:
-            raise StoreError(
-                f"{self.name}: {self._protocol} has no atomic create, so entries are read from it and not written; "
-                f"use a mounted folder or one of {', '.join(FILE_SYSTEMS)} where entries are built"
-            )
-        if self._exclusive is None:
-
-            def run(_: threading.Event) -> bool:
-                # The first may be the one that makes it; the second must fail.
-                return not (self._create(_PROBE, _PROBE_TEXT) and self._create(_PROBE, _PROBE_TEXT))
-
-            self._exclusive = self.breaker.call("trying exclusive create", run, charged=charged)
-        if not self._exclusive:
+        if self._is_exclusive is None:
+            self._is_exclusive = self._breaker.call("trying exclusive create", lambda _: self._try_exclusive_create())
+        if not self._is_exclusive:
             raise StoreError(
                 f"{self.name}: the server overwrites an object in spite of If-None-Match, so two hosts could replace "
                 "each other's entries; entries are read from it and not written. Use a server that supports "
                 "conditional writes"
             )
+
+    def _try_exclusive_create(self) -> bool:
+        known = self._open().exclusive_create
+        if known == "never":
+            raise StoreError(
+                f"{self.name}: {protocol_of(self.settings.url)} has no atomic create, so entries are read from it and "
+                f"not written; use a mounted folder or one of {', '.join(OBJECT_STORES)} where entries are built"
+            )
+        if known == "always":
+            return True
+        # The first may be the one that makes it; the second must fail.
+        return not (self._create(_PROBE, _PROBE_TEXT) and self._create(_PROBE, _PROBE_TEXT))
 
 
 class _Watched:

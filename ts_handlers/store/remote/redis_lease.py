@@ -1,9 +1,9 @@
-"""Leases in Redis, each operation one script.
+"""Leases among hosts in a Redis server; each operation is one script, so that it is atomic.
 
 Keys, for a lease called ``<name>``::
 
     ts_handlers:{<name>}:lease      token and random name of the holder; expires `LOST_AFTER` heartbeats after its
-                                    last sign of life
+                                    last renewal
     ts_handlers:{<name>}:token      the last token given
     ts_handlers:{<name>}:released   the last token given back
 
@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ts_handlers.store.remote.breaker import Breaker, UnusableError
+from ts_handlers.store.remote.base import UnusableError
+from ts_handlers.store.remote.breaker import Breaker
+from ts_handlers.store.remote.budget import TimeBudget
 from ts_handlers.store.remote.lease import LOST_AFTER, Busy, Grant
 from ts_handlers.store.remote.objects import redact, redact_url
 
@@ -60,7 +62,7 @@ class RedisLeases:
     seconds:
         What a start waits for the server at most.
     heartbeat:
-        Seconds between two signs of life.
+        Seconds in which a holder renews its lease `RENEWALS_PER_HEARTBEAT` times.
     state:
         Folder for the circuit breaker's state.
     """
@@ -71,14 +73,15 @@ class RedisLeases:
         self._expiry_ms = int(LOST_AFTER * heartbeat * 1000)
         parts = urlsplit(url)
         file = f"redis-{parts.hostname or 'unix'}-{parts.port or 6379}.json"
-        self.breaker = Breaker(state / file, redact_url(url), seconds, lambda text: redact(text, url, {}))
+        self.budget = TimeBudget(seconds)
+        self.breaker = Breaker(state / file, redact_url(url), self.budget, lambda text: redact(text, url, {}))
         self._client: Any = None
 
-    def acquire(self, name: str, charged: bool) -> Grant | Busy:
+    def acquire(self, name: str) -> Grant | Busy:
         """See `LeaseService`."""
         owner = uuid.uuid4().hex
         arguments = [owner, self._expiry_ms, FORGET_SECONDS]
-        mine, holder, other = self._run("acquiring a lease", _ACQUIRE, name, arguments, charged)
+        mine, holder, other = self._run("acquiring a lease", _ACQUIRE, name, arguments)
         if not mine:
             return Busy(int(holder.split()[0]), f"{holder!r} {other}", expires=True)
         return Grant(name, int(holder), took_over=int(other) < int(holder) - 1, owner=owner)
@@ -90,13 +93,13 @@ class RedisLeases:
     def renew(self, grant: Grant) -> bool:
         """See `LeaseService`."""
         arguments = [grant.token, grant.owner, self._expiry_ms]
-        return bool(self._run("renewing a lease", _RENEW, grant.name, arguments, False))
+        return bool(self._run("renewing a lease", _RENEW, grant.name, arguments))
 
     def release(self, grant: Grant) -> None:
         """See `LeaseService`."""
-        self._run("releasing a lease", _RELEASE, grant.name, [grant.token, grant.owner, FORGET_SECONDS], False)
+        self._run("releasing a lease", _RELEASE, grant.name, [grant.token, grant.owner, FORGET_SECONDS])
 
-    def _run(self, what: str, script: str, name: str, arguments: list[Any], charged: bool) -> Any:
+    def _run(self, what: str, script: str, name: str, arguments: list[Any]) -> Any:
         # Braces: one slot of a cluster.
         keys = [f"ts_handlers:{{{name}}}:{kind}" for kind in ("lease", "token", "released")]
 
@@ -118,4 +121,4 @@ class RedisLeases:
                 )
             return self._client.eval(script, len(keys), *keys, *arguments)
 
-        return self.breaker.call(what, run, charged=charged)
+        return self.breaker.call(what, run)

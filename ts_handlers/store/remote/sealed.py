@@ -1,4 +1,6 @@
-"""One file that carries the files of one entry, one canary record or one bundle between hosts.
+"""Sealed files: the travel format. One file carries one entry, one canary record or one bundle between hosts.
+
+To seal is to write files in this format with their digests and a signature over them; `SealedReader` checks both.
 
 Format (ABNF, RFC 5234; LF is %x0A)::
 
@@ -34,7 +36,7 @@ import msgspec
 from ts_handlers.errors import UNDECODABLE, RefusedError, StoreError
 from ts_handlers.key.digests import CHUNK
 from ts_handlers.store.entry import FileRecord
-from ts_handlers.store.remote.signing import Trust
+from ts_handlers.store.remote.signing import Keyring
 
 MAGIC = b"ts_handlers sealed 1\n"
 HEADER_LIMIT = 9_999_999  # bytes: a hundred thousand files; Inductor's largest entries hold a few thousand
@@ -44,12 +46,12 @@ _PRINTABLE = re.compile(r"[^\x00-\x1f\x7f\\]{1,1024}")
 
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a sealed file says about itself.
+    """The header of a sealed file: what it holds.
 
     Attributes
     ----------
     kind: ``entry``, ``canary`` or ``bundle``.
-    subject: what it is of: the address of an entry, key and weights digest of a canary. Signed with the rest, so that
+    subject: the address of an entry, or key and weights digest of a canary record. Signed with the rest, so that
         an object cannot be passed off as another one.
     files: size in bytes and SHA-256 of each file, by relative path.
     """
@@ -59,14 +61,14 @@ class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: dict[str, FileRecord]
 
 
-def seal(target: BinaryIO, kind: str, subject: str, sources: Mapping[str, Path | bytes], trust: Trust) -> None:
+def seal(target: BinaryIO, kind: str, subject: str, sources: Mapping[str, Path | bytes], keyring: Keyring) -> None:
     """Write a sealed file.
 
     Parameters
     ----------
     sources:
         Each file's relative path, and its bytes or where they lie.
-    trust:
+    keyring:
         Signs, if it has a signing key.
 
     Raises
@@ -76,7 +78,7 @@ def seal(target: BinaryIO, kind: str, subject: str, sources: Mapping[str, Path |
     """
     records = {name: _record(source) for name, source in sources.items()}
     header = msgspec.json.encode(Header(kind, subject, records), order="deterministic")
-    check = f"{hashlib.sha256(MAGIC + header).hexdigest()} {trust.sign(MAGIC + header)}"
+    check = f"{hashlib.sha256(MAGIC + header).hexdigest()} {keyring.sign(MAGIC + header)}"
     target.write(MAGIC + b"%d\n" % len(header) + header + b"\n" + check.encode() + b"\n")
     for name in sorted(sources):
         source, digest = sources[name], hashlib.sha256()
@@ -109,7 +111,7 @@ class SealedReader:
     ----------
     stream:
         Read from start to end once, without seeking.
-    trust:
+    keyring:
         Decides whether the signature, or its absence, is accepted.
     kind, subject:
         What it must be; None for `subject` accepts any.
@@ -120,7 +122,7 @@ class SealedReader:
         With the reason; nothing has been written.
     """
 
-    def __init__(self, stream: BinaryIO, trust: Trust, kind: str, subject: str | None = None) -> None:
+    def __init__(self, stream: BinaryIO, keyring: Keyring, kind: str, subject: str | None = None) -> None:
         self._stream = stream
         if _read(stream, len(MAGIC)) != MAGIC:
             raise RefusedError("it is not a sealed file of this format")
@@ -133,7 +135,7 @@ class SealedReader:
         digest, _, signature = _read_line(stream, _CHECK_LIMIT).decode("ascii", "replace").partition(" ")
         if digest != hashlib.sha256(MAGIC + raw).hexdigest():
             raise RefusedError("its header is damaged: it has another digest than it says")
-        trust.verify(MAGIC + raw, signature)
+        keyring.verify(MAGIC + raw, signature)
         self.header = _parse(raw)
         if self.header.kind != kind:
             raise RefusedError(f"expected kind {kind!r}, found {self.header.kind!r}")
@@ -171,13 +173,25 @@ class SealedReader:
         self._end()
 
     def verify(self) -> None:
-        """Read the body to its end and compare it with the header; write nothing. Raises `RefusedError`."""
+        """Read the body to its end and compare it with the header; write nothing.
+
+        Raises
+        ------
+        RefusedError
+            The bytes are not those of the header, or there are fewer or more of them.
+        """
         for name in sorted(self.header.files):
             self._copy(name, None)
         self._end()
 
     def read(self, name: str, limit: int) -> bytes:
-        """The bytes of the only file, which must be called `name` and hold at most `limit` bytes."""
+        """The bytes of the only file, which must be called `name` and hold at most `limit` bytes.
+
+        Raises
+        ------
+        RefusedError
+            It is another file, a larger one, or its bytes are not those of the header.
+        """
         if list(self.header.files) != [name] or self.size > limit:
             raise RefusedError(f"expected one file {name!r} of at most {limit} bytes, found {self.size} bytes")
         data = _read(self._stream, self.size)
@@ -223,7 +237,12 @@ def _parse(raw: bytes) -> Header:
 
 
 def check_name(name: str) -> None:
-    """Refuse a file name that is not a plain relative path of printable characters.
+    """Check that a file name is a plain relative path of printable characters.
+
+    Raises
+    ------
+    RefusedError
+        It is not.
 
     Examples
     --------

@@ -6,7 +6,7 @@ the public key.
 
 Rotation: add the new public key beside the old one on every host; then change the signing key where entries are built;
 then remove the old public key, when what it signed is no longer needed. What a removed key signed is refused and built
-anew, and the new object is found beside the old one (see `ts_handlers.store.remote.exchange`).
+again, and the new object is found beside the old one (see `ts_handlers.store.remote.names`).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ UNSIGNED = "-"
 _LINE = re.compile(r"-|[0-9a-f]{16} [A-Za-z0-9+/]{86}==")
 
 
-class Trust:
-    """What this host accepts and how it signs.
+class Keyring:
+    """The keys of a host: the public keys whose signatures it accepts, and the private key with which it signs.
 
     Parameters
     ----------
@@ -77,7 +77,13 @@ class Trust:
         return f"{self._signing_id} {base64.b64encode(self._signing.sign(message)).decode()}"
 
     def verify(self, message: bytes, line: str) -> None:
-        """Accept a signature line, or raise `RefusedError` with the reason."""
+        """Check the signature line of a message.
+
+        Raises
+        ------
+        RefusedError
+            The signature is missing, of a key that is not accepted, or not of this message.
+        """
         if not _LINE.fullmatch(line):
             raise RefusedError(f"{line[:32]!r} is no signature of this format")
         if not self.required:
@@ -106,8 +112,8 @@ class Trust:
         return ", ".join(sorted(self._public))
 
 
-def load_trust(settings: TrustSettings) -> Trust:
-    """Read the key files that the settings name.
+def load_keyring(settings: TrustSettings) -> Keyring:
+    """Read the key files that the section ``trust`` of the settings names.
 
     Raises
     ------
@@ -115,7 +121,7 @@ def load_trust(settings: TrustSettings) -> Trust:
         A file cannot be read or holds no Ed25519 key, or the package `cryptography` is missing.
     """
     if not settings.public_keys and settings.signing_key is None:
-        return Trust()
+        return Keyring()
     try:
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
         from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
@@ -146,7 +152,7 @@ def load_trust(settings: TrustSettings) -> Trust:
         if not isinstance(private, Ed25519PrivateKey):
             raise SettingsError(f"{where}: expected an Ed25519 private key in {settings.signing_key}")
         signing = private
-    return Trust(public, signing)
+    return Keyring(public, signing)
 
 
 def _read(path: str, where: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Sending what this host has published to the remote store, in a thread, without losing any of it silently.
+"""The write-back to the remote store: what this host has published is sent by a thread, and nothing is lost silently.
 
 The first writer wins: when another host's valid object is there, nothing is sent, and this host keeps its own entry,
 which has passed its own canary under the same key. A holder whose lease was taken over sends nothing.
@@ -23,30 +23,31 @@ from ts_handlers.metrics import Metrics
 from ts_handlers.store.address import Address, entry_path, safe_name
 from ts_handlers.store.local.layout import CANARIES, REMOTE, UNSENT
 from ts_handlers.store.local.store import LocalStore
-from ts_handlers.store.remote import exchange
-from ts_handlers.store.remote.exchange import canary_name, entry_name
+from ts_handlers.store.remote import transfer
+from ts_handlers.store.remote.base import Remote
 from ts_handlers.store.remote.lease import HeldLease
-from ts_handlers.store.remote.objects import Remote
-from ts_handlers.store.remote.signing import Trust
+from ts_handlers.store.remote.names import canary_name, entry_name
+from ts_handlers.store.remote.signing import Keyring
 from ts_handlers.store.tiered.write_back import WriteBack
 
 logger = logging.getLogger(__name__)
 
 
 class Sender:
-    """The writing side of a `TieredStore`.
+    """Sends entries and canary records to the remote store: the writing side of a `TieredStore`.
 
     Attributes
     ----------
-    notes: what `describe` shall say.
+    notes: lines for `describe` about the remote.
     held: the leases that this process holds, by key.
-    trust: reads the keys when they are first needed.
+    keyring: reads the key files when it is first called.
+    write_back: the thread's queue of jobs.
     """
 
-    def __init__(self, local: LocalStore, remote: Remote, trust: Callable[[], Trust], metrics: Metrics) -> None:
+    def __init__(self, local: LocalStore, remote: Remote, keyring: Callable[[], Keyring], metrics: Metrics) -> None:
         self.notes: list[str] = []
         self.held: dict[str, HeldLease] = {}
-        self.trust = trust
+        self.keyring = keyring
         self.write_back = WriteBack(remote.settings.timeout_seconds, self._failed)
         self._local = local
         self._remote = remote
@@ -59,32 +60,33 @@ class Sender:
         if text not in self.notes:
             self.notes.append(text)
 
-    def alone(self) -> bool:
-        """Whether this host goes on without the remote for now."""
-        if not self._remote.breaker.is_open:
+    def is_without_remote(self) -> bool:
+        """Whether the remote has failed and is not asked for now; if so, a note says why."""
+        problem = self._remote.problem
+        if problem is None:
             return False
-        self.note(f"going on alone: {self._remote.name}: {self._remote.breaker.reason}")
+        self.note(f"going on alone: {self._remote.name}: {problem}")
         return True
 
     def _publishes(self) -> bool:
-        """Whether this host sends anything at all."""
-        if self._remote.settings.read_only:
+        """Whether this host ever sends anything: the remote accepts writes, and others would accept what is sent."""
+        if not self._remote.accepts_writes:
             return False
-        if not self.trust().may_publish:
+        if not self.keyring().may_publish:
             self.note("nothing is sent to the remote: trust.public_keys is set and trust.signing_key is not")
             return False
         return True
 
     def may_write(self) -> bool:
         """Whether something can be sent now."""
-        return self._publishes() and not self.alone()
+        return self._publishes() and not self.is_without_remote()
 
     def send(self, address: Address, directory: Path) -> None:
         """Send a published entry."""
         if not self._publishes():
             return
         self._mark(self._marker(address))
-        if not self.alone():
+        if not self.is_without_remote():
             self.write_back.submit(entry_name(address), lambda: self._send_entry(address, directory))
 
     def send_staged(self, address: Address, staging: Path) -> None:
@@ -102,7 +104,7 @@ class Sender:
     def resume(self, address: Address, directory: Path) -> None:
         """Send an entry of this host, or canary records of it, if an earlier start could not."""
         key = address.key.digest
-        if key in self._resumed or self._remote.settings.read_only:
+        if key in self._resumed:
             return
         unsent = self._unsent(key)
         if not unsent:
@@ -129,7 +131,7 @@ class Sender:
         if not self._publishes():
             return
         self._mark(self._marker(address, weights_digest))
-        if not self.alone():
+        if not self.is_without_remote():
             name = canary_name(address.key.digest, weights_digest)
             self.write_back.submit(name, lambda: self._send_canary(address, weights_digest, record))
 
@@ -144,7 +146,7 @@ class Sender:
             marker.touch(mode=0o600)
 
     def _unsent(self, key: str) -> set[str]:
-        """What is not sent of a key: weights digests of canary records; empty text stands for the entry."""
+        """What is not sent of a key: weights digests of canary records; an empty text means the entry."""
         try:
             names = os.listdir(self._local.root / REMOTE)
         except OSError:
@@ -153,7 +155,7 @@ class Sender:
 
     @contextlib.contextmanager
     def _marked(self, marker: Path) -> Iterator[None]:
-        """Send what a marker stands for: it goes unless the remote has failed and may answer the next time."""
+        """Send what a marker names; the marker is removed unless the remote has failed and may answer the next time."""
         try:
             yield
         except StoreError as error:
@@ -167,19 +169,19 @@ class Sender:
             self._send_sealed_entry(address, self._seal_entry(address, directory))
 
     def _send_sealed_entry(self, address: Address, sealed: Path) -> None:
-        subject, trust = entry_path(address), self.trust()
-        check: Callable[[BinaryIO], object] = lambda stream: exchange.verify_entry(stream, subject, trust)  # noqa: E731
+        subject, keyring = entry_path(address), self.keyring()
+        check: Callable[[BinaryIO], object] = lambda stream: transfer.verify_entry(stream, subject, keyring)  # noqa: E731
         self._send(entry_name(address), sealed, address.key.digest, check)
 
     def _seal_entry(self, address: Address, directory: Path) -> Path:
-        return self._sealed(lambda file: exchange.seal_entry(file, directory, entry_path(address), self.trust()))
+        return self._sealed(lambda file: transfer.seal_entry(file, directory, entry_path(address), self.keyring()))
 
     def _send_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> None:
-        key, trust = address.key.digest, self.trust()
+        key, keyring = address.key.digest, self.keyring()
         subject = f"{key}/{weights_digest}"
-        check: Callable[[BinaryIO], object] = lambda stream: exchange.unseal_canary(stream, subject, trust)  # noqa: E731
+        check: Callable[[BinaryIO], object] = lambda stream: transfer.unseal_canary(stream, subject, keyring)  # noqa: E731
         with self._marked(self._marker(address, weights_digest)):
-            sealed = self._sealed(lambda file: exchange.seal_canary(file, record, key, weights_digest, trust))
+            sealed = self._sealed(lambda file: transfer.seal_canary(file, record, key, weights_digest, keyring))
             self._send(canary_name(key, weights_digest), sealed, key, check)
 
     def _sealed(self, write: Callable[[BinaryIO], None]) -> Path:
@@ -200,7 +202,7 @@ class Sender:
                 logger.warning("%s is not sent: another host has taken the lease over", name)
                 return
             self._remote.require_exclusive_create()
-            if exchange.send(self._remote, name, sealed, check):
+            if transfer.send(self._remote, name, sealed, check):
                 self._metrics.count("write_back")
             else:
                 logger.info("%s is in %s already; it stays as it is", name, self._remote.name)

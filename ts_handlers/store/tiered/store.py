@@ -17,7 +17,6 @@ import functools
 import logging
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,11 +29,11 @@ from ts_handlers.store.entry import Manifest
 from ts_handlers.store.local.layout import FETCH_LOCK, LEASES
 from ts_handlers.store.local.lease import Lease
 from ts_handlers.store.local.store import LocalStore
-from ts_handlers.store.remote import exchange
-from ts_handlers.store.remote.exchange import canary_name, entry_name
+from ts_handlers.store.remote import transfer
+from ts_handlers.store.remote.base import Remote
 from ts_handlers.store.remote.lease import HeldLease, LeaseService, wait_for_lease
-from ts_handlers.store.remote.objects import Remote
-from ts_handlers.store.remote.signing import Trust
+from ts_handlers.store.remote.names import canary_name, entry_name
+from ts_handlers.store.remote.signing import Keyring
 from ts_handlers.store.tiered.sender import Sender
 from ts_handlers.system.locked_directory import empty_folder
 
@@ -42,96 +41,104 @@ logger = logging.getLogger(__name__)
 
 
 class TieredStore:
-    """See `ts_handlers.store.base.Store`.
+    """A `ts_handlers.store.base.Store` of two tiers: a local store, and a remote one behind it.
 
     Parameters
     ----------
     local, remote:
         The two tiers.
-    trust:
-        Reads the keys; called at the first contact with the remote.
+    keyring:
+        Reads the key files; called when something is first fetched or sent.
     leases:
-        Where hosts agree on one builder, or None.
+        The service through which hosts agree on one builder, or None.
     metrics:
-        Counts what the remote does.
+        Gets counts of hits, misses, refusals and failures of the remote.
     """
 
     def __init__(
         self,
         local: LocalStore,
         remote: Remote,
-        trust: Callable[[], Trust],
+        keyring: Callable[[], Keyring],
         leases: LeaseService | None,
         metrics: Metrics,
     ) -> None:
         self.name = local.name
         self.state_directory = local.state_directory
         self.shared_directory = local.shared_directory
-        self._sender = Sender(local, remote, functools.cache(trust), metrics)
+        self._sender = Sender(local, remote, functools.cache(keyring), metrics)
         self.notes = self._sender.notes
         self.write_back = self._sender.write_back
         self._local = local
         self._remote = remote
         self._leases = leases
         self._metrics = metrics
-        self._stepped_over: dict[str, int] = {}
+        self._refused_versions: dict[str, int] = {}
         self._discarded: set[str] = set()
         self._kept: list[tempfile.TemporaryDirectory[str]] = []
 
     def lookup(self, address: Address) -> Hit | Miss | Corrupt:
-        """Find an entry here, or fetch it; an entry of the remote that must not be used is a miss."""
+        """Find an entry here, or fetch it; an entry of the remote that must not be used is a miss.
+
+        Raises
+        ------
+        SettingsError
+            A key file of the settings cannot be used.
+        """
         found = self._local.lookup(address)
         if isinstance(found, Hit):
             self._sender.resume(address, found.directory)
             return found
-        if address.key.digest in self._discarded or self._sender.alone():
+        if address.key.digest in self._discarded or self._sender.is_without_remote():
             return found
-        began = time.monotonic()
         with self._metrics.phase("fetch"), self._one_fetcher(address) as asked_by_another:
             if asked_by_another:
                 again = self._local.lookup(address)
                 return again if isinstance(again, Hit) else found
-            hit = self._fetch(address, began)
+            hit = self._fetch(address)
         if hit is not None and isinstance(found, Corrupt):
             self._metrics.count("corrupt")
-            self._sender.note(f"damaged entry, fetched anew: {found.reason}")
+            self._sender.note(f"damaged entry, fetched again: {found.reason}")
         return hit or found
 
     @contextlib.contextmanager
     def _one_fetcher(self, address: Address) -> Iterator[bool]:
         """Be the only process of the host that asks for this key; True when another one asked in the meantime."""
-        from filelock import FileLock, Timeout
+        budget = self._remote.budget
+        with budget.counting():
+            from filelock import FileLock, Timeout
 
-        folder, waited = self.state_directory / LEASES, False
-        lock = FileLock(folder / f"{address.key.digest}{FETCH_LOCK}")
-        try:
-            folder.mkdir(mode=0o700, exist_ok=True)
+            folder, waited = self.state_directory / LEASES, False
+            lock = FileLock(folder / f"{address.key.digest}{FETCH_LOCK}")
             try:
-                lock.acquire(timeout=0)
+                folder.mkdir(mode=0o700, exist_ok=True)
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    waited = True
+                    lock.acquire(timeout=budget.left, poll_interval=0.02)
+                answer = waited
             except Timeout:
-                waited = True
-                lock.acquire(timeout=self._remote.breaker.left, poll_interval=0.02)
-        except Timeout:
-            yield True
-            return
-        except (OSError, NotImplementedError):  # a read-only store: each process asks for itself
-            yield False
-            return
+                answer = True
+            except (OSError, NotImplementedError):  # a read-only store: each process asks for itself
+                answer = False
         try:
-            yield waited
+            yield answer
         finally:
-            lock.release()
+            if lock.is_locked:
+                lock.release()
 
-    def _fetch(self, address: Address, began: float) -> Hit | None:
-        trust = self._sender.trust()  # here: mistakes in its settings are no failure of the remote
-        with self._local.staging(address) as staging:
+    def _fetch(self, address: Address) -> Hit | None:
+        with contextlib.ExitStack() as stack:
+            with self._remote.budget.counting():
+                keyring = self._sender.keyring()  # here: mistakes in its settings are no failure of the remote
+                staging = stack.enter_context(self._local.staging(address))
 
-            def consume(stream: BinaryIO) -> Manifest:
-                empty_folder(staging)  # of what an earlier generation left
-                return exchange.unseal_entry(stream, staging, entry_path(address), trust)[1]
+                def consume(stream: BinaryIO) -> Manifest:
+                    empty_folder(staging)  # of what an earlier version left
+                    return transfer.unseal_entry(stream, staging, entry_path(address), keyring)[1]
 
-            self._remote.breaker.charge(time.monotonic() - began)
-            manifest = self._ask(entry_name(address), consume, "remote_miss")
+                manifest = self._ask(entry_name(address), consume, "remote_miss")
             if manifest is None:
                 return None
             if manifest.cache_key != address.key:
@@ -155,7 +162,8 @@ class TieredStore:
         `absent` is counted where there is none.
         """
         try:
-            fetched = exchange.fetch(self._remote, name, consume)
+            with self._remote.budget.counting():
+                fetched = transfer.fetch(self._remote, name, consume)
         except RemoteError as error:
             self._failed(error)
             return None
@@ -164,7 +172,7 @@ class TieredStore:
             self._sender.note(str(error))
             return None
         self._refused(fetched.refused)
-        self._stepped_over[name] = len(fetched.refused)
+        self._refused_versions[name] = len(fetched.refused)
         if fetched.value is None and absent is not None:
             self._metrics.count(absent)
         return fetched.value
@@ -229,19 +237,20 @@ class TieredStore:
         if self._leases is None or not self._sender.may_write():
             return None
         key, name = address.key.digest, entry_name(address)
-        awaited = f"{name}.{self._stepped_over.get(name, 0)}"
+        awaited = f"{name}.{self._refused_versions.get(name, 0)}"
 
         def report(text: str) -> None:
             lease.report(phase=text)
             logger.info("%s: %s", key, text)
 
         try:
-            self._remote.require_exclusive_create(charged=True)
+            with self._remote.budget.counting():
+                self._remote.require_exclusive_create()
             held = wait_for_lease(
                 self._leases,
                 key,
                 self._remote.settings.heartbeat_seconds,
-                lambda: self._remote.exists(awaited, charged=False),
+                lambda: self._remote.exists(awaited),
                 report,
             )
         except RemoteError as error:
@@ -257,13 +266,13 @@ class TieredStore:
     def read_canary(self, address: Address, weights_digest: str) -> dict[str, Any] | None:
         """The canary recorded here, or the remote's, which is then recorded here too."""
         record = self._local.read_canary(address, weights_digest)
-        if record is not None or self._sender.alone():
+        if record is not None or self._sender.is_without_remote():
             return record
         name = canary_name(address.key.digest, weights_digest)
-        subject, trust = f"{address.key.digest}/{weights_digest}", self._sender.trust()
+        subject, keyring = f"{address.key.digest}/{weights_digest}", self._sender.keyring()
         with self._metrics.phase("fetch"):
             found: tuple[str, str, dict[str, Any]] | None = self._ask(
-                name, lambda stream: exchange.unseal_canary(stream, subject, trust)
+                name, lambda stream: transfer.unseal_canary(stream, subject, keyring)
             )
             if found is None:
                 return None

@@ -1,4 +1,4 @@
-"""Work that a start leaves to a thread: sending what was built to the remote store."""
+"""A queue of jobs that a thread does after a start: what was built is sent to the remote store."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ logger = logging.getLogger(__name__)
 
 
 class WriteBack:
-    """Jobs in order, in a thread that exists while there are some.
+    """Does jobs in order, in a thread that exists while there are some.
 
     When the process ends, what is left gets `seconds`; then it is given up and counted.
 
     Parameters
     ----------
     seconds:
-        What the end of the process waits at most.
+        What the end of the process waits at most; may be changed until then.
     failed:
         Called with the job's name and the error of each job that raised or was given up.
     """
 
     def __init__(self, seconds: float, failed: Callable[[str, BaseException], None]) -> None:
-        self._seconds = seconds
+        self.seconds = seconds
         self._failed = failed
         self._jobs: queue.SimpleQueue[tuple[str, Callable[[], object]]] = queue.SimpleQueue()
         self._changed = threading.Condition()
@@ -68,9 +68,9 @@ class WriteBack:
     def close(self) -> None:
         """Wait for the jobs as long as the end of a process may; what is left then has failed."""
         thread = self._thread
-        if self.wait(self._seconds):
+        if self.wait(self.seconds):
             if thread is not None:
                 thread.join()  # a thread that ends together with the interpreter can take the process down
         else:
             for name in list(self._waiting):
-                self._failed(name, TimeoutError(f"not done {self._seconds:g} s after the process was asked to end"))
+                self._failed(name, TimeoutError(f"not done {self.seconds:g} s after the process was asked to end"))

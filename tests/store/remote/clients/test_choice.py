@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ import pytest
 
 from ts_handlers.errors import SettingsError
 from ts_handlers.settings.sections import RemoteSettings
-from ts_handlers.store.remote.clients import base
+from ts_handlers.store.remote.clients import registry
 from ts_handlers.store.remote.clients.obstore_options import translate
-from ts_handlers.store.remote.objects import Remote
+from ts_handlers.store.remote.clients.registry import Client
+from ts_handlers.store.remote.objects import RemoteObjects
 
 KEYS = {"key": "k", "secret": "s"}
 REGION = {"client_kwargs": {"region_name": "here"}}
@@ -37,17 +40,14 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """What `auto` takes where these packages are installed."""
 
     def choose(url: str, installed: tuple[str, ...] = ("obstore", "s3fs", "gcsfs", "adlfs"), **options: Any) -> str:
-        import sys
-        import types
-
         find = importlib.util.find_spec
         with monkeypatch.context() as patch:
-            patch.setattr(base.importlib.util, "find_spec", lambda name: find("json") if name in installed else None)
+            patch.setattr(importlib.util, "find_spec", lambda name: find("json") if name in installed else None)
             for module, name in (("obstore_client", "ObstoreClient"), ("fsspec_client", "FsspecClient")):
                 fake = types.ModuleType(module)
                 setattr(fake, name, lambda *_, name=name: name)
                 patch.setitem(sys.modules, f"ts_handlers.store.remote.clients.{module}", fake)
-            return str(base.open_client(RemoteSettings(url, options=options)))
+            return str(registry.open_client(RemoteSettings(url, options=options)))
 
     return choose
 
@@ -150,4 +150,38 @@ def test_translation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_obstore_cannot_do_is_a_mistake_of_the_settings(url: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        Remote(RemoteSettings(url, options=options, client="obstore"), None)
+        RemoteObjects(RemoteSettings(url, options=options, client="obstore"), None)
+
+
+class DictClient:
+    """Objects in a dictionary of this process."""
+
+    exclusive_create = "always"
+    objects: dict[str, bytes] = {}  # noqa: RUF012
+
+    def __init__(self, settings: RemoteSettings) -> None:
+        pass
+
+    def get(self, name: str) -> bytes:
+        if name not in self.objects:
+            raise FileNotFoundError(name)
+        return self.objects[name]
+
+    def exists(self, name: str) -> bool:
+        return name in self.objects
+
+    def create(self, name: str, source: bytes) -> None:
+        if name in self.objects:
+            raise FileExistsError(name)
+        self.objects[name] = source
+
+
+def test_client_is_added_with_one_file_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ts_handlers.store.remote.clients.in_memory", sys.modules[__name__])
+    monkeypatch.setattr(registry, "CLIENTS", (Client("dict", "in_memory:DictClient", ("dict",)), *registry.CLIENTS))
+    remote = RemoteObjects(RemoteSettings("dict://here"), None)
+    remote.require_exclusive_create()
+    assert remote.get("a") is None
+    assert remote.create("a", b"bytes")
+    assert not remote.create("a", b"other bytes")
+    assert remote.get("a") == b"bytes"

@@ -12,19 +12,20 @@ from typing import Any
 
 import pytest
 
+from tests.store.conftest import PATIENT_SECONDS
 from tests.support.object_stores import azurite, gcs, make_container
 from ts_handlers.errors import StoreError
 from ts_handlers.settings.sections import RemoteSettings
 from ts_handlers.store.remote.lease import Busy, Grant
 from ts_handlers.store.remote.object_lease import ObjectLeases
-from ts_handlers.store.remote.objects import Remote
+from ts_handlers.store.remote.objects import RemoteObjects
 
 
 def through(client: str, file_system: str, url: str, options: dict[str, Any]) -> RemoteSettings:
     name = "obstore" if client == "obstore" else file_system
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
-    return RemoteSettings(url, client=client, options=options, timeout_seconds=30.0)  # type: ignore[arg-type]
+    return RemoteSettings(url, client=client, options=options, timeout_seconds=PATIENT_SECONDS)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def options_of(port: int, client: str, tmp_path: Path) -> dict[str, Any]:
 
 
 def test_objects(settings: RemoteSettings, tmp_path: Path) -> None:
-    remote, other = Remote(settings, tmp_path / "a"), Remote(settings, tmp_path / "b")
+    remote, other = RemoteObjects(settings, tmp_path / "a"), RemoteObjects(settings, tmp_path / "b")
     data = bytes(range(256)) * 20_000  # more than one chunk and than one part of an upload in parts
     (tmp_path / "data").write_bytes(data)
     assert remote.read("a/b/c.0", lambda stream: stream.read(1)) is None
@@ -75,15 +76,15 @@ def test_objects(settings: RemoteSettings, tmp_path: Path) -> None:
     assert other.create("a/d", b"")
     assert other.list("a", recursive=True) == ["b/c.0", "d"]
     for text in (b"first", b"second"):
-        remote.overwrite("a/sign", text)
-        assert other.read_small("a/sign") == text
+        remote.put("a/sign", text)
+        assert other.get("a/sign") == text
     for _ in range(2):
-        remote.remove("a/d")
+        remote.delete("a/d")
     assert not other.exists("a/d")
 
 
 def test_one_of_many_writers_wins_and_one_host_holds_the_lease(settings: RemoteSettings, tmp_path: Path) -> None:
-    remotes = [Remote(settings, tmp_path / str(number)) for number in range(4)]
+    remotes = [RemoteObjects(settings, tmp_path / str(number)) for number in range(4)]
     for remote in remotes:
         remote.require_exclusive_create()
     won: list[int] = []
@@ -94,7 +95,7 @@ def test_one_of_many_writers_wins_and_one_host_holds_the_lease(settings: RemoteS
         barrier.wait()
         if remotes[number].create("object", b"%d" % number * 1000):
             won.append(number)
-        found = ObjectLeases(remotes[number]).acquire("key", charged=False)
+        found = ObjectLeases(remotes[number]).acquire("key")
         if isinstance(found, Grant):
             grants.append(found)
 
@@ -104,9 +105,9 @@ def test_one_of_many_writers_wins_and_one_host_holds_the_lease(settings: RemoteS
     for thread in threads:
         thread.join()
     assert len(won) == len(grants) == 1
-    assert remotes[0].read_small("object") == b"%d" % won[0] * 1000
+    assert remotes[0].get("object") == b"%d" % won[0] * 1000
     waiter = ObjectLeases(remotes[0])
-    busy = waiter.acquire("key", charged=False)
+    busy = waiter.acquire("key")
     assert isinstance(busy, Busy)
     taken = waiter.take_over("key", busy.token)
     assert taken is not None
@@ -121,8 +122,8 @@ def test_server_that_ignores_the_condition_is_read_and_not_written(
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for the bucket's kind, through gRPC
     with gcs("bucket", conditional=False) as port:
         settings = through(client, "gcsfs", "gs://bucket/x", options_of(port, client, tmp_path))
-        remote = Remote(settings, tmp_path / "state")
-        remote.overwrite("there", b"bytes")
+        remote = RemoteObjects(settings, tmp_path / "state")
+        remote.put("there", b"bytes")
         assert remote.read("there", lambda stream: stream.read(100)) == b"bytes"
         for _ in range(2):
             with pytest.raises(StoreError, match="overwrites an object in spite of"):

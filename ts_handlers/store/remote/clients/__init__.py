@@ -1,1 +1,1 @@
-"""The libraries through which a remote store's objects are reached; see `ts_handlers.store.remote.clients.base`."""
+"""The libraries through which a remote store's objects are reached: one file for each, chosen in `registry`."""

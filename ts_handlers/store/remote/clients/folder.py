@@ -6,22 +6,28 @@ import os
 import shutil
 from pathlib import Path
 
-from ts_handlers.store.remote.breaker import UnusableError
+from ts_handlers.settings.sections import RemoteSettings
+from ts_handlers.store.remote.base import UnusableError
 from ts_handlers.store.remote.clients.fsspec_client import FsspecClient
 from ts_handlers.system.files import atomic_file, is_temporary, write_atomically
 
 
 class FolderClient(FsspecClient):
-    """Reads as every file system of fsspec does; writes so that a reader never sees half a file."""
+    """An `ObjectClient` on a mounted folder: reads through fsspec; writes so that a reader never sees half a file."""
+
+    def __init__(self, settings: RemoteSettings) -> None:
+        super().__init__(settings)
+        self.exclusive_create = "always"
 
     def _path(self, name: str) -> str:
-        if not os.path.isdir(self._base):  # each time: a folder whose mount has gone must not be made anew
+        if not os.path.isdir(self._base):  # each time: a folder whose mount has gone must not be made again
             raise UnusableError(f"the folder {self._base} does not exist; make or mount it")
         return super()._path(name)
 
-    def list(self, folder: str, recursive: bool) -> list[str]:
+    def list(self, folder: str, *, recursive: bool) -> list[str]:
         """See `ObjectClient`; without the files that are being written."""
-        return [name for name in super().list(folder, recursive) if not is_temporary(name.rpartition("/")[2])]
+        names = super().list(folder, recursive=recursive)
+        return [name for name in names if not is_temporary(name.rpartition("/")[2])]
 
     def create(self, name: str, source: Path | bytes) -> None:
         """See `ObjectClient`; complete from the first moment. Raises `FileExistsError`."""
@@ -32,7 +38,7 @@ class FolderClient(FsspecClient):
                 with open(source, "rb") as read:
                     shutil.copyfileobj(read, write, 1 << 20)
 
-    def overwrite(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: bytes) -> None:
         """See `ObjectClient`."""
         write_atomically(self._target(name), data)
 

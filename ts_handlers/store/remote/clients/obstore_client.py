@@ -19,7 +19,9 @@ import obstore.store
 from obstore.exceptions import BaseError
 
 from ts_handlers.errors import StoreError
-from ts_handlers.store.remote.clients.obstore_options import StoreArguments
+from ts_handlers.settings.sections import RemoteSettings
+from ts_handlers.store.remote.base import ExclusiveCreate
+from ts_handlers.store.remote.clients.obstore_options import translate
 
 LARGEST = 5000 << 20
 """Bytes of one conditional request, on Azure; 5 GiB on S3."""
@@ -29,18 +31,21 @@ _CONNECT_SECONDS = 5.0
 
 
 class ObstoreClient:
-    """An `ObjectClient`.
+    """An `ObjectClient` on S3, GCS or Azure.
 
-    Parameters
-    ----------
-    arguments:
-        Where the objects are and how they are reached.
-    seconds:
-        How long anybody waits for an answer. A request ends by itself soon afterwards, and is tried again only while
-        somebody waits.
+    Nobody waits longer than `timeout_seconds` of the settings for an answer. A request ends by itself soon afterwards,
+    and is tried again only while somebody waits.
+
+    Raises
+    ------
+    SettingsError
+        The settings hold an option that obstore has no counterpart for.
     """
 
-    def __init__(self, arguments: StoreArguments, seconds: float) -> None:
+    exclusive_create: ExclusiveCreate = "try"
+
+    def __init__(self, settings: RemoteSettings) -> None:
+        arguments, seconds = translate(settings.url, settings.options), settings.timeout_seconds
         # A second more, so that the one who waits gives up first and says why.
         limits = {"timeout": timedelta(seconds=seconds + 1), "connect_timeout": timedelta(seconds=_CONNECT_SECONDS)}
         backoff = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=1), "base": 2}
@@ -61,7 +66,7 @@ class ObstoreClient:
             chunks = obstore.get(self._store, name).stream(min_chunk_size=_CHUNK)
         return io.BufferedReader(_Chunks(iter(chunks)), _CHUNK)
 
-    def read(self, name: str) -> bytes:
+    def get(self, name: str) -> bytes:
         """See `ObjectClient`."""
         with _short_errors():
             return bytes(obstore.get(self._store, name).bytes())
@@ -73,7 +78,7 @@ class ObstoreClient:
             return True
         return False
 
-    def list(self, folder: str, recursive: bool) -> list[str]:
+    def list(self, folder: str, *, recursive: bool) -> list[str]:
         """See `ObjectClient`."""
         with _short_errors():
             if recursive:
@@ -98,12 +103,12 @@ class ObstoreClient:
         with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, _short_errors():
             obstore.put(self._store, name, data, mode="create")
 
-    def overwrite(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: bytes) -> None:
         """See `ObjectClient`."""
         with _short_errors():
             obstore.put(self._store, name, data, use_multipart=False)
 
-    def remove(self, name: str) -> None:
+    def delete(self, name: str) -> None:
         """See `ObjectClient`."""
         with _short_errors():
             obstore.delete(self._store, name)

@@ -7,6 +7,7 @@ Options are written as fsspec's file systems take them, whichever client reaches
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -16,6 +17,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ts_handlers.errors import SettingsError
+from ts_handlers.settings.sections import RemoteSettings
+from ts_handlers.store.remote.clients.protocols import OBJECT_STORES, protocol_of
 
 WHERE = "handler.ts_handlers.remote"
 
@@ -179,7 +182,24 @@ def _read(path: str, option: str) -> bytes:
         raise SettingsError(f"{WHERE}.options.{option}: {path} cannot be read: {error}") from error
 
 
-def reason_for_fsspec(arguments: StoreArguments) -> str | None:
+def check(settings: RemoteSettings) -> None:
+    """Raise `SettingsError` for what obstore cannot do."""
+    translate(settings.url, settings.options)
+
+
+def reason_against(settings: RemoteSettings) -> str | None:
+    """Why ``client: auto`` takes fsspec's file system; None when it takes obstore."""
+    if importlib.util.find_spec("obstore") is None:
+        return "the package obstore is not installed"
+    try:
+        reason = _reason_for_fsspec(translate(settings.url, settings.options))
+    except SettingsError as error:
+        return str(error)
+    file_system = OBJECT_STORES[protocol_of(settings.url)]
+    return reason if reason is not None and importlib.util.find_spec(file_system) is not None else None
+
+
+def _reason_for_fsspec(arguments: StoreArguments) -> str | None:
     """Why fsspec's file system may know what neither the options nor the environment tell obstore; None if not."""
     if any(name.startswith("FSSPEC_") for name in os.environ) or os.path.isdir(os.path.expanduser("~/.config/fsspec")):
         return "fsspec has a configuration of its own on this host"

@@ -1,8 +1,7 @@
-"""Entries and canary records as sealed objects of a remote store: how they are named, written, and read back.
+"""Entries and canary records on their way between hosts: sealed and sent, fetched and checked.
 
-An object is written once and never replaced. Its name ends with a generation, counted from 0: the first object of a key
-whose signature and digests this host accepts is the key's; a refused one is stepped over. So nobody's object can be
-taken for another's, a reader never sees two, and what a removed key signed is followed by what its successor signs.
+The format of a sealed file is in `ts_handlers.store.remote.sealed`, the names of the objects are in
+`ts_handlers.store.remote.names`.
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ from ts_handlers.errors import RefusedError, StoreError
 from ts_handlers.store.address import Address, entry_path
 from ts_handlers.store.canaries import load_record
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest, verify_files
-from ts_handlers.store.local.layout import CANARIES, ENTRIES
-from ts_handlers.store.remote.objects import Remote
+from ts_handlers.store.remote.base import Remote
+from ts_handlers.store.remote.names import VERSIONS, version_names
 from ts_handlers.store.remote.sealed import SealedReader, seal
-from ts_handlers.store.remote.signing import Trust
+from ts_handlers.store.remote.signing import Keyring
 
-GENERATIONS = 4
 CANARY = "canary.pt"
 CANARY_LIMIT = 1 << 30  # bytes
 T = TypeVar("T")
@@ -32,40 +30,53 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Fetched(Generic[T]):
-    """What a fetch found: the accepted object, if any, and why others were refused."""
+    """What a fetch found.
+
+    Attributes
+    ----------
+    value: what was made of the accepted object; None when there is none.
+    refused: why earlier versions were refused, each with its name.
+    """
 
     value: T | None
     refused: tuple[str, ...]
 
 
-def entry_name(address: Address) -> str:
-    """The name of an entry's objects, without the generation."""
-    return f"{ENTRIES}/{entry_path(address)}"
+def fetch(remote: Remote, name: str, consume: Callable[[BinaryIO], T]) -> Fetched[T]:
+    """Read the first version of an object that is accepted.
 
+    Parameters
+    ----------
+    name:
+        Of the object, without the version number.
+    consume:
+        Reads an object, and raises `RefusedError` for one that is not accepted.
 
-def canary_name(key: str, weights_digest: str) -> str:
-    """The name of a canary record's objects, without the generation."""
-    return f"{CANARIES}/{key}/{weights_digest}"
-
-
-def fetch(remote: Remote, name: str, consume: Callable[[BinaryIO], T], *, charged: bool = True) -> Fetched[T]:
-    """Read the first generation of an object that `consume` accepts; it raises `RefusedError` for the others."""
+    Raises
+    ------
+    RemoteError
+        The remote failed.
+    StoreError
+        Raised by `consume`: there is no room here for what is read.
+    """
     refused: list[str] = []
-    for generation in range(GENERATIONS):
+    for version in version_names(name):
         try:
-            value = remote.read(f"{name}.{generation}", consume, charged=charged)
+            value = remote.read(version, consume)
         except RefusedError as error:
-            refused.append(f"{name}.{generation}: {error}")
+            refused.append(f"{version}: {error}")
             continue
         return Fetched(value, tuple(refused))
     return Fetched(None, tuple(refused))
 
 
 def send(remote: Remote, name: str, source: Path, check: Callable[[BinaryIO], object]) -> bool:
-    """Write a sealed file as the first generation that is free.
+    """Write a sealed file as the first version that does not exist.
 
     Parameters
     ----------
+    name:
+        Of the object, without the version number.
     check:
         Raises `RefusedError` for an existing object that this host would not use.
 
@@ -78,21 +89,26 @@ def send(remote: Remote, name: str, source: Path, check: Callable[[BinaryIO], ob
     RemoteError
         The remote failed.
     StoreError
-        Every generation is taken by an object that is refused.
+        Every version exists and is refused.
     """
-    for generation in range(GENERATIONS):
-        if remote.create(f"{name}.{generation}", source):
+    for version in version_names(name):
+        if remote.create(version, source):
             return True
         try:
-            remote.read(f"{name}.{generation}", check, charged=False)
+            remote.read(version, check)
         except RefusedError:
             continue
         return False
-    raise StoreError(f"{name}: all {GENERATIONS} objects of this key in {remote.name} are refused; remove them")
+    raise StoreError(f"{name}: all {VERSIONS} objects of this key in {remote.name} are refused; remove them")
 
 
-def seal_entry(target: BinaryIO, directory: Path, subject: str, trust: Trust) -> None:
-    """Seal the entry in a directory.
+def seal_entry(target: BinaryIO, directory: Path, subject: str, keyring: Keyring) -> None:
+    """Write the entry in a directory as one sealed file.
+
+    Parameters
+    ----------
+    subject:
+        The address of the entry, as `ts_handlers.store.address.entry_path` gives it.
 
     Raises
     ------
@@ -105,18 +121,25 @@ def seal_entry(target: BinaryIO, directory: Path, subject: str, trust: Trust) ->
     except ValueError as error:
         raise StoreError(f"the entry {subject} is damaged and was not sent: {error}") from error
     sources: dict[str, Path | bytes] = {name: directory / name for name in [MANIFEST, *manifest.files]}
-    seal(target, "entry", subject, sources, trust)
+    seal(target, "entry", subject, sources, keyring)
 
 
-def unseal_entry(stream: BinaryIO, directory: Path, subject: str | None, trust: Trust) -> tuple[Address, Manifest]:
+def unseal_entry(stream: BinaryIO, directory: Path, subject: str | None, keyring: Keyring) -> tuple[Address, Manifest]:
     """Check a sealed entry and write its files into an empty private directory.
+
+    Parameters
+    ----------
+    subject:
+        The address that it must have; None accepts any.
 
     Raises
     ------
     RefusedError
         It must not be used; what the directory holds is to be removed.
+    StoreError
+        The directory has no room for it.
     """
-    reader = SealedReader(stream, trust, "entry", subject)
+    reader = SealedReader(stream, keyring, "entry", subject)
     reader.extract(directory)
     try:
         manifest = read_manifest(directory)
@@ -135,21 +158,37 @@ def unseal_entry(stream: BinaryIO, directory: Path, subject: str | None, trust: 
     return address, manifest
 
 
-def verify_entry(stream: BinaryIO, subject: str | None, trust: Trust) -> None:
-    """Check signature and digests of a sealed entry without writing anything. Raises `RefusedError`."""
-    SealedReader(stream, trust, "entry", subject).verify()
+def verify_entry(stream: BinaryIO, subject: str | None, keyring: Keyring) -> None:
+    """Check signature and digests of a sealed entry without writing anything.
+
+    Raises
+    ------
+    RefusedError
+        It must not be used.
+    """
+    SealedReader(stream, keyring, "entry", subject).verify()
 
 
-def seal_canary(target: BinaryIO, record: dict[str, Any], key: str, weights_digest: str, trust: Trust) -> None:
-    """Seal a canary record."""
+def seal_canary(target: BinaryIO, record: dict[str, Any], key: str, weights_digest: str, keyring: Keyring) -> None:
+    """Write a canary record as one sealed file."""
     buffer = io.BytesIO()
     torch.save(record, buffer)
-    seal(target, "canary", f"{key}/{weights_digest}", {CANARY: buffer.getvalue()}, trust)
+    seal(target, "canary", f"{key}/{weights_digest}", {CANARY: buffer.getvalue()}, keyring)
 
 
-def unseal_canary(stream: BinaryIO, subject: str | None, trust: Trust) -> tuple[str, str, dict[str, Any]]:
-    """Check a sealed canary record; returns the key, the weights digest and the record. Raises `RefusedError`."""
-    reader = SealedReader(stream, trust, "canary", subject)
+def unseal_canary(stream: BinaryIO, subject: str | None, keyring: Keyring) -> tuple[str, str, dict[str, Any]]:
+    """Check a sealed canary record.
+
+    Returns
+    -------
+    The digest of the key, the weights digest and the record.
+
+    Raises
+    ------
+    RefusedError
+        It must not be used.
+    """
+    reader = SealedReader(stream, keyring, "canary", subject)
     key, _, weights_digest = reader.header.subject.partition("/")
     data = reader.read(CANARY, CANARY_LIMIT)
     try:
