@@ -29,7 +29,7 @@ def test_workers_behind_torchs_launcher_have_the_same_server() -> None:
     command = [sys.executable, "-c", launcher, "torch.backends.xeon.run_cpu", worker]
     found = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
     assert int(found.stdout) == os.getpid()
-    assert int(run_python(worker)) == os.getpid()
+    assert int(run_python(worker, fresh=True)) == os.getpid()
 
 
 START = """

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from tests.support.costs import costs
 from ts_handlers.settings.sections import RemoteSettings
 from ts_handlers.store.remote.signing import generate_keys
 
@@ -23,6 +24,7 @@ S3_KEYS = {"key": "test-access-key", "secret": "test-secret-key"}
 
 
 @pytest.fixture(scope="session")
+@costs("services")
 def s3_port() -> Iterator[int]:
     """A server of the S3 protocol in this process."""
     pytest.importorskip("s3fs", reason="s3fs is not installed")
@@ -40,6 +42,7 @@ def s3_options(port: int) -> dict[str, Any]:
 
 
 @pytest.fixture
+@costs("services")
 def s3(s3_port: int) -> RemoteSettings:
     """A prefix in a new bucket."""
     import s3fs
@@ -86,6 +89,7 @@ def find_redis() -> str | None:
 
 
 @pytest.fixture(scope="session")
+@costs("services")
 def redis_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """A real Redis server without persistence."""
     redis = pytest.importorskip("redis", reason="redis-py is not installed")
@@ -112,6 +116,7 @@ def redis_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 
 @pytest.fixture
+@costs("services")
 def redis_url(redis_port: int) -> str:
     """An empty database."""
     import redis

@@ -474,7 +474,7 @@ def wait_for_end(pid: int) -> None:
 def serve(archive: Path, tmp_path: Path, seconds: str, code: str = SERVE) -> subprocess.Popen[str]:
     """A process that serves the archive, once it has started eagerly."""
     path = os.pathsep.join([str(CHILD_SITE), str(REPOSITORY)])
-    process = start_python(code, archive, tmp_path / "store", PYTHONPATH=path, BUILD_SECONDS=seconds)
+    process = start_python(code, archive, tmp_path / "store", fresh=True, PYTHONPATH=path, BUILD_SECONDS=seconds)
     assert process.stdout is not None
     assert json.loads(process.stdout.readline()) == "background"
     return process

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from tests.support.entries import address, publish
 from tests.support.file_backend import START
 from tests.support.subprocesses import finish, run_python, start_python
+from tests.support.workers import is_stopped, wait_until
 from ts_handlers.store.base import Hit
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.upkeep.eviction import Limits
@@ -26,7 +26,7 @@ NOTHING = Limits(entries=0)
 EVICT = """
     import os, shutil, signal, sys
     from pathlib import Path
-    from ts_handlers.store import eviction
+    from ts_handlers.store.upkeep import eviction
     from ts_handlers.store.upkeep.space import make_room
 
     def die():
@@ -169,7 +169,7 @@ def test_starts_do_not_depend_on_a_collector_that_is_stopped_with_its_lock(archi
     run_python(START, archive, store, BUILD_LOG=str(log))
     (manifest,) = (store / "entries").rglob("manifest.json")
     collector = start_python(EVICT, store, "stopped")
-    os.waitid(os.P_PID, collector.pid, os.WSTOPPED)
+    assert wait_until(lambda: is_stopped(collector.pid))
     serving = start_python(SERVE, archive, store, BUILD_LOG=str(log))
     assert serving.stdout is not None
     facts = json.loads(serving.stdout.readline())
