@@ -13,6 +13,7 @@ from tests.support.subprocesses import environment, run_python, start_python
 from ts_handlers.system.child_python import run_module
 
 
+@pytest.mark.processes
 def test_a_child_looks_for_modules_where_it_is_told_and_not_where_it_begins(tmp_path: Path) -> None:
     for name in ("here", "told"):
         (tmp_path / name).mkdir()
@@ -23,6 +24,7 @@ def test_a_child_looks_for_modules_where_it_is_told_and_not_where_it_begins(tmp_
     assert found.stdout == "told\n"
 
 
+@pytest.mark.processes
 def test_workers_behind_torchs_launcher_have_the_same_server() -> None:
     worker = "from ts_handlers.model_process.launch import parent_identity; print(parent_identity()[0])"
     launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[2]], check=True)"

@@ -63,7 +63,12 @@ def _preload(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         library = faults.build_library(Path(folder))
         environment = {**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        command = [sys.executable, "-c", "import sys; from soak.command import main; sys.exit(main())", *arguments]
+        command = [
+            sys.executable,
+            "-c",
+            "import sys; from tests.soak.command import main; sys.exit(main())",
+            *arguments,
+        ]
         return subprocess.run(command, env=environment, check=False).returncode
 
 

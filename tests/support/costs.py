@@ -26,8 +26,9 @@ COSTS = {
     "gpu": "needs a CUDA GPU",
 }
 _EVENTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system")
-_CHEAP = {"mount", "umount", "ip", "tc"}
-"""Programs that take milliseconds."""
+_CHEAP = {"mount", "umount", "openssl", "java", "g++", "c++", "cxx"}
+"""Programs that take milliseconds; a compiler, where it only says its version."""
+_COMPILES = {"-shared", "-c", "-o"}
 
 _ATTRIBUTE = "__cost__"
 _running: list[pytest.Item] = []
@@ -123,7 +124,9 @@ def watch() -> None:
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event in _EVENTS and _running:
             words = _command(event, arguments)
-            if words[0].rpartition("/")[2] not in _CHEAP:
+            if words[0].rpartition("/")[2] not in _CHEAP or (
+                _COMPILES & set(words) and words[0].startswith(("g", "c"))
+            ):
                 _started.append(f"{event} {' '.join(words)[:200]}")
 
     sys.addaudithook(hook)

@@ -130,7 +130,7 @@ class ForkServer:
             if wanted == subprocess.PIPE:
                 read, write = os.pipe()
                 mine, other = (write, read) if name == "stdin" else (read, write)
-                ours[name] = open(mine, "w" if name == "stdin" else "r")
+                ours[name] = os.fdopen(mine, "w" if name == "stdin" else "r")
                 opened.append(other)
                 theirs.append(other)
             elif wanted is None:

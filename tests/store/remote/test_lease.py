@@ -31,7 +31,7 @@ HEARTBEAT = 1.0
 Host = Callable[[str], LeaseService]
 
 
-@pytest.fixture(params=["folder", "s3", "redis"])
+@pytest.fixture(params=["folder", "s3", pytest.param("redis", marks=pytest.mark.services)])
 def host(request: pytest.FixtureRequest, tmp_path: Path) -> Host:
     """Makes the lease service as another host has it."""
     if request.param == "redis":

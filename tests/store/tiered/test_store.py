@@ -342,7 +342,7 @@ def test_dead_lease_service_costs_no_entry(shared: Fleet) -> None:
     assert shared.start("second").outcome.result == "hit"
 
 
-@pytest.mark.parametrize("lease", ["auto", "off", "redis"])
+@pytest.mark.parametrize("lease", ["auto", "off", pytest.param("redis", marks=pytest.mark.services)])
 def test_every_kind_of_lease(lease: str, shared: Fleet, request: pytest.FixtureRequest) -> None:
     value = request.getfixturevalue("redis_url") if lease == "redis" else lease
     assert counters(shared.start("first", lease=value)) == BUILT

@@ -72,7 +72,8 @@ USE = """
     from ts_handlers.store.local.store import LocalStore
     root, count = sys.argv[1], int(sys.argv[2])
     where, built = address(), 0
-    for _ in range(count):
+    while count > 0 or built < 2:
+        count -= 1
         store = LocalStore(root)
         found = store.lookup(where)
         assert not isinstance(found, Corrupt), found
@@ -160,7 +161,7 @@ def test_workers_beside_two_evictors_hit_or_build_and_never_read_half_an_entry(t
     finally:
         stop.touch()
     evicted = [int(finish(evictor)) for evictor in evictors]
-    assert sum(built) >= 3
+    assert min(built) >= 2
     assert sum(evicted) >= sum(built) - 1  # each entry that was built was removed, but for the last one
 
 
