@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support import costs, file_backend
+from tests.support import costs, file_backend, schedule
 from tests.support.models import write_archive
 from ts_handlers import register_backend
 from ts_handlers.store.local import verified
@@ -28,9 +28,12 @@ def pytest_configure(config: pytest.Config) -> None:
     costs.watch()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # before xdist reads the groups and pytest the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     costs.mark_all(items)
+    if hasattr(config, "workerinput"):  # of a test run with several workers
+        schedule.plan(items)
+    return (yield)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -28,7 +28,7 @@ COSTS = {
 _EVENTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system")
 _CHEAP = {"mount", "umount", "openssl", "java", "g++", "c++", "cxx"}
 """Programs that take milliseconds; a compiler, where it only says its version."""
-_COMPILES = {"-shared", "-c", "-o"}
+_COMPILES = {"-shared", "-c"}
 
 _ATTRIBUTE = "__cost__"
 _running: list[pytest.Item] = []
@@ -124,9 +124,7 @@ def watch() -> None:
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event in _EVENTS and _running:
             words = _command(event, arguments)
-            if words[0].rpartition("/")[2] not in _CHEAP or (
-                _COMPILES & set(words) and words[0].startswith(("g", "c"))
-            ):
+            if words[0].rpartition("/")[2] not in _CHEAP or _COMPILES & set(words):
                 _started.append(f"{event} {' '.join(words)[:200]}")
 
     sys.addaudithook(hook)

@@ -176,6 +176,8 @@ def _fork_server(pid: int) -> ForkServer:
 def _search_path(env: Mapping[str, str]) -> list[str]:
     """What a new interpreter has in ``sys.path`` behind its first entry."""
     named = [os.path.abspath(each) for each in env.get("PYTHONPATH", "").split(os.pathsep) if each]
+    customized = [each for each in named if os.path.exists(os.path.join(each, "sitecustomize.py"))]
+    assert not customized, f"{customized}: read before a fork; say fresh=True"
     return list(dict.fromkeys([*named, *_interpreters_own_path()]))
 
 
@@ -203,7 +205,7 @@ def start_python(
     torch that is not imported, what the interpreter or torch's import reads, and the parent that is this process.
     """
     code, words = textwrap.dedent(code), [str(each) for each in arguments]
-    early = [name for name in env if name.startswith(_READ_AT_THE_START)]
+    early = [name for name in env if name.startswith(_READ_AT_THE_START) and name != "PYTHONPATH"]
     if fresh:
         command = [sys.executable, "-c", code, *words]
         variables = environment(**env)

@@ -57,9 +57,7 @@ found = {}
 def in_child(folder: Path, code: str) -> Any:
     """What `code` left in `found`."""
     here = str(Path(__file__).parent)
-    out = run_python(
-        PRELUDE + code + "\nprint('FOUND ' + json.dumps(found))", here, fresh=True, PYTHONPATH=_path(folder)
-    )
+    out = run_python(PRELUDE + code + "\nprint('FOUND ' + json.dumps(found))", here, PYTHONPATH=_path(folder))
     return json.loads(next(line for line in out.splitlines() if line.startswith("FOUND "))[6:])
 
 
