@@ -30,7 +30,7 @@ _CHEAP = {"mount", "umount", "openssl", "java", "g++", "c++", "cxx"}
 """Programs that take milliseconds; a compiler, where it only says its version."""
 _COMPILES = {"-shared", "-c"}
 
-_ATTRIBUTE = "__cost__"
+MARK = "__cost__"
 _running: list[pytest.Item] = []
 _started: list[str] = []
 
@@ -52,7 +52,7 @@ def costs(mark: str) -> Callable[[Function], Function]:
 
         if inspect.isgeneratorfunction(function):
             checked = checked_fixture
-        setattr(checked, _ATTRIBUTE, mark)
+        setattr(checked, MARK, mark)
         return checked  # type: ignore[return-value]
 
     return decorate
@@ -79,9 +79,9 @@ def derived(item: pytest.Function) -> set[str]:
         if id(function) in seen:
             continue
         seen.add(id(function))
-        if mark := getattr(function, _ATTRIBUTE, None):
+        if mark := getattr(function, MARK, None):
             found.add(mark)
-        functions += _reached(function)
+        functions += reached(function)
     return found
 
 
@@ -93,7 +93,7 @@ def _fixtures_named_by_parameters(item: pytest.Function) -> Iterator[str]:
             yield value
 
 
-def _reached(function: Any) -> Iterator[Any]:
+def reached(function: Any) -> Iterator[Any]:
     """Functions and methods of the tests that a function's code, or a class's, names."""
     if isinstance(function, type):
         yield from (each for each in vars(function).values() if inspect.isfunction(each))
@@ -104,7 +104,7 @@ def _reached(function: Any) -> Iterator[Any]:
     for name in _names(function.__code__):
         target = function.__globals__.get(name)
         if isinstance(target, types.ModuleType) and target.__name__.startswith("tests."):
-            yield from (each for each in vars(target).values() if getattr(each, _ATTRIBUTE, None))
+            yield from (each for each in vars(target).values() if getattr(each, MARK, None))
         elif getattr(target, "__module__", "").startswith("tests.") and (
             isinstance(target, type) or inspect.isfunction(target)
         ):

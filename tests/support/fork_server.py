@@ -116,6 +116,7 @@ def become(request: dict[str, Any]) -> None:
     os.environ.update(request["env"])
     sys.argv = ["-c", *request["arguments"]]
     sys.path[:] = ["", *request["path"]]
+    torch.default_generator.seed()  # from the system, as at torch's import; `random` does so by itself
     tempfile.tempdir = None  # from TMPDIR, when it is asked for
     if threads := request["env"].get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
