@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support import file_backend
+from tests.support import costs, file_backend, schedule
 from tests.support.models import write_archive
 from ts_handlers import register_backend
 from ts_handlers.store.local import verified
@@ -20,6 +20,31 @@ settings.register_profile("tests", deadline=None, suppress_health_check=[HealthC
 settings.load_profile("tests")
 
 Register = Callable[[str, Any], None]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for mark, cost in costs.COSTS.items():
+        config.addinivalue_line("markers", f"{mark}: {cost}")
+    costs.watch()
+
+
+@pytest.hookimpl(wrapper=True)  # before xdist reads the groups and pytest the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    costs.mark_all(items)
+    if hasattr(config, "workerinput"):  # of a test run with several workers
+        schedule.plan(items)
+    return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    costs.begin(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    yield
+    costs.end()
 
 
 @pytest.fixture(autouse=True)

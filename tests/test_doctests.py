@@ -18,7 +18,12 @@ MODULES = sorted(
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
-@pytest.mark.parametrize("name", MODULES)
+STARTS_A_PROCESS = "ts_handlers.system.child_python"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.processes] * (name == STARTS_A_PROCESS)) for name in MODULES]
+)
 def test_examples_run(name: str) -> None:
     if name == "ts_handlers.servers.torchserve.handler":
         pytest.importorskip("ts", reason="TorchServe is not installed")

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.processes
 
 
 def imported(code: str) -> set[str]:
-    return set(json.loads(run_python(f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))")))
+    return set(json.loads(run_python(f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))", fresh=True)))
 
 
 def test_the_package_alone_imports_neither_torch_nor_torchserve() -> None:
@@ -43,7 +43,7 @@ def test_a_worker_does_not_walk_torchs_objects_again() -> None:
     from ts_handlers import CompiledHandler
     print(gc.get_freeze_count() > 0.99 * before > 100_000)  # the collector may take a few of them before
     """
-    assert run_python(code).split()[-1] == "True"
+    assert run_python(code, fresh=True).split()[-1] == "True"
 
 
 @pytest.mark.usefixtures("backend")
@@ -52,7 +52,7 @@ def test_a_hit_imports_nothing_that_only_builds_need(archive: Path, tmp_path: Pa
     store = tmp_path / "store"
     start_model(archive_source(archive), settings_of(store=str(store), backends=["aot_inductor"]))
     ends = 'print(json.dumps({"result": model.outcome.result, "modules": sorted(sys.modules)}))'
-    facts = json.loads(run_python(f"{START}    {ends}", archive, store).splitlines()[-1])
+    facts = json.loads(run_python(f"{START}    {ends}", archive, store, fresh=True).splitlines()[-1])
     assert facts["result"] == "hit"
     assert not beyond_budget(facts["modules"])
 

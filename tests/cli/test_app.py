@@ -72,6 +72,6 @@ def test_help_and_listing_import_no_torch(filled: Path) -> None:
         {MAIN}
     """
     for arguments in (["--help"], ["ls", "--store", filled], ["--version"]):
-        process = start_python(code, *arguments)
+        process = start_python(code, *arguments, fresh=True)
         _, error = process.communicate(timeout=300)
         assert (process.returncode, error) == (0, "False\n")

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import ts_handlers.doctor
 from tests.support.subprocesses import run_python
 from ts_handlers.cli.exit_codes import ExitCode
@@ -48,6 +50,7 @@ def test_ls_shows_what_is_quarantined_and_unquarantine_lifts_it(run: Run, filled
     assert (again.code, "no quarantined key" in again.err) == (ExitCode.USAGE, True)
 
 
+@pytest.mark.processes
 def test_failed_builds_are_listed_shown_and_lifted(run: Run, filled: Path) -> None:
     key = "ab" * 16
     for _ in range(2):
@@ -81,7 +84,7 @@ def test_quarantines_are_read_without_torch(filled: Path) -> None:
         from ts_handlers.guard.quarantine import read_quarantines
         print(len(read_quarantines(sys.argv[1])), "torch" in sys.modules)
     """
-    assert run_python(code, filled).split() == ["2", "False"]
+    assert run_python(code, filled, fresh=True).split() == ["2", "False"]
 
 
 def test_doctor_prints_findings_and_ends_by_the_worst(run: Run, filled: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -62,6 +62,7 @@ def filled(archive: Path, tmp_path: Path, register: Register) -> Path:
     return tmp_path / "store"
 
 
+@pytest.mark.processes
 def test_every_check_runs_here_and_makes_nothing(tmp_path: Path) -> None:
     findings = doctor.diagnose(tmp_path / "store")
     said = doctor.report(findings)
@@ -140,6 +141,7 @@ def test_a_compiler_with_a_newer_standard_library_is_named(tmp_path: Path, monke
     assert "older than the compiler's GLIBCXX_3.4.199" in finding.found
 
 
+@pytest.mark.processes
 def test_a_cuda_build_without_a_gpu_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
@@ -156,6 +158,7 @@ def install(site: Path, name: str, module: str, version: str, code: str) -> None
     (site / f"{module}.py").write_text(f"__version__ = {version!r}\n{code}\n")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("code", "status", "found"),
     [
@@ -187,6 +190,7 @@ def test_tensorrt_for_another_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert finding.remedy.startswith("pip install 'torch-tensorrt-rtx==")
 
 
+@pytest.mark.processes
 def test_a_probe_that_hangs_is_ended() -> None:
     assert probe("import time; time.sleep(1000)", seconds=0.5) == (None, "no answer after 0.5 s")
 
@@ -249,6 +253,7 @@ def test_time_limits_against_recorded_builds(
     assert "no build of other is recorded" in by_check(other[:2])["startup time"].found
 
 
+@pytest.mark.processes
 def test_builds_that_a_time_limit_has_ended_are_named(filled: Path) -> None:
     assert [f.status for f in ask(doctor.store.check_time_limits, filled)] == ["ok"]
     key = CacheKey((("backend", "inductor"),))

@@ -180,7 +180,7 @@ def test_key_is_the_same_in_every_process(archive: Path) -> None:
         sources = [archive_source(sys.argv[1]), ModuleSource("eager", made)]
         print(json.dumps([key_of(source, name).parts for source in sources for name in ("aot_inductor", "inductor")]))
     """
-    answers = [json.loads(run_python(code, archive, PYTHONHASHSEED=seed)) for seed in ("1", "2")]
+    answers = [json.loads(run_python(code, archive, fresh=True, PYTHONHASHSEED=seed)) for seed in ("1", "2")]
     assert answers[0] == answers[1]
 
 

@@ -11,13 +11,14 @@ import pytest
 from tests.support.subprocesses import environment, run_python, start_python
 
 
+@pytest.mark.processes
 def test_workers_behind_torchs_launcher_have_the_same_server() -> None:
     worker = "from ts_handlers.model_process.launch import parent_identity; print(parent_identity()[0])"
     launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[2]], check=True)"
     command = [sys.executable, "-c", launcher, "torch.backends.xeon.run_cpu", worker]
     found = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
     assert int(found.stdout) == os.getpid()
-    assert int(run_python(worker)) == os.getpid()
+    assert int(run_python(worker, fresh=True)) == os.getpid()
 
 
 START = """

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sysconfig
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,23 +17,29 @@ from typing import Any
 import msgspec
 import pytest
 
+from tests.support.costs import costs
 from ts_handlers.settings.sections import RemoteSettings
 from ts_handlers.store.remote.signing import generate_keys
 
+BUCKET = "bucket"
 PATIENT_SECONDS = 120.0
 """A timeout that a busy machine does not reach; tests of timeouts set their own."""
 S3_KEYS = {"key": "test-access-key", "secret": "test-secret-key"}
 
 
 @pytest.fixture(scope="session")
+@costs("services")
 def s3_port() -> Iterator[int]:
-    """A server of the S3 protocol in this process."""
+    """A server of the S3 protocol in this process, with a bucket."""
     pytest.importorskip("s3fs", reason="s3fs is not installed")
     server_module = pytest.importorskip("moto.server", reason="moto is not installed")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    yield server.get_host_and_port()[1]
+    port = server.get_host_and_port()[1]
+    make_bucket = urllib.request.Request(f"http://127.0.0.1:{port}/{BUCKET}", method="PUT")
+    urllib.request.urlopen(make_bucket, timeout=60).close()
+    yield port
     server.stop()
 
 
@@ -42,13 +49,12 @@ def s3_options(port: int) -> dict[str, Any]:
 
 
 @pytest.fixture
+@costs("services")
 def s3(s3_port: int) -> RemoteSettings:
-    """A prefix in a new bucket."""
-    import s3fs
-
-    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
-    s3fs.S3FileSystem(**s3_options(s3_port), skip_instance_cache=True).call_s3("create_bucket", Bucket=bucket)
-    return RemoteSettings(f"s3://{bucket}/some/prefix", options=s3_options(s3_port), timeout_seconds=PATIENT_SECONDS)
+    """A prefix of the test's own."""
+    return RemoteSettings(
+        f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}/prefix", options=s3_options(s3_port), timeout_seconds=PATIENT_SECONDS
+    )
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +94,7 @@ def find_redis() -> str | None:
 
 
 @pytest.fixture(scope="session")
+@costs("services")
 def redis_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """A real Redis server without persistence."""
     redis = pytest.importorskip("redis", reason="redis-py is not installed")
@@ -114,6 +121,7 @@ def redis_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 
 @pytest.fixture
+@costs("services")
 def redis_url(redis_port: int) -> str:
     """An empty database."""
     import redis

@@ -94,7 +94,7 @@ def wait_for_end(pid: int) -> None:
 def serve(archive: Path, tmp_path: Path, code: str = SERVE, **env: str) -> subprocess.Popen[str]:
     """A process that serves the archive, once it has started eagerly."""
     path = os.pathsep.join([str(CHILD_SITE), str(REPOSITORY)])
-    process = start_python(code, archive, tmp_path / "store", PYTHONPATH=path, **env)
+    process = start_python(code, archive, tmp_path / "store", fresh=True, PYTHONPATH=path, **env)
     assert process.stdout is not None
     assert json.loads(process.stdout.readline()) == "background"
     return process

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.costs import costs
 from tests.support.subprocesses import environment
 
 _NETWORK = "10.213.77"
@@ -110,6 +111,7 @@ class Network:
         subprocess.run(["ip", "-n", self.name, *arguments], check=True)
 
 
+@costs("services")
 @contextlib.contextmanager
 def network(*hosts: str) -> Iterator[Network]:
     """A network with hosts."""

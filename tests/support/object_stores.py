@@ -25,6 +25,8 @@ from xml.sax.saxutils import escape
 
 import pytest
 
+from tests.support.costs import costs
+
 ACCOUNT = "devstoreaccount1"
 ACCOUNT_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 """Azurite's own, as its documentation gives them."""
@@ -37,6 +39,7 @@ def find_azurite() -> list[str] | None:
     return [found] if found else None
 
 
+@costs("services")
 @contextlib.contextmanager
 def azurite(directory: Path) -> Iterator[int]:
     """A server of Azure's blob storage; yields its port."""
@@ -79,6 +82,7 @@ def make_container(port: int, name: str) -> str:
     return f"DefaultEndpointsProtocol=http;AccountName={ACCOUNT};AccountKey={ACCOUNT_KEY};BlobEndpoint={url};"
 
 
+@costs("services")
 @contextlib.contextmanager
 def gcs(bucket: str, conditional: bool) -> Iterator[int]:
     """Google's object store; yields its port.

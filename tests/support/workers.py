@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 from tests.support.models import eager_model
-from tests.support.subprocesses import environment
+from tests.support.subprocesses import start_python
 
 MODEL = """
 import os
@@ -107,13 +106,8 @@ class Worker:
         section = {"store": str(store), "backends": ["eager"], "contexts": contexts, **settings}
         self.log = log
         with log.open("ab") as stream:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", WORKER, str(archive), json.dumps(section), device],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stream,
-                text=True,
-                env=environment(),
+            self._process = start_python(
+                WORKER, archive, json.dumps(section), device, stdin=subprocess.PIPE, stderr=stream
             )
         self.started: dict[str, Any] = {}
         self.logged: list[str] = []
@@ -190,10 +184,19 @@ def slow_calls_beside(bad: float, workers: list[Worker]) -> tuple[Answers, Answe
 
 def is_alive(pid: int) -> bool:
     """Whether a process runs; one that has ended and was not waited for does not."""
+    return _state(pid) not in (b"Z", b"X", b"")
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped by a signal."""
+    return _state(pid) == b"T"
+
+
+def _state(pid: int) -> bytes:
     try:
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
     except OSError:
-        return False
+        return b""
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> bool:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 
 from tests.support.torchserve_archives import ROWS, ArchiveFactory
@@ -53,7 +58,20 @@ def make_server(archives: ArchiveFactory, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def first_start(tiny: str, make_server: ServerFactory, tmp_path_factory: pytest.TempPathFactory) -> FirstStart:
     """The tiny model's first start; happens once in a test run. Its store is then used by copies only."""
-    store = tmp_path_factory.mktemp("first") / "store"
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "first-start"
+    shared.mkdir(exist_ok=True)
+    facts = shared / "facts.json"
+    with filelock.FileLock(shared / "lock"):  # the other workers of pytest wait here
+        if not facts.exists():
+            seen = start_first(tiny, make_server, Path(tempfile.mkdtemp(dir=shared)) / "store")
+            facts.write_text(json.dumps({**dataclasses.asdict(seen), "store": str(seen.store)}), "utf-8")
+        read = json.loads(facts.read_text("utf-8"))
+        return FirstStart(**{**read, "store": Path(read["store"])})
+
+
+def start_first(tiny: str, make_server: ServerFactory, store: Path) -> FirstStart:
+    """Start the tiny model on an empty store."""
     with make_server([tiny], store) as server:
         server.wait_ready(tiny)
         answer = server.predict(tiny, ROWS)

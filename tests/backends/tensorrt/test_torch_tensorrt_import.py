@@ -64,6 +64,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     logging.captureWarnings(False)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("way", [*RAISES, *DIES])
 def test_the_reason_is_told_and_nobody_tries_again(way: str, install: Install, tmp_path: Path) -> None:
     code, reason = {**RAISES, **DIES}[way]
@@ -86,6 +87,7 @@ def test_not_installed() -> None:
     del sys.modules["torch_tensorrt"]
 
 
+@pytest.mark.processes
 def test_an_import_that_never_ends_is_stopped(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install("import threading; threading.Event().wait()")
     monkeypatch.setattr(torch_tensorrt_import, "PROBE_SECONDS", 0.5)
@@ -101,6 +103,7 @@ SIDE_EFFECTS = """
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("fails_here", [False, True])
 def test_side_effects_are_undone(fails_here: bool, install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = types.ModuleType("tensorrt")
@@ -122,6 +125,7 @@ def test_side_effects_are_undone(fails_here: bool, install: Install, monkeypatch
     assert logging._warnings_showwarning is None  # type: ignore[attr-defined]
 
 
+@pytest.mark.processes
 def test_the_reason_is_in_describe(
     install: Install, archive: Path, monkeypatch: pytest.MonkeyPatch, register: Register
 ) -> None:

@@ -42,7 +42,7 @@ class Host(Protocol):
     def __call__(self, name: str, heartbeat: float = PATIENT) -> LeaseService: ...
 
 
-@pytest.fixture(params=["folder", "s3", "redis"])
+@pytest.fixture(params=["folder", "s3", pytest.param("redis", marks=pytest.mark.services)])
 def host(request: pytest.FixtureRequest, tmp_path: Path) -> Host:
     if request.param == "redis":
         url: str = request.getfixturevalue("redis_url")

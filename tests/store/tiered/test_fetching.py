@@ -109,7 +109,7 @@ def test_entry_that_does_not_load_here_is_built_here_and_fetched_once(shared: Fl
     assert counters(shared.start("second")) == {"hit": 1}
 
 
-@pytest.mark.parametrize("lease", ["auto", "off", "redis"])
+@pytest.mark.parametrize("lease", ["auto", "off", pytest.param("redis", marks=pytest.mark.services)])
 def test_every_kind_of_lease(lease: str, shared: Fleet, request: pytest.FixtureRequest) -> None:
     value = request.getfixturevalue("redis_url") if lease == "redis" else lease
     assert counters(shared.start("first", lease=value)) == BUILT

@@ -68,7 +68,7 @@ def entries(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "remote" / "entries").rglob("*.?"))
 
 
-@pytest.mark.parametrize("lease", ["auto", "redis"])
+@pytest.mark.parametrize("lease", ["auto", pytest.param("redis", marks=pytest.mark.services)])
 def test_twelve_workers_on_three_hosts_build_once(
     lease: str, run: Run, folder: RemoteSettings, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -83,7 +83,7 @@ def test_twelve_workers_on_three_hosts_build_once(
     assert len(entries(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("lease", ["auto", "redis"])
+@pytest.mark.parametrize("lease", ["auto", pytest.param("redis", marks=pytest.mark.services)])
 def test_builder_that_is_killed_is_taken_over(
     lease: str, archive: Path, folder: RemoteSettings, tmp_path: Path, run: Run, request: pytest.FixtureRequest
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from tests.support.entries import address, publish
 from tests.support.file_backend import START
 from tests.support.subprocesses import finish, run_python, start_python
+from tests.support.workers import is_stopped, wait_until
 from ts_handlers.store.base import Hit
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.upkeep.eviction import Quotas
@@ -72,7 +72,8 @@ USE = """
     from ts_handlers.store.local.store import LocalStore
     root, count = sys.argv[1], int(sys.argv[2])
     where, built = address(), 0
-    for _ in range(count):
+    while count > 0 or built < 2:
+        count -= 1
         store = LocalStore(root)
         found = store.lookup(where)
         assert not isinstance(found, Corrupt), found
@@ -160,7 +161,7 @@ def test_workers_beside_two_evictors_hit_or_build_and_never_read_half_an_entry(t
     finally:
         stop.touch()
     evicted = [int(finish(evictor)) for evictor in evictors]
-    assert sum(built) >= 3
+    assert min(built) >= 2
     assert sum(evicted) >= sum(built) - 1  # each entry that was built was removed, but for the last one
 
 
@@ -169,7 +170,7 @@ def test_starts_do_not_depend_on_a_collector_that_is_stopped_with_its_lock(archi
     run_python(START, archive, store, BUILD_LOG=str(log))
     (manifest,) = (store / "entries").rglob("manifest.json")
     collector = start_python(EVICT, store, "stopped")
-    os.waitid(os.P_PID, collector.pid, os.WSTOPPED)
+    assert wait_until(lambda: is_stopped(collector.pid))
     serving = start_python(SERVE, archive, store, BUILD_LOG=str(log))
     assert serving.stdout is not None
     facts = json.loads(serving.stdout.readline())

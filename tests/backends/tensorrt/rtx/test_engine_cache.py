@@ -155,7 +155,7 @@ print("FOUND " + json.dumps(found))
 def run(tensorrt_folder: Path, folder: Path, order: str, seed: str) -> dict[str, Any]:
     path = os.pathsep.join([str(tensorrt_folder), environment()["PYTHONPATH"]])
     here = Path(__file__).parent
-    out = run_python(RUN, here, folder, order, PYTHONPATH=path, PYTHONHASHSEED=seed)
+    out = run_python(RUN, here, folder, order, fresh=True, PYTHONPATH=path, PYTHONHASHSEED=seed)
     found: dict[str, Any] = json.loads(next(line for line in out.splitlines() if line.startswith("FOUND "))[6:])
     return found
 
