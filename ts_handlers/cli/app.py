@@ -19,7 +19,7 @@ NEEDS = "the command ts-handlers needs the packages typer and rich: pip install 
 
 
 def main() -> None:
-    """What the console script runs."""
+    """Run the command `ts-handlers`: the entry point of the console script."""
     try:
         app = make_app()
     except ModuleNotFoundError as error:

@@ -29,6 +29,7 @@ from ts_handlers.system.processes import boot_id
 logger = logging.getLogger(__name__)
 
 PAUSE_SECONDS = 60.0
+"""How long a service that has failed is not asked."""
 T = TypeVar("T")
 
 
@@ -58,7 +59,7 @@ class Breaker:
         self._until = 0.0
         self.name = name
         self.reason: str | None = None
-        """Why the host goes on without the service; None while it does not."""
+        """Why the service failed last; None when calls are made."""
 
     @property
     def is_open(self) -> bool:

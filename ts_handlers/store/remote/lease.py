@@ -28,7 +28,8 @@ from ts_handlers.store.remote.budget import TimeBudget
 
 logger = logging.getLogger(__name__)
 
-LOST_AFTER = 1.25  # heartbeats
+LOST_AFTER = 1.25
+"""Heartbeats without a renewal after which a holder counts as lost."""
 RENEWALS_PER_HEARTBEAT = 4
 POLLS_PER_HEARTBEAT = 4
 LOG_EVERY_SECONDS = 10.0
@@ -78,7 +79,7 @@ class LeaseService(Protocol):
     """What the service may still cost a start."""
 
     def acquire(self, name: str) -> Grant | Busy:
-        """Take a lease that nobody holds."""
+        """Take a lease; `Busy` when somebody holds it."""
 
     def take_over(self, name: str, token: int) -> Grant | None:
         """Take the lease from a lost holder; None when somebody else was faster."""
@@ -91,7 +92,17 @@ class LeaseService(Protocol):
 
 
 class HeldLease:
-    """A lease that is kept alive by a thread until it is released."""
+    """A lease that this process holds; a thread renews it until it is released.
+
+    Parameters
+    ----------
+    service:
+        Gave the lease.
+    grant:
+        What it gave.
+    heartbeat:
+        Seconds in which the lease is renewed `RENEWALS_PER_HEARTBEAT` times.
+    """
 
     def __init__(self, service: LeaseService, grant: Grant, heartbeat: float) -> None:
         self.grant = grant

@@ -189,11 +189,11 @@ class TieredStore:
         self._sender.note(f"going on alone: {error}")
 
     def build_estimate(self, address: Address) -> float | None:
-        """The local store's."""
+        """See `Store`; the local store knows it."""
         return self._local.build_estimate(address)
 
     def staging(self, address: Address) -> contextlib.AbstractContextManager[Path]:
-        """The local store's."""
+        """See `Store`; a directory of the local store."""
         return self._local.staging(address)
 
     def discard(self, address: Address, reason: str) -> bool:
@@ -219,7 +219,7 @@ class TieredStore:
 
     @contextlib.contextmanager
     def lease(self, address: Address, estimate: float | None) -> Iterator[Lease]:
-        """The right to build this key, among the processes of this host and then among hosts."""
+        """The right to build this key, first among the processes of this host and then among hosts; blocks."""
         with self._local.lease(address, estimate) as lease:
             held = None if self._local.has(address) else self._acquire(address, lease)
             if held is None:
@@ -264,7 +264,7 @@ class TieredStore:
         return held
 
     def read_canary(self, address: Address, weights_digest: str) -> dict[str, Any] | None:
-        """The canary recorded here, or the remote's, which is then recorded here too."""
+        """The canary record of the local store, or the remote's, which is then recorded here too; None without one."""
         record = self._local.read_canary(address, weights_digest)
         if record is not None or self._sender.is_without_remote():
             return record
