@@ -18,7 +18,7 @@ MODULES = sorted(
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
-STARTS_A_PROCESS = "ts_handlers.system.child_python"
+STARTS_A_PROCESS = "ts_handlers.system.child_process"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class InputError(WarmStartError, ValueError):
 
 
 class BuildError(WarmStartError, RuntimeError):
-    """A backend cannot compile this model; the next backend of the ladder is tried."""
+    """A backend cannot compile this model; the next backend of the fallback order is tried."""
 
 
 class FailedBeforeError(BuildError):

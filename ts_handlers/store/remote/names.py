@@ -8,6 +8,7 @@ another's, a reader never sees two, and what a removed public key accepted is fo
 from __future__ import annotations
 
 from ts_handlers.store.address import Address, entry_path
+from ts_handlers.store.local.layout import CANARIES, ENTRIES
 
 VERSIONS = 4
 """How many objects of one name are looked at and written."""
@@ -15,12 +16,12 @@ VERSIONS = 4
 
 def entry_name(address: Address) -> str:
     """The name of an entry's objects, without the version number."""
-    return f"entries/{entry_path(address)}"
+    return f"{ENTRIES}/{entry_path(address)}"
 
 
 def canary_name(key: str, weights_digest: str) -> str:
     """The name of a canary record's objects, without the version number."""
-    return f"canaries/{key}/{weights_digest}"
+    return f"{CANARIES}/{key}/{weights_digest}"
 
 
 def version_names(name: str) -> list[str]:
