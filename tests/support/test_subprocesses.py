@@ -17,7 +17,8 @@ FACTS = """
     import json, os, random, signal, sys, threading
     import torch
     print(json.dumps({
-        "seed": torch.initial_seed(), "random": random.random(), "arguments": sys.argv, "path": sys.path, "folder": os.getcwd(), "variable": os.environ.get("VARIABLE"),
+        "seed": torch.initial_seed(), "random": random.random(), "arguments": sys.argv,
+        "path": sys.path, "folder": os.getcwd(), "variable": os.environ.get("VARIABLE"),
         "home": os.environ["HOME"], "threads": threading.active_count(), "main": __name__,
         "torch_threads": torch.get_num_threads(), "package": "ts_handlers" in sys.modules,
         "descriptors": len(os.listdir("/proc/self/fd")), "blocked": len(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
