@@ -5,7 +5,7 @@
 #   TORCH_SPEC    what to install as torch, pip's options included (default: torch==2.13.0). Without a GPU, configure
 #                 pip for torch's CPU builds, or name a wheel here, to spare the CUDA packages.
 #
-# Nothing is reinstalled while pyproject.toml, the interpreter and TORCH_SPEC stay the same.
+# Nothing is reinstalled while the interpreter, TORCH_SPEC and what pyproject.toml says of the project stay the same.
 # shellcheck shell=bash
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -39,7 +39,7 @@ install_tensorrt() {
 make_environment() {
     local python stamp
     python="$(find_python)"
-    stamp="$({ "$python" -VV; echo "$python ${TORCH_SPEC:-}"; cat pyproject.toml setup.py scripts/*.txt; } | sha256sum | cut -d' ' -f1)"
+    stamp="$({ "$python" -VV; echo "$python ${TORCH_SPEC:-}"; sed '/^\[tool\./,$d' pyproject.toml; cat setup.py scripts/*.txt; } | sha256sum | cut -d' ' -f1)"
     if [ -x "$VENV_PYTHON" ] && [ "$(cat "$ENVIRONMENT/stamp" 2>/dev/null)" = "$stamp" ]; then
         return
     fi

@@ -53,7 +53,9 @@ def s3_options(port: int) -> dict[str, Any]:
 def s3(s3_port: int) -> RemoteSettings:
     """A prefix of the test's own."""
     return RemoteSettings(
-        f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}/prefix", options=s3_options(s3_port), timeout_seconds=PATIENT_SECONDS
+        f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}/some/prefix",
+        options=s3_options(s3_port),
+        timeout_seconds=PATIENT_SECONDS,
     )
 
 

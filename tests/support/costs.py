@@ -26,8 +26,9 @@ COSTS = {
     "gpu": "needs a CUDA GPU",
 }
 _EVENTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system")
-_CHEAP = {"mount", "umount", "openssl", "java", "g++", "c++", "cxx"}
-"""Programs that take milliseconds; a compiler, where it only says its version."""
+_COMPILERS = {"g++", "c++", "gcc", "cc"}
+_CHEAP = {"mount", "umount", "openssl", "java", "cxx", *_COMPILERS}
+"""Programs that take milliseconds; a compiler does, where it only says its version."""
 _COMPILES = {"-shared", "-c"}
 
 MARK = "__cost__"
@@ -124,7 +125,8 @@ def watch() -> None:
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event in _EVENTS and _running:
             words = _command(event, arguments)
-            if words[0].rpartition("/")[2] not in _CHEAP or _COMPILES & set(words):
+            program = words[0].rpartition("/")[2]
+            if program not in _CHEAP or (program in _COMPILERS and _COMPILES & set(words)):
                 _started.append(f"{event} {' '.join(words)[:200]}")
 
     sys.addaudithook(hook)

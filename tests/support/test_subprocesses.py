@@ -14,11 +14,12 @@ from tests.support.subprocesses import finish, run_python, start_python
 from tests.support.workers import is_stopped, wait_until
 
 FACTS = """
-    import json, os, signal, sys, threading
+    import json, os, random, signal, sys, threading
     import torch
     print(json.dumps({
-        "arguments": sys.argv, "path": sys.path, "folder": os.getcwd(), "variable": os.environ.get("VARIABLE"),
-        "home": os.environ["HOME"], "threads": threading.active_count(), "main": __name__, "seed": torch.initial_seed(),
+        "seed": torch.initial_seed(), "random": random.random(), "arguments": sys.argv,
+        "path": sys.path, "folder": os.getcwd(), "variable": os.environ.get("VARIABLE"),
+        "home": os.environ["HOME"], "threads": threading.active_count(), "main": __name__,
         "torch_threads": torch.get_num_threads(), "package": "ts_handlers" in sys.modules,
         "descriptors": len(os.listdir("/proc/self/fd")), "blocked": len(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
         "handlers": [str(signal.getsignal(number)).split(" at ")[0] for number in (2, 13, 15, 17)],
@@ -35,8 +36,11 @@ def test_a_fork_sees_what_a_new_interpreter_sees(
         monkeypatch.delenv(name, raising=False)
     env = {"VARIABLE": "value", "HOME": str(tmp_path), **({"OMP_NUM_THREADS": threads} if threads else {})}
     forked = json.loads(run_python(FACTS, "one", Path("two"), **env))
+    other = json.loads(run_python(FACTS, "one", Path("two"), **env))
     fresh = json.loads(run_python(FACTS, "one", Path("two"), fresh=True, **env))
-    assert forked == fresh
+    numbers = {(each.pop("seed"), each.pop("random")) for each in (forked, fresh, other)}
+    assert len(numbers) == 3
+    assert forked == other == fresh
     assert forked["package"] is False
 
 
@@ -82,9 +86,12 @@ def test_parallel_regions_work_in_every_fork() -> None:
 
 def test_a_dialogue_and_signals(tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as log:
-        code = (
-            "import sys\nfor line in sys.stdin: print(line.upper(), end='', flush=True); print('said', file=sys.stderr)"
-        )
+        code = """
+            import sys
+            for line in sys.stdin:
+                print(line.upper(), end="", flush=True)
+                print("said", file=sys.stderr)
+        """
         process = start_python(code, stdin=subprocess.PIPE, stderr=log)
     process.stdin.write("hello\n")
     process.stdin.flush()

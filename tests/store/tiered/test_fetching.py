@@ -44,7 +44,7 @@ def test_remote_hit_costs_one_request_for_each_object(shared: Fleet, s3: RemoteS
     with Proxy(("127.0.0.1", s3_port)) as proxy:
         options = {**s3.options, "endpoint_url": f"http://127.0.0.1:{proxy.port}"}
         assert counters(shared.start("second", options=options)) == FETCHED
-    wanted = [re.match(rb"GET /[^/]+/some/prefix/(entries|canaries)/", line) for line in proxy.requests]
+    wanted = [re.match(rb"GET /[^/]+/[^/]+/some/prefix/(entries|canaries)/", line) for line in proxy.requests]
     assert [found and found[1] for found in wanted] == [b"entries", b"canaries"]
 
 
