@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sysconfig
+import threading
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -35,12 +36,27 @@ def s3_port() -> Iterator[int]:
     server_module = pytest.importorskip("moto.server", reason="moto is not installed")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    port = server.get_host_and_port()[1]
-    make_bucket = urllib.request.Request(f"http://127.0.0.1:{port}/{BUCKET}", method="PUT")
-    urllib.request.urlopen(make_bucket, timeout=60).close()
-    yield port
-    server.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        _make_conditional_writes_atomic(patch)
+        server.start()
+        port = server.get_host_and_port()[1]
+        make_bucket = urllib.request.Request(f"http://127.0.0.1:{port}/{BUCKET}", method="PUT")
+        urllib.request.urlopen(make_bucket, timeout=60).close()
+        yield port
+        server.stop()
+
+
+def _make_conditional_writes_atomic(patch: pytest.MonkeyPatch) -> None:
+    """As S3 does it: moto looks, then writes, without a lock, so that two of its threads can both create an object."""
+    from moto.s3.responses import S3Response
+
+    lock, put = threading.Lock(), S3Response.put_object
+
+    def put_alone(*arguments: Any) -> Any:
+        with lock:
+            return put(*arguments)
+
+    patch.setattr(S3Response, "put_object", put_alone)
 
 
 def s3_options(port: int) -> dict[str, Any]:
