@@ -35,6 +35,10 @@ def main() -> int:
         _limit(int(spec["nice"]), spec["memory_mb"])
         result = _build(spec, send)
     except Exception as error:
+        if _lacks_memory(error):
+            needs = f"a process of the build needs more than background.memory_mb: {spec['memory_mb']}"
+            send({"error": f"MemoryError: {needs}"})
+            return 1
         logging.getLogger(__name__).debug("details", exc_info=error)
         send({"error": _reason(error, spec["memory_mb"])})
         return 1
@@ -73,6 +77,11 @@ def _limit(nice: int, memory_mb: int | None) -> None:
     if hard != resource.RLIM_INFINITY:
         limit = min(limit, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether memory was refused; a library that the loader cannot map for that reason is an `ImportError`."""
+    return isinstance(error, MemoryError) or (isinstance(error, ImportError) and "failed to map segment" in str(error))
 
 
 def _build(spec: dict[str, Any], send: Send) -> dict[str, Any]:
