@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
-import tarfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +12,13 @@ import torch
 import yaml
 
 from tests.conftest import Register
+from tests.support.archive_files import files_of, write_zip
 from tests.support.handlers import make_context
 from tests.support.models import LINEAR_SECTION, eager_model
 from tests.support.subprocesses import SUPPORT
 from ts_handlers.errors import ModelError
 from ts_handlers.guard.quarantine import read_quarantines
 from ts_handlers.servers.torchserve.prewarm import prewarm
-from ts_handlers.servers.torchserve.unpacking import unpacked
 from ts_handlers.settings.sections import BackgroundSettings
 
 pytest.importorskip("ts", reason="TorchServe is not installed")
@@ -75,87 +72,6 @@ def folder(archive: Path) -> Path:
 def write_config(folder: Path, **changes: Any) -> None:
     section = {**LINEAR_SECTION, "backends": ["aot_inductor", "eager"], **changes}
     (folder / "model-config.yaml").write_text(yaml.safe_dump({"handler": {"ts_handlers": section}}))
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.suffix != ".pyc"
-    }
-
-
-def write_zip(path: Path, files: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return path
-
-
-def write_tar(path: Path, files: dict[str, bytes], *extra: tarfile.TarInfo) -> Path:
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-        for info in extra:
-            archive.addfile(info)
-    return path
-
-
-def test_every_archive_format_is_unpacked(folder: Path, tmp_path: Path) -> None:
-    files = files_of(folder)
-    zipped = write_zip(tmp_path / "model.mar", files)
-    tar = write_tar(tmp_path / "model.tgz", {f"model/{name}": content for name, content in files.items()})
-    for path in (folder, zipped, tar):
-        with unpacked(path) as directory:
-            assert files_of(directory) == files
-        assert directory.exists() == (path == folder)
-
-
-@pytest.mark.parametrize("name", ["../evil.py", "/evil.py", "a/../../evil.py", "a\\..\\evil.py"])
-@pytest.mark.parametrize("write", [write_zip, write_tar])
-def test_name_that_leaves_the_folder_is_refused(write: Any, name: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "model.mar", {"MAR-INF/MANIFEST.json": b"{}", name: b"import os"})
-    with pytest.raises(ModelError, match="leaves its folder"), unpacked(path):
-        pass
-    assert list(tmp_path.rglob("evil.py")) == []
-
-
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
-def test_link_or_special_file_is_refused(kind: bytes, tmp_path: Path) -> None:
-    info = tarfile.TarInfo("link")
-    info.type, info.linkname = kind, "/etc/passwd"
-    path = write_tar(tmp_path / "model.tgz", {"MAR-INF/MANIFEST.json": b"{}"}, info)
-    with pytest.raises(ModelError, match="'link', which is a link or special file"), unpacked(path):
-        pass
-    zipped = zipfile.ZipInfo("link")
-    zipped.external_attr = 0o120777 << 16
-    with zipfile.ZipFile(tmp_path / "model.mar", "w") as archive:
-        archive.writestr(zipped, "/etc/passwd")
-    with pytest.raises(ModelError, match="'link', which is a link or special file"), unpacked(tmp_path / "model.mar"):
-        pass
-
-
-def test_what_is_no_archive_is_refused(tmp_path: Path, folder: Path) -> None:
-    (tmp_path / "text.mar").write_text("no archive")
-    whole = write_zip(tmp_path / "whole.mar", files_of(folder)).read_bytes()
-    (tmp_path / "cut.mar").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "empty").mkdir()
-    twice = tmp_path / "twice.mar"
-    with zipfile.ZipFile(twice, "w") as archive:
-        archive.writestr("a", "1")
-        with pytest.warns(UserWarning, match="Duplicate"):
-            archive.writestr("a", "2")
-    for name, reason in {
-        "text.mar": "expected a zip file",
-        "cut.mar": "expected a zip file|cannot be unpacked",
-        "empty": "holds no MAR-INF/MANIFEST.json",
-        "twice.mar": "cannot be unpacked: FileExistsError",
-        "absent.mar": "absent.mar",
-    }.items():
-        with pytest.raises(ModelError, match=reason):
-            prewarm(tmp_path / name)
 
 
 @pytest.mark.processes
