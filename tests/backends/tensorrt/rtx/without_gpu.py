@@ -27,4 +27,4 @@ os.path.isfile = lambda path: "libtorchtrt" not in str(path) and _is_file(path) 
 
 from ts_handlers.backends.tensorrt import torch_tensorrt_import  # noqa: E402
 
-torch_tensorrt_import.probe = lambda: None  # its child process has no stand-ins
+torch_tensorrt_import.probe = lambda: None  # its child process has no substitutes
