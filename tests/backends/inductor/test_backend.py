@@ -31,13 +31,13 @@ START = """
     import torch
     from tests.support.models import archive_source, eager_model, settings_of
     from ts_handlers import InputError, start_model
-    import ts_handlers.backends.inductor as inductor
+    import ts_handlers.backends.inductor.backend as inductor
     from ts_handlers.metrics import compiled_graphs
 
-    stance = inductor.stance
-    def strict_stance(sealed):  # a request that misses a guard fails here, instead of running eagerly
-        return torch.compiler.set_stance("fail_on_recompile") if sealed else stance(sealed)
-    inductor.stance = strict_stance
+    compiles_nothing = inductor.compiles_nothing
+    def strict(after_warmup=True):  # a request that misses a guard fails here, instead of running eagerly
+        return torch.compiler.set_stance("fail_on_recompile") if after_warmup else compiles_nothing(after_warmup)
+    inductor.compiles_nothing = strict
 
     settings = settings_of(json.loads(sys.argv[3]), store=sys.argv[2])
     children = []

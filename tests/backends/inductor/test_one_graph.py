@@ -47,11 +47,14 @@ START = """
         import torch._inductor.config
     from tests.support.models import archive_source, eager_model, settings_of
     from ts_handlers import start_model
-    import ts_handlers.backends.inductor as inductor
+    import ts_handlers.backends.inductor.backend as inductor
     from ts_handlers.metrics import compiled_graphs
 
     # A request that misses a guard fails here, instead of running eagerly.
-    inductor.stance = lambda sealed: torch.compiler.set_stance("fail_on_recompile" if sealed else "default")
+    assert inductor.compiles_nothing
+    inductor.compiles_nothing = lambda after_warmup=True: torch.compiler.set_stance(
+        "fail_on_recompile" if after_warmup else "default"
+    )
     model = start_model(archive_source(sys.argv[1]), settings_of(json.loads(sys.argv[3]), store=sys.argv[2]))
     facts = model.describe()
     eager = eager_model(pathlib.Path(sys.argv[1]))
