@@ -48,7 +48,7 @@ def missing_paths(text: str, folder: Path) -> list[str]:
         first, slash, _ = path.partition("/")
         if first in TOP_FOLDERS or first in OTHER_PROJECTS:
             continue
-        places = (folder, ROOT / "ts_handlers", ROOT / "ts_handlers" / "servers")
+        places = (folder, ROOT / "ts_handlers", ROOT / "ts_handlers" / "servers", ROOT / "ts_handlers" / "store")
         found = any(_exists(place, path) for place in places) if slash else any(_named(path))
         if not found:
             missing.append(path)
