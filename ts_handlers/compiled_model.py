@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import json
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,8 @@ from ts_handlers.execution.base import Loaded, Run
 from ts_handlers.execution.contexts import ContextPool, PoolStats
 from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.metrics import Metrics, compiled_graphs, graphs_for_requests
+from ts_handlers.model.call_form import accepts, forward_order, given_by_name, other_form, to_device
+from ts_handlers.model.module_look import ModuleLook
 from ts_handlers.model.signature import Signature
 from ts_handlers.store.base import Store
 
@@ -70,12 +73,41 @@ class Outcome:
     notes: tuple[str, ...] = ()
 
 
-class ServedModel(abc.ABC):
+class _Explanations(threading.local):
+    """Whether the running thread explains answers."""
+
+    under_way = False
+
+
+_explanations = _Explanations()
+
+
+@contextlib.contextmanager
+def explanations() -> Iterator[None]:
+    """Inside the block, models that this thread calls run as eager modules, with gradients and hooks."""
+    before, _explanations.under_way = _explanations.under_way, True
+    try:
+        yield
+    finally:
+        _explanations.under_way = before
+
+
+def explanations_under_way() -> bool:
+    """Whether this thread is inside a block of `explanations`."""
+    return _explanations.under_way
+
+
+_FORMS_NAMED = 10
+"""Forms of calls that `describe` names; a handler has a few."""
+
+
+class ServedModel(ModuleLook, abc.ABC):
     """A model that is ready, as a server sees it.
 
-    Call it as the eager module is called, with the declared inputs by position or by name, from any number of threads:
-    `contexts.count` calls run at once. Attributes of the eager module are reachable too, at the cost of building it in
-    this process at the first use.
+    Call it as the eager module is called, from any number of threads: `contexts.count` calls run at once. What fits the
+    declared inputs, by position or by name, is answered by the artifact. A call of another form (a flag, None, a
+    container, an argument that is not declared) is answered by the eager module, counted as ``outside_eager`` and named
+    in the log and in `describe`. Attributes are the eager module's, see `ts_handlers.model.module_look`.
 
     Attributes
     ----------
@@ -89,7 +121,8 @@ class ServedModel(abc.ABC):
     Raises
     ------
     InputError
-        The call does not fit the declared signature and `outside` is ``refuse``.
+        Shapes or values are outside the declared ranges and `outside` is ``refuse``; or neither the declared inputs nor
+        the eager module take such arguments.
     BusyError
         As many calls as can run at once were under way for `contexts.wait_seconds`.
     """
@@ -100,6 +133,7 @@ class ServedModel(abc.ABC):
         self.metrics = metrics
         self.background: Background | None = None
         self.answering = 0
+        self._other_forms: dict[str, int] = {}
 
     @abc.abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -131,10 +165,56 @@ class ServedModel(abc.ABC):
         """Does nothing: artifacts are built in eval mode."""
         return self
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._target.eager(), name)
+    def _eager_module(self) -> torch.nn.Module:
+        return self._target.eager()
+
+    def _module_at_hand(self) -> torch.nn.Module | None:
+        built: Any = getattr(self._target.source, "built", None)
+        return None if built is None else built()
+
+    def _explain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the eager module in the caller's gradient mode."""
+        device = self._target.device
+        return self._eager_module()(*to_device(args, device), **to_device(kwargs, device))
+
+    def _answer_other_form(
+        self, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any], refusal: InputError
+    ) -> Any:
+        """Answer a call that the artifact has refused with the eager module, if that takes such arguments.
+
+        Raises
+        ------
+        InputError
+            `refusal`: it was for a shape or a value, or the eager module takes no such arguments either.
+        """
+        form = other_form(signature, args, kwargs) if self._target.source.weights_by_name else None
+        if form is None or not accepts(self._eager_module(), args, kwargs):
+            raise refusal
+        signature.check_limits(given_by_name(signature, args, kwargs))
+        self._count_other_form(form)
+        try:
+            return self._call_eager(args, kwargs)
+        except RuntimeError as error:
+            if "declared is" not in form or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise refusal from error  # a dtype that the eager module does not take either
+
+    def _count_other_form(self, form: str) -> None:
+        self.metrics.count("outside_eager")
+        if form not in self._other_forms:
+            if len(self._other_forms) >= _FORMS_NAMED:
+                return
+            name = self._target.source.name
+            logger.warning("%s: called in a form that was not compiled, which eager answers: %s", name, form)
+        self._other_forms[form] = self._other_forms.get(form, 0) + 1
+
+    def _call_eager(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return self._run_eager(to_device(args, self._target.device), to_device(kwargs, self._target.device))
+
+    def _run_eager(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        # Not in inference mode: a handler may change an output in place, as it may change the module's own.
+        with torch.no_grad():
+            return self._eager_module()(*args, **kwargs)
 
 
 class CompiledModel(ServedModel):
@@ -154,13 +234,21 @@ class CompiledModel(ServedModel):
         self._slots = slots
         self._eager: Run | None = None
         self._lock = threading.Lock()
+        self._order = self._order_of_arguments()
         self.store: Store | None = None
         if self._device.type == "cuda":
             for pool in (slots.pool, loaded.pool):
                 if pool is not None:
                     pool.favour_own()
 
+    def _order_of_arguments(self) -> tuple[str, ...] | None:
+        """How forward takes arguments by position, if that is known and not as the inputs are declared."""
+        module = self._module_at_hand() if self._target.source.weights_by_name else None
+        return None if module is None else forward_order(module, self._loaded.signature.names)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _explanations.under_way:
+            return self._explain(args, kwargs)
         try:
             return self._answer(args, kwargs)
         finally:
@@ -173,14 +261,23 @@ class CompiledModel(ServedModel):
         signature = loaded.signature
         if not signature.inputs:
             return self._call_eager(args, kwargs)
+        if (
+            self._order is not None
+            and len(args) <= len(self._order)
+            and kwargs.keys().isdisjoint(self._order[: len(args)])
+        ):
+            kwargs = {**dict(zip(self._order, args, strict=False)), **kwargs}
+            args = ()
         try:
-            tensors = signature.bind(args, kwargs, self._device)
             try:
+                tensors = signature.bind(args, kwargs, self._device)
                 signature.check(tensors)
                 return loaded.run(tensors)
-            except InputError:
-                if not self._outside_eager:
-                    raise
+            except InputError as refusal:
+                form_differs = other_form(signature, args, kwargs) is not None
+                if form_differs or not self._outside_eager:
+                    return self._answer_other_form(signature, args, kwargs, refusal)
+                tensors = signature.bind(args, kwargs, self._device)  # a value outside its limits is refused anyway
         except InputError:
             self.metrics.count("refused")
             raise
@@ -193,12 +290,8 @@ class CompiledModel(ServedModel):
                 self._eager = eager_run(self._target, signature.names)
         return self._slots.call(self._eager, tensors)
 
-    def _call_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._slots.call(self._run_eager, _to(args, self._device), _to(kwargs, self._device))
-
-    def _run_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with torch.inference_mode():
-            return self._target.eager()(*args, **kwargs)
+    def _call_eager(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return self._slots.call(self._run_eager, to_device(args, self._device), to_device(kwargs, self._device))
 
     def swap(self, other: CompiledModel) -> None:
         """Serve from the next call on what `other` serves; calls that are running end as they began."""
@@ -230,23 +323,13 @@ class CompiledModel(ServedModel):
         facts["phases_ms"] = {name: round(value, 1) for name, value in self.metrics.phases_ms.items()}
         facts["build_ms"] = {name: round(value, 1) for name, value in self.metrics.build_ms.items()}
         facts["counters"] = dict(self.metrics.counters)
+        facts["other_forms"] = dict(self._other_forms)
         facts["artifact"] = dict(self._loaded.facts)
         facts["contexts"] = dataclasses.asdict(self.context_stats())
         facts["device"] = str(self._device)
         facts["graphs_in_process"] = compiled_graphs()
         facts["background"] = None if self.background is None else self.background.describe()
         return facts
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """Tensors inside tuples, lists and dicts on `device`."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    return value
 
 
 def log_outcome(event: str, name: str, model: ServedModel) -> None:

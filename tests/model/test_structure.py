@@ -85,9 +85,44 @@ def test_torch_return_types_keep_their_field_names(output: Any, fields: list[str
 def test_dataclass_comes_back_with_its_fields() -> None:
     logits = torch.ones(1)
     out = round_trip(Result(logits, (logits, None)))
+    assert type(out) is Result
+    assert out.logits is logits
+    assert out.hidden == (logits, None)
+
+
+class NotImportedThere:
+    """Stands for a class of a library that a warm process has not imported."""
+
+    @dataclasses.dataclass
+    class Output:
+        logits: torch.Tensor
+        loss: Any = None
+
+
+@pytest.mark.parametrize("where", ["no_such_module:Output", f"{__name__}:NotImportedThere.Missing", f"{__name__}:json"])
+def test_output_of_a_class_that_is_not_imported_has_its_fields(where: str) -> None:
+    logits = torch.ones(1)
+    flat, description = flatten(NotImportedThere.Output(logits))
+    assert description["class"] == f"{__name__}:NotImportedThere.Output"
+    out = unflatten(flat, {**description, "class": where})
     assert isinstance(out, OutputMapping)
     assert out.logits is out["logits"] is out[0] is logits
-    assert out.hidden == (logits, None)
+    assert out.loss is None
+
+
+def test_output_of_an_entry_that_does_not_name_its_class_has_its_fields() -> None:
+    out = unflatten([torch.ones(1)], {"kind": "mapping", "keys": ["logits"], "items": [{"kind": "tensor"}]})
+    assert isinstance(out, OutputMapping)
+    assert list(out) == ["logits"]
+
+
+@pytest.mark.parametrize("kind", [Pair, collections.OrderedDict, NotImportedThere.Output])
+def test_outputs_have_the_classes_of_the_eager_model(kind: Any) -> None:
+    one, two = torch.ones(1), torch.zeros(1)
+    made = kind({"b": one, "a": two}) if kind is collections.OrderedDict else kind(one, two)
+    out = round_trip((made,))[0]
+    assert type(out) is kind
+    assert same(list(out.values()), [one, two]) if kind is collections.OrderedDict else out == made
 
 
 def test_model_output_of_transformers_is_used_as_before() -> None:
@@ -95,6 +130,8 @@ def test_model_output_of_transformers_is_used_as_before() -> None:
     state, layer = torch.ones(1), torch.zeros(1)
     original = outputs_module.BaseModelOutput(last_hidden_state=state, hidden_states=(layer, state))
     out = round_trip(original)
+    assert type(out) is type(original)
+    assert out.attentions is None
     assert list(out) == list(original)
     assert out.last_hidden_state is out["last_hidden_state"] is out[0] is state
     assert out.hidden_states[0] is out.to_tuple()[1][0] is layer

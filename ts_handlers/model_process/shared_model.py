@@ -18,7 +18,7 @@ import msgspec
 import torch
 
 from ts_handlers.backends.base import Target
-from ts_handlers.compiled_model import Outcome, ServedModel
+from ts_handlers.compiled_model import Outcome, ServedModel, explanations_under_way
 from ts_handlers.errors import BusyError, InputError, SettingsError, WarmStartError
 from ts_handlers.execution.contexts import PoolStats
 from ts_handlers.metrics import COUNTERS, Metrics
@@ -70,12 +70,17 @@ class SharedModel(ServedModel):
         self.absorb(description.counted)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if explanations_under_way():
+            return self._explain(args, kwargs)
         signature = self._signature
         try:
-            tensors = signature.bind(args, kwargs, self._target.device)
-            if self._checks_here:
-                signature.check(tensors)
-            return self._process.run(tensors)
+            try:
+                tensors = signature.bind(args, kwargs, self._target.device)
+                if self._checks_here:
+                    signature.check(tensors)
+                return self._process.run(tensors)
+            except InputError as refusal:
+                return self._answer_other_form(signature, args, kwargs, refusal)
         except InputError:
             self.metrics.count("refused")
             raise
@@ -126,6 +131,7 @@ class SharedModel(ServedModel):
         for name in ("refused", "busy"):
             counters[name] = self.metrics.counters[name]
         facts["counters"] = counters
+        facts["other_forms"] = dict(self._other_forms)
         facts["across_workers"] = {
             "pid": self._description.pid,
             "workers": sorted(self._description.workers),

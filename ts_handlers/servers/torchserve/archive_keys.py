@@ -20,11 +20,15 @@ from ts_handlers.store.upkeep.scan import EntryInfo
 
 @dataclasses.dataclass(frozen=True)
 class ArchiveKey:
-    """The key that a start of an archive's model would compute for one backend of its fallback order."""
+    """The key that a start of an archive's model would compute for one backend of its fallback order.
+
+    `left_out` names attributes of the model that differ between processes and are therefore no part of the key.
+    """
 
     model: str
     backend: str
     key: CacheKey
+    left_out: tuple[str, ...] = ()
 
 
 def archive_keys(
@@ -51,11 +55,9 @@ def archive_keys(
             raise ModelError(f"{archive}: its handler starts no model")
         target = new_target(made.source, made.settings, made.device)
         backends = [get_backend(name) for name in made.settings.backends]
-        return [
-            ArchiveKey(made.source.name, backend.name, compute_key(backend, target))
-            for backend in backends
-            if backend.persistent
-        ]
+        keys = [(backend.name, compute_key(backend, target)) for backend in backends if backend.persistent]
+        left_out = getattr(made.source, "left_out", ())
+        return [ArchiveKey(made.source.name, name, key, left_out) for name, key in keys]
 
 
 def nearest_entry(wanted: ArchiveKey, entries: list[EntryInfo]) -> EntryInfo | None:

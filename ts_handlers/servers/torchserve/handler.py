@@ -1,18 +1,17 @@
 """TorchServe handlers: `CompiledHandler` for tensors as JSON, and a mixin that turns any handler class into one.
 
-The mixin changes TorchServe's `BaseHandler` in two places. It answers `_load_pickled_model` with a model from the
-store, and it hides the ``pt2`` section while `BaseHandler.initialize` runs, because this package compiles. Everything
-else stays the base class's. `ts_handlers.servers.torchserve.archive` has the rules for the archive.
+The mixin swaps the handler's module and leaves its methods alone. `ts_handlers.servers.torchserve.archive` has the
+rules for the archive, `ts_handlers.servers.torchserve.their_handler` those for the handler.
 """
 
 from __future__ import annotations
 
-import functools
 import gc
 import logging
 import os
 import time
 import types
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ import torch
 gc.freeze()
 
 from ts_handlers.compiled_model import ServedModel
-from ts_handlers.errors import BusyError, InputError, SettingsError
+from ts_handlers.errors import BusyError, InputError, MissError, SettingsError, one_line
 from ts_handlers.model.base import ModelSource
 from ts_handlers.model.module import ModuleSource
 from ts_handlers.servers.json_tensors import NOT_BY_ROW, have_rows, join_rows, read_tensors, rows_of, split_rows
@@ -31,7 +30,7 @@ from ts_handlers.servers.torchserve.archive import (
     gpu_of_worker,
     own_build,
     prepared_for_base_handler,
-    refuse_weights_alone,
+    refusing_weights_alone,
     source_of_archive,
 )
 from ts_handlers.servers.torchserve.base_handler import BaseHandler
@@ -39,6 +38,16 @@ from ts_handlers.servers.torchserve.metrics import Emitter
 from ts_handlers.servers.torchserve.micro_batching import MicroBatches, check_contexts, read_micro_batching
 from ts_handlers.servers.torchserve.recipes import handler_recipe
 from ts_handlers.servers.torchserve.request_batch import REFUSALS, CurrentBatch, RequestBatch
+from ts_handlers.servers.torchserve.their_handler import (
+    answers_describe,
+    device_of,
+    is_base_handlers,
+    reason_not_to_compile,
+    refusing,
+    unwrapped,
+    with_their_description,
+    wrap_explanations,
+)
 from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS, SECTION, Settings, parse_settings
 from ts_handlers.start import start_model
 from ts_handlers.system.cycle_collector import exempt_from_collection
@@ -51,6 +60,10 @@ class CompiledHandlerMixin:
 
         class Handler(CompiledHandlerMixin, TheirHandler):
             pass
+
+    The methods of that class run as before. What is swapped is ``self.model``, a `torch.nn.Module`, for a `ServedModel`
+    that looks like it. Only `BaseHandler`'s own `inference` is replaced, by one that also takes dicts, lists and
+    tuples. A handler that holds nothing to compile is served as it is, with the reason in the log and in `describe`.
 
     `preprocess`, `inference`, `postprocess`, `initialize` and `handle` can be overridden as before. `load_model` can be
     overridden to build the eager model in another way than from the archive's model file.
@@ -66,6 +79,7 @@ class CompiledHandlerMixin:
     _last_context: Any = None
     _gpu: torch.device | None = None
     _emitter: Emitter
+    _not_compiled: str | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Works for handlers that do not call their base class's constructor."""
@@ -101,41 +115,75 @@ class CompiledHandlerMixin:
         """
         config = getattr(context, "model_yaml_config", None) or {}
         self.settings: Settings = parse_settings(config)
-        self._context = context
-        self._config = config
-        self._recipe = handler_recipe(type(self), context, config)
-        refuse_weights_alone(context.manifest["model"])
+        # A handler may have attributes of these names, which its `initialize` sets.
+        self.__settings = self.settings
+        self.__context = context
+        self.__config = config
+        self.__recipe = handler_recipe(type(self), context, config)
         self._gpu = gpu_of_worker(context)
-        across_workers = self.settings.contexts.across_workers
+        across_workers = self.__settings.contexts.across_workers
         if self._gpu is not None and not across_workers:
             torch.cuda.set_device(self._gpu)
-        with prepared_for_base_handler(context, config, hide_gpu=across_workers):
+        prepared = prepared_for_base_handler(context, config, hide_gpu=across_workers)
+        with refusing_weights_alone(context.manifest["model"]), prepared:
             super().initialize(context)  # type: ignore[misc]
         self.model_yaml_config = config
         self._start_module_of_base_handler()
         self._start_micro_batches()
-        if isinstance(self.model, ServedModel):
+        if self._served is not None:
             self._model_is_ready(context)
+
+    @property
+    def _served(self) -> ServedModel | None:
+        """`self.model` if it is swapped."""
+        model = getattr(self, "model", None)
+        return model if isinstance(model, ServedModel) else None
 
     def _start_module_of_base_handler(self) -> None:
         """Start the model from the module that a handler below has built in a way of its own, if it has."""
-        model = self.model
-        if isinstance(model, torch.nn.Module) and not isinstance(model, torch.jit.ScriptModule):
-            self.model = self._start(ModuleSource(self._context.model_name, model.eval(), recipe=self._recipe))
-        if self.settings.contexts.across_workers and not isinstance(self.model, ServedModel):
+        model = unwrapped(getattr(self, "model", None))
+        if isinstance(model, ServedModel):
+            self.model = model
+            return
+        self._not_compiled = reason_not_to_compile(model)
+        if self._not_compiled is None:
+            self._not_compiled = self._start_module(model)
+        if self._not_compiled is None:
+            return
+        if self.__settings.contexts.across_workers:
             raise SettingsError(
-                f"{SECTION}.contexts.across_workers: a TorchScript model is served as it is, in each worker; archive "
-                "the model file and its weights, or remove the setting"
+                f"{SECTION}.contexts.across_workers: nothing can be shared, since {self._not_compiled}; archive the "
+                "model file and its weights, or remove the setting"
             )
+        logger.warning(
+            "%s: nothing is compiled, the handler serves as it is: %s", self.__context.model_name, self._not_compiled
+        )
+
+    def _start_module(self, module: torch.nn.Module) -> str | None:
+        """Swap a handler's module; returns why that is not possible, or None."""
+        folder = self.__context.system_properties.get("model_dir")
+        source = ModuleSource(self.__context.model_name, module.eval(), recipe=self.__recipe, folder=folder)
+        device = None if self.__settings.contexts.across_workers else device_of(module)
+        try:
+            self.model = self._start(source, device)
+        except (SettingsError, MissError):
+            raise
+        except Exception as error:
+            if self.__settings.strict or self.__settings.contexts.across_workers:
+                raise
+            logger.debug("details", exc_info=error)
+            return f"{type(error).__name__}: {one_line(error)}"
+        return None
 
     def _start_micro_batches(self) -> None:
-        section = read_micro_batching(self._config)
-        if section is None:
+        section = read_micro_batching(self.__config)
+        below: Any = super()
+        if section is None or not is_base_handlers(below.handle, "handle"):
             return
-        if not self.settings.contexts.across_workers:
-            check_contexts(section.parallelism.inference, self.settings.contexts.count)
-        device = self.device  # type: ignore[attr-defined]
-        self._micro_batches = MicroBatches(self, self._current, torch.device(device), section)
+        if not self.__settings.contexts.across_workers:
+            check_contexts(section.parallelism.inference, self.__settings.contexts.count)
+        device = torch.device(getattr(self, "device", None) or "cpu")
+        self._micro_batches = MicroBatches(self, self._current, device, section)
 
     def _model_is_ready(self, context: Any) -> None:
         self._check_startup_timeout()
@@ -156,22 +204,26 @@ class CompiledHandlerMixin:
     def model_device(self) -> torch.device:
         """Where the model runs. `device` is where `preprocess` puts its tensors, the CPU with
         ``contexts: {across_workers: true}``."""
-        device: torch.device = self._gpu or self.device  # type: ignore[attr-defined]
-        return device
+        return self._gpu or torch.device(getattr(self, "device", None) or "cpu")
 
-    def _start(self, source: ModelSource) -> ServedModel:
-        return start_model(source, self.settings, self.model_device)
+    def _start(self, source: ModelSource, device: torch.device | None = None) -> ServedModel:
+        return start_model(source, self.__settings, device or self.model_device)
 
-    def _load_pickled_model(self, model_dir: str, model_file: str, model_pt_path: str | None) -> Any:
+    def _load_pickled_model(
+        self, model_dir: str, model_file: str, model_pt_path: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Answer `BaseHandler.initialize` with a model from the store."""
+        if args or kwargs:  # a method of that name with a signature of its own
+            theirs: Any = super()
+            return theirs._load_pickled_model(model_dir, model_file, model_pt_path, *args, **kwargs)
         files = ArchiveFiles(model_dir, model_file, model_pt_path)
         overridden = type(self).load_model is not CompiledHandlerMixin.load_model
         below: Any = super()
         build = own_build(self.load_model if overridden else None, below._load_pickled_model, files)
-        name = self._context.model_name
-        return self._start(source_of_archive(name, type(self), files, self.settings, build, self._recipe))
+        name = self.__context.model_name
+        return self._start(source_of_archive(name, type(self), files, self.__settings, build, self.__recipe))
 
-    def load_model(self, model_dir: str, model_file: str, weights_path: str | None) -> torch.nn.Module:
+    def load_model(self, *args: Any, **kwargs: Any) -> Any:
         """Build the eager model. Override to build it in another way; called only when an artifact is built or checked.
 
         Parameters
@@ -183,11 +235,14 @@ class CompiledHandlerMixin:
         -------
         The module with its weights loaded.
         """
-        raise NotImplementedError
+        below: Any = getattr(super(), "load_model", None)
+        if below is None:
+            raise NotImplementedError
+        return below(*args, **kwargs)  # a method of theirs that has this name
 
     def _check_startup_timeout(self) -> None:
         """Warn when building takes longer than TorchServe waits for a worker."""
-        limit = self._config.get("startupTimeout", DEFAULT_STARTUP_TIMEOUT_SECONDS)
+        limit = self.__config.get("startupTimeout", DEFAULT_STARTUP_TIMEOUT_SECONDS)
         took = sum(self.model.metrics.build_ms.values()) / 1000
         if isinstance(limit, (int, float)) and took > 0.8 * limit:
             logger.warning(
@@ -196,15 +251,20 @@ class CompiledHandlerMixin:
                 *(took, limit, int(took * 3) + 60),
             )
 
-    def preprocess(self, data: Any) -> Any:
+    def preprocess(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         """The wrapped handler's preprocess; a ValueError in it refuses the request."""
-        return super().preprocess(data)  # type: ignore[misc]
+        return super().preprocess(data, *args, **kwargs)  # type: ignore[misc]
 
-    def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the model: a tensor or a tuple of tensors by position, a dict by name."""
-        if not isinstance(self.model, ServedModel):
-            return super().inference(data, *args, **kwargs)  # type: ignore[misc]
-        if isinstance(data, dict):
+    def inference(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped handler's inference; in place of `BaseHandler`'s own the model is called with a tensor or a tuple
+        of tensors by position, and with a mapping by name."""
+        below: Any = super()
+        if self._served is None or not is_base_handlers(below.inference, "inference"):
+            return below.inference(*args, **kwargs)
+        return self._call_model(*args, **kwargs)
+
+    def _call_model(self, data: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(data, Mapping):
             return self.model(*args, **data, **kwargs)
         if isinstance(data, (tuple, list)):
             return self.model(*data, *args, **kwargs)
@@ -214,17 +274,17 @@ class CompiledHandlerMixin:
         """Answer a batch. A request that the model cannot answer gets HTTP 400 and leaves the others alone; requests
         for which no execution context came free get HTTP 503."""
         self.context = context
-        compiled = isinstance(self.model, ServedModel)
-        if compiled:
-            self.model.answering += 1
+        served = self._served
+        if served is not None:
+            served.answering += 1
         try:
             return self._answer(RequestBatch(data, context))
         finally:
-            if compiled:
-                self.model.answering -= 1
+            if served is not None:
+                served.answering -= 1
                 torchserve_metrics = getattr(context, "metrics", None)
                 self._emitter.emit(torchserve_metrics)
-                self._emitter.emit_contexts(torchserve_metrics, self.model.context_stats())
+                self._emitter.emit_contexts(torchserve_metrics, served.context_stats())
 
     def _answer(self, batch: RequestBatch) -> Any:
         data, context = batch.rows, batch.context
@@ -248,8 +308,11 @@ class CompiledHandlerMixin:
         return bool(os.environ.get("ENABLE_TORCH_PROFILER")) or below._is_describe() or below._is_explain()
 
     def _answer_below(self, batch: RequestBatch) -> Any:
+        below: Any = super()
         with self._current.use(batch):
-            return super().handle(batch.rows, batch.context)  # type: ignore[misc]
+            if answers_describe(below.handle, batch.context):
+                return [self.describe_handle()]
+            return below.handle(batch.rows, batch.context)
 
     def _answer_one_by_one(self, batch: RequestBatch) -> list[Any]:
         """Answer each request alone, so that only the bad ones are refused."""
@@ -267,7 +330,8 @@ class CompiledHandlerMixin:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "preprocess" in cls.__dict__:
-            cls.preprocess = _refusing(cls.__dict__["preprocess"])  # type: ignore[method-assign]
+            cls.preprocess = refusing(cls.__dict__["preprocess"])  # type: ignore[method-assign]
+        wrap_explanations(cls)
 
     def request_body(self, row: Any) -> Any:
         """The body of one request: bytes, text or what TorchServe parsed from JSON.
@@ -287,30 +351,17 @@ class CompiledHandlerMixin:
 
     def describe_handle(self) -> dict[str, Any]:
         """What TorchServe's describe API shows as ``customizedMetadata``."""
-        if isinstance(self.model, ServedModel):
-            facts = self.model.describe()
+        served = self._served
+        if served is not None:
+            facts = served.describe()
         else:
-            facts = {"backend": "torchscript" if isinstance(self.model, torch.jit.ScriptModule) else "other"}
+            script = isinstance(getattr(self, "model", None), torch.jit.ScriptModule)
+            facts = {"backend": "torchscript" if script else "other", "reason": self._not_compiled}
         facts["pid"] = os.getpid()
-        return facts
+        return with_their_description(facts, getattr(super(), "describe_handle", None))
 
 
-def _refusing(preprocess: Any) -> Any:
-    """Make every ValueError of a preprocess (broken JSON, bad text, a wrong shape) a refusal of the request."""
-
-    @functools.wraps(preprocess)
-    def wrapped(self: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return preprocess(self, data, *args, **kwargs)
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(f"the request cannot be read: {error}") from error
-
-    return wrapped
-
-
-CompiledHandlerMixin.preprocess = _refusing(CompiledHandlerMixin.preprocess)  # type: ignore[method-assign]
+CompiledHandlerMixin.preprocess = refusing(CompiledHandlerMixin.preprocess)  # type: ignore[method-assign]
 
 
 class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
@@ -322,6 +373,12 @@ class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
     """
 
     _answers_alone = False
+
+    def _start(self, source: ModelSource, device: torch.device | None = None) -> ServedModel:
+        own = type(self).preprocess is CompiledHandler.preprocess
+        if own and source.weights_by_name and self.settings.backends != ("eager",) and not self.settings.inputs:
+            raise SettingsError(f"{SECTION}.inputs: needed by the default preprocess; declare them or override it")
+        return super()._start(source, device)
 
     def preprocess(self, data: Any) -> Any:
         """JSON bodies to input tensors, concatenated along dimension 0."""

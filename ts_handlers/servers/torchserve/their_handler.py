@@ -1,0 +1,132 @@
+"""What the mixin asks of a handler that knows nothing of this package: what it holds, and whether that can be compiled.
+
+Handlers build their model in `initialize` with or without `BaseHandler`, or hold none. The mixin swaps the module and
+leaves the methods alone, so whatever is no module is served as TorchServe would serve it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from ts_handlers.compiled_model import ServedModel, explanations
+from ts_handlers.errors import InputError
+from ts_handlers.servers.torchserve.base_handler import BaseHandler
+
+EXPLAIN = ("explain_handle", "get_insights")
+"""Methods of a handler that explain answers; `get_insights` is captum's in TorchServe's own handlers."""
+
+
+def is_base_handlers(bound: Any, name: str) -> bool:
+    """Whether a bound method is the one that `BaseHandler` has under this name."""
+    return getattr(bound, "__func__", None) is getattr(BaseHandler, name)
+
+
+def unwrapped(model: Any) -> Any:
+    """The module inside one of `torch.compile`, which compiles again in each process; others as they are."""
+    if isinstance(model, ServedModel) or not isinstance(model, torch.nn.Module):
+        return model
+    return model._modules.get("_orig_mod", model)
+
+
+def reason_not_to_compile(model: Any) -> str | None:
+    """Why a handler's ``self.model`` is served as it is; None when it can be compiled.
+
+    Parameters
+    ----------
+    model:
+        What ``self.model`` is, without the wrapper of `torch.compile`; None when the handler has none.
+    """
+    if model is None:
+        return "the handler has no self.model after initialize"
+    if isinstance(model, torch.jit.ScriptModule):
+        return "self.model is a TorchScript model"
+    if not isinstance(model, torch.nn.Module):
+        return f"self.model is a {type(model).__name__} and no torch.nn.Module"
+    devices = sorted({str(tensor.device) for tensor in _tensors(model)})
+    if len(devices) > 1 or "meta" in devices:
+        return f"the tensors of self.model lie on {', '.join(devices)}; expected one device"
+    return None
+
+
+def device_of(module: torch.nn.Module) -> torch.device | None:
+    """The device of a module's tensors, None when it has none."""
+    return next((tensor.device for tensor in _tensors(module)), None)
+
+
+def _tensors(module: torch.nn.Module) -> Iterable[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def refusing(preprocess: Any) -> Any:
+    """Make every ValueError of a preprocess (broken JSON, bad text, a wrong shape) a refusal of the request."""
+
+    @functools.wraps(preprocess)
+    def wrapped(self: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return preprocess(self, data, *args, **kwargs)
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(f"the request cannot be read: {error}") from error
+
+    return wrapped
+
+
+def explaining(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a handler during which the models that it calls are eager ones, with gradients and hooks."""
+
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with explanations():
+            return method(self, *args, **kwargs)
+
+    wrapped.explains = True  # type: ignore[attr-defined]
+    return wrapped
+
+
+def wrap_explanations(kind: type) -> None:
+    """Make the methods that explain answers, a class's own or inherited, `explaining` ones."""
+    for name in EXPLAIN:
+        method = inspect.getattr_static(kind, name, None)
+        if inspect.isfunction(method) and not hasattr(method, "explains"):
+            setattr(kind, name, explaining(method))
+
+
+def answers_describe(below: Any, context: Any) -> bool:
+    """Whether a request is TorchServe's describe, and a handler's own `handle` would take it for a prediction.
+
+    Parameters
+    ----------
+    below:
+        The bound method `handle` of the class behind the mixin.
+    context:
+        TorchServe's context of the request.
+    """
+    if is_base_handlers(below, "handle") or inspect.iscoroutinefunction(below):
+        return False
+    processors = getattr(context, "request_processor", None)
+    return bool(processors) and context.get_request_header(0, "describe") == "True"
+
+
+def with_their_description(facts: dict[str, Any], below: Any) -> dict[str, Any]:
+    """What describe shows: ours, with what the handler's own `describe_handle` says.
+
+    Parameters
+    ----------
+    facts:
+        Ours.
+    below:
+        The bound method `describe_handle` of the class behind the mixin, or None.
+    """
+    if below is None or is_base_handlers(below, "describe_handle"):
+        return facts
+    theirs = below()
+    if isinstance(theirs, dict):
+        return {**facts, **theirs}
+    return facts if theirs is None else {**facts, "handler": theirs}
