@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import copy
 import io
+import json
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from tests.support.models import LINEAR_SECTION, save_weights
 
 pytest.importorskip("ts", reason="TorchServe is not installed")
 
-from ts.context import Context
+from ts.context import Context, RequestProcessor
 from ts.torch_handler.base_handler import BaseHandler
 
 from tests.support.handlers import ROWS, ask, close, expected, make_context
@@ -442,3 +445,63 @@ def test_explanations_get_the_eager_module_with_gradients_and_hooks(archive: Pat
     out = handler.model(X)
     assert not out.requires_grad
     assert handler.model.metrics.counters["outside_eager"] == 0
+
+
+def test_mappings_go_to_the_model_by_name(archive: Path, tmp_path: Path) -> None:
+    class Encodes(BaseHandler):  # type: ignore[misc]
+        def preprocess(self, data: Any) -> Any:
+            return collections.UserDict(x=read_rows(data))  # as transformers' BatchEncoding is one
+
+    handler, context = start(Encodes, archive, tmp_path)
+    ((status, answer),) = ask(handler, context, ROWS[:1])
+    assert status == 200
+    assert close(answer, expected(archive, ROWS[:1])[0])
+
+
+def test_an_asynchronous_handle_is_awaited_by_the_server(archive: Path, tmp_path: Path) -> None:
+    class Waits(NoModel):
+        async def handle(self, data: Any, context: Any) -> Any:
+            return await self.preprocess(data, "more")
+
+        async def preprocess(self, data: Any, more: str) -> Any:
+            return [more for _ in data]
+
+    handler, context = start(Waits, archive, tmp_path)
+    context.request_processor = [RequestProcessor({})]
+    assert asyncio.run(handler.handle([{"body": 1}], context)) == ["more"]
+
+
+def test_a_torchscript_model_of_theirs_is_served_as_it_is(archive: Path, tmp_path: Path) -> None:
+    class Scripted(Classifier):
+        def initialize(self, context: Any) -> None:
+            super().initialize(context)
+            self.model = torch.jit.trace(torch.nn.Linear(4, 3), torch.tensor(ROWS))
+
+    handler, context = start(Scripted, archive, tmp_path)
+    assert isinstance(handler.model, torch.jit.ScriptModule)
+    assert ask(handler, context, ROWS[:1])[0][0] == 200
+    facts = handler.describe_handle()
+    assert (facts["backend"], facts["reason"]) == ("torchscript", "self.model is a TorchScript model")
+
+
+def test_answers_through_an_envelope_are_those_of_plain(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ts.torch_handler.request_envelope.json import JSONEnvelope
+
+    class Rows(Classifier):
+        def preprocess(self, data: Any) -> torch.Tensor:
+            return torch.tensor([row.get("data") if isinstance(row, dict) else row for row in data])
+
+    body = [{"body": {"instances": [{"data": row} for row in ROWS]}}]
+    answers = []
+    monkeypatch.syspath_prepend(archive)
+    monkeypatch.delitem(sys.modules, "model", raising=False)
+    handler, context = start(Rows, archive, tmp_path)
+    for each in (Rows(), handler):
+        if each is not handler:
+            each.initialize(make_context(archive, tmp_path / "store"))
+        context.request_processor = [RequestProcessor({})]
+        answers.append(JSONEnvelope(each.handle).handle(body, context))
+    assert answers[0] == answers[1]
+    assert len(json.loads(answers[0][0])["predictions"]) == 2

@@ -30,7 +30,7 @@ def unwrapped(model: Any) -> Any:
     """The module inside one of `torch.compile`, which compiles again in each process; others as they are."""
     if isinstance(model, ServedModel) or not isinstance(model, torch.nn.Module):
         return model
-    return model._modules.get("_orig_mod", model)
+    return getattr(model, "_orig_mod", model)
 
 
 def reason_not_to_compile(model: Any) -> str | None:
