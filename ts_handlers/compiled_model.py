@@ -25,6 +25,7 @@ from ts_handlers.execution.contexts import ContextPool, PoolStats
 from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.metrics import Metrics, compiled_graphs, graphs_for_requests
 from ts_handlers.model.call_form import accepts, forward_order, given_by_name, other_form, to_device
+from ts_handlers.model.module import ModuleSource
 from ts_handlers.model.module_look import ModuleLook
 from ts_handlers.model.signature import Signature
 from ts_handlers.store.base import Store
@@ -242,9 +243,14 @@ class CompiledModel(ServedModel):
                     pool.favour_own()
 
     def _order_of_arguments(self) -> tuple[str, ...] | None:
-        """How forward takes arguments by position, if that is known and not as the inputs are declared."""
-        module = self._module_at_hand() if self._target.source.weights_by_name else None
-        return None if module is None else forward_order(module, self._loaded.signature.names)
+        """How forward takes arguments by position, if that is not as the inputs are declared.
+
+        Only of a module that exists at every start: a call must not mean one thing after a build, another after a hit.
+        """
+        source = self._target.source
+        if not isinstance(source, ModuleSource):
+            return None
+        return forward_order(source.built(), self._loaded.signature.names)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _explanations.under_way:

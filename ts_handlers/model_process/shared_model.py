@@ -130,6 +130,7 @@ class SharedModel(ServedModel):
         counters = dict(facts["counters"])
         for name in ("refused", "busy"):
             counters[name] = self.metrics.counters[name]
+        counters["outside_eager"] += sum(self._other_forms.values())
         facts["counters"] = counters
         facts["other_forms"] = dict(self._other_forms)
         facts["across_workers"] = {

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.models import LINEAR_SECTION, save_weights
+from tests.support.models import LINEAR_SECTION, save_weights, write_archive
 
 pytest.importorskip("ts", reason="TorchServe is not installed")
 
@@ -236,6 +236,30 @@ def test_arguments_by_position_are_in_the_order_of_forward(tmp_path: Path, archi
     assert torch.equal(handler.model(X, 2 * X), -X)
     assert torch.equal(handler.model(X, second=2 * X), -X)
     assert handler.model.metrics.counters["outside_eager"] == 0
+
+
+def test_arguments_of_an_archives_model_mean_the_same_with_every_backend(tmp_path: Path) -> None:
+    code = """
+    import torch
+
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 3)
+
+        def forward(self, first, second):
+            return self.layer(second) + 0 * first.sum()
+    """
+    archive = write_archive(tmp_path / "archive", code)
+    # The cheap backend computes from the first declared input only, as the model does from `second`.
+    inputs = [{"name": name, "dtype": "float32", "shape": ["batch", 4]} for name in ("second", "first")]
+    answers = []
+    for backend in ("aot_inductor", "eager"):
+        handler, _ = start(Classifier, archive, tmp_path, section={"inputs": inputs, "backends": [backend]})
+        assert handler.model.outcome.backend == backend
+        answers.append(handler.model(X, 2 * X))
+    assert close(*answers)
 
 
 def test_outputs_may_be_changed_in_place(archive: Path, tmp_path: Path) -> None:
