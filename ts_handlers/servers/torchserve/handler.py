@@ -74,6 +74,7 @@ class CompiledHandlerMixin:
     """
 
     model: Any
+    settings: Settings
     _current: CurrentBatch
     _micro_batches: MicroBatches | None = None
     _last_context: Any = None
@@ -114,9 +115,7 @@ class CompiledHandlerMixin:
             With what was expected, what was found and what to do; TorchServe logs it and serves its other models.
         """
         config = getattr(context, "model_yaml_config", None) or {}
-        self.settings: Settings = parse_settings(config)
-        # A handler may have attributes of these names, which its `initialize` sets.
-        self.__settings = self.settings
+        self.settings = self.__settings = parse_settings(config)  # a handler may set attributes of such names
         self.__context = context
         self.__config = config
         self.__recipe = handler_recipe(type(self), context, config)
@@ -213,12 +212,11 @@ class CompiledHandlerMixin:
         self, model_dir: str, model_file: str, model_pt_path: str | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """Answer `BaseHandler.initialize` with a model from the store."""
+        below: Any = super()
         if args or kwargs:  # a method of that name with a signature of its own
-            theirs: Any = super()
-            return theirs._load_pickled_model(model_dir, model_file, model_pt_path, *args, **kwargs)
+            return below._load_pickled_model(model_dir, model_file, model_pt_path, *args, **kwargs)
         files = ArchiveFiles(model_dir, model_file, model_pt_path)
         overridden = type(self).load_model is not CompiledHandlerMixin.load_model
-        below: Any = super()
         build = own_build(self.load_model if overridden else None, below._load_pickled_model, files)
         name = self.__context.model_name
         return self._start(source_of_archive(name, type(self), files, self.__settings, build, self.__recipe))
