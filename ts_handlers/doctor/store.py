@@ -13,10 +13,9 @@ from pathlib import Path
 from ts_handlers.doctor.base import Finding, Question
 from ts_handlers.errors import SettingsError
 from ts_handlers.guard.failures import build_runtime
-from ts_handlers.guard.guard import WITHOUT_A_TRACE
 from ts_handlers.guard.markers import read_crash_records
 from ts_handlers.guard.quarantine import read_quarantines
-from ts_handlers.guard.records import FailedBuild
+from ts_handlers.guard.records import WITHOUT_A_TRACE, FailedBuild
 from ts_handlers.key.fingerprint import runtime_identity
 from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS
 from ts_handlers.store.entry import Manifest

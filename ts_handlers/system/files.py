@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
@@ -69,6 +70,78 @@ def atomic_file(path: Path, *, mode: int = 0o666, durable: bool = False, replace
     except BaseException:
         _unlink(temporary)
         raise
+
+
+class RememberingWriter(io.RawIOBase):
+    """A file that is written and never raises: `check` raises what went wrong.
+
+    For native code that does not survive an error of its file: torch's writer of archives writes again when it is
+    destroyed, and ends the process when that raises.
+
+    Parameters
+    ----------
+    path:
+        A new file.
+
+    Raises
+    ------
+    OSError
+        It cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = open(path, "xb")  # noqa: SIM115
+        self._error: OSError | None = None
+
+    def writable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As of any file."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """As of any file."""
+        return self._file.tell()
+
+    def write(self, data: Any) -> int:
+        """Write all of it, or nothing once something has gone wrong; says in both cases that all is written."""
+        size = memoryview(data).nbytes
+        if self._error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self._error = error
+        return size
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        if self._error is None and not self._file.closed:
+            try:
+                self._file.flush()
+            except OSError as error:
+                self._error = error
+
+    def close(self) -> None:
+        """Close the file."""
+        self.flush()
+        try:
+            self._file.close()
+        except OSError as error:
+            self._error = self._error or error
+        super().close()
+
+    def check(self) -> None:
+        """Raise `OSError` if not everything has been written."""
+        self.flush()
+        if self._error is not None:
+            raise self._error
 
 
 def write_atomically(path: Path, data: bytes | str, *, mode: int = 0o666, durable: bool = False) -> None:
@@ -150,6 +223,25 @@ def is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     except OSError:
         return False
+
+
+def close_if_same(descriptor: int, identity: os.stat_result) -> bool:
+    """Close a descriptor if it is still the file that it was; False when it is not, and then nothing is closed.
+
+    Foreign code in this process may have closed it, and the number may be somebody else's file meanwhile.
+
+    Parameters
+    ----------
+    identity:
+        What `os.fstat` said when it was opened.
+    """
+    try:
+        if not os.path.samestat(os.fstat(descriptor), identity):
+            return False
+        os.close(descriptor)
+    except OSError:
+        return False
+    return True
 
 
 def _unlink(path: Path) -> None:
