@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.marks import needs_root
-from tests.support.subprocesses import start_python
+from tests.support.subprocesses import run_python
 from ts_handlers.guard.quarantine import read_quarantines
 from ts_handlers.guard.records import FailedBuild
 from ts_handlers.system.files import RememberingWriter
@@ -25,11 +25,7 @@ START = """
 
 
 def start(archive: Path, store: Path, temporary: Path) -> dict[str, Any]:
-    process = start_python(
-        START, str(archive), str(store), env={"TMPDIR": str(temporary)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    out, err = process.communicate()
-    assert process.returncode == 0, err[-3000:]
+    out = run_python(START, archive, store, TMPDIR=str(temporary))
     facts: dict[str, Any] = json.loads(out.splitlines()[-1])
     return facts
 
@@ -51,7 +47,7 @@ def test_a_full_disk_ends_no_process_and_the_build_goes_on_when_there_is_room(
     assert isinstance(record, FailedBuild)
     assert record.kind == "circumstantial"
     assert [Path(folder).is_relative_to(small_disk) for folder in record.free] == [True]
-    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,size=1g", str(small_disk)], check=True)
     facts = start(archive, store, temporary)
     assert (facts["backend"], facts["result"], facts["counters"]["build"]) == ("aot_inductor", "built", 1)
     assert read_quarantines(store) == []

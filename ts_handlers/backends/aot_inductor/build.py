@@ -33,7 +33,7 @@ from ts_handlers.model.archive_files import Tensors
 from ts_handlers.model.exported import ExportedSource
 from ts_handlers.model.exported_program import describe_program
 from ts_handlers.model.signature import Signature
-from ts_handlers.system.files import RememberingWriter
+from ts_handlers.system.files import RememberingWriter, bounded_name
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ def _export(
 
 def _compile(exported: _Exported, target: Target, workspace: Workspace, name: str) -> tuple[dict[str, str], set[str]]:
     """Compile a variant; returns the description of its files, and the names of the weights that they take."""
-    directory = workspace.directory / name
+    directory = workspace.directory / bounded_name(name)
     try:
         with workspace.phase("compile"):
             files = compile_program(exported.program, target, directory, baked=False)
