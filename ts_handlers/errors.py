@@ -31,6 +31,17 @@ class BuildError(WarmStartError, RuntimeError):
     """A backend cannot compile this model; the next backend of the fallback order is tried."""
 
 
+class DiskFullError(BuildError):
+    """A build ran out of disk space; it is tried again when there is more.
+
+    `free` holds the free bytes that the build had, by the folder that was too small.
+    """
+
+    def __init__(self, message: str, free: dict[str, int] | None = None) -> None:
+        super().__init__(message)
+        self.free = dict(free or {})
+
+
 class FailedBeforeError(BuildError):
     """A build of the same key has failed a short time ago and is not repeated yet; the next backend is tried.
 

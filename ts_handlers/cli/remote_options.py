@@ -94,8 +94,10 @@ class EntryFilter(OptionGroup):
 
     def accepts(self, subject: str) -> bool:
         """Whether an address ``<model>/.../<key>`` is of the model and of one of the keys."""
+        from ts_handlers.store.address import safe_name
+
         parts = subject.split("/")
-        return self.model in (None, parts[0]) and (
+        return (self.model is None or parts[0] in (self.model, safe_name(self.model))) and (
             not self.key or any(parts[-1].startswith(key.lower()) for key in self.key)
         )
 

@@ -20,7 +20,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -35,11 +35,13 @@ DETERMINISTIC, CIRCUMSTANTIAL = "deterministic", "circumstantial"
 HOLD_SECONDS = {DETERMINISTIC: (3600.0, LONGEST_HOLD_SECONDS), CIRCUMSTANTIAL: (60.0, 3600.0)}
 """How long the first failure of a kind holds, and the longest that any does."""
 
-_NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded", re.IGNORECASE)
+_NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded|errno 28\b", re.IGNORECASE)
+_PASSING = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE)
+_PASSING_TEXT = re.compile("|".join(map(os.strerror, _PASSING)) + "|failed to map segment", re.IGNORECASE)
 # A compiler is a child process, whose errors come as text.
 _CIRCUMSTANCES = re.compile(
     r"out of memory|Cannot allocate memory|std::bad_alloc|Input/output error|Killed signal|Too many open files"
-    r"|Resource temporarily unavailable|CUDA error|timed out",
+    r"|Resource temporarily unavailable|CUDA error|timed out|terminated with signal",
     re.IGNORECASE,
 )
 
@@ -74,6 +76,20 @@ def is_disk_full(error: BaseException) -> bool:
     )
 
 
+def is_passing(error: BaseException) -> bool:
+    """Whether an error, or one that it came from, is one of the system that says nothing about the files at hand.
+
+    Examples
+    --------
+    >>> is_passing(OSError(5, "Input/output error")), is_passing(FileNotFoundError(2, "No such file or directory"))
+    (True, False)
+    """
+    return any(
+        (isinstance(cause, OSError) and cause.errno in _PASSING) or _PASSING_TEXT.search(str(cause)) is not None
+        for cause in _causes(error)
+    )
+
+
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error and what it came from."""
     seen: set[int] = set()
@@ -98,6 +114,7 @@ def remember_failure(
     seconds: float,
     *,
     unbuildable: bool = True,
+    free: Mapping[str, int] | None = None,
 ) -> FailedBuild | None:
     """Keep a record of a build that failed.
 
@@ -115,6 +132,8 @@ def remember_failure(
         What the attempt took.
     unbuildable:
         Whether the backend said that it cannot build the model, as by `BuildError`.
+    free:
+        Free bytes of the folders in which there was no room.
 
     Returns
     -------
@@ -133,6 +152,7 @@ def remember_failure(
         kind=kind,
         failed_at=now,
         unbuildable=unbuildable,
+        free=dict(free or {}),
     )
     before = [
         old.count

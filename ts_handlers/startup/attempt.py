@@ -27,8 +27,10 @@ from ts_handlers.startup.loading import Loader
 from ts_handlers.store.address import Address
 from ts_handlers.store.base import Corrupt, Hit, Miss
 from ts_handlers.store.entry import Manifest, new_manifest, read_manifest
+from ts_handlers.store.local.layout import STAGING
 from ts_handlers.store.local.lease import Lease
 from ts_handlers.system.cycle_collector import collection_paused
+from ts_handlers.system.locked_directory import collect_directories
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +120,15 @@ class Attempt:
         return Served(loaded, result, canary)
 
     def refuse_build(self) -> None:
-        """Raise `QuarantinedError` or `FailedBeforeError` when this key is not to be built now."""
-        self._refuse("")
+        """Raise `QuarantinedError` or `FailedBeforeError` when this key is not to be built now.
+
+        What a process left that died while it built goes: on a full disk it is in the way of the next build.
+        """
+        try:
+            self._refuse("")
+        except (QuarantinedError, FailedBeforeError):
+            collect_directories(self._store.state_directory / STAGING)
+            raise
 
     def _refuse(self, digest: str) -> None:
         try:
@@ -206,5 +215,13 @@ class Attempt:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether an error while loading a verified entry says that the entry is at fault, not the model or the weights."""
-    return not isinstance(error, (CanaryError, MemoryError, RefitError))
+    """Whether an error while loading a verified entry says that the entry is at fault.
+
+    Others speak of the model, of the weights, or of this machine at this moment: no room, no descriptors, a disk that
+    does not answer.
+    """
+    if isinstance(error, (CanaryError, MemoryError, RefitError)):
+        return False
+    from ts_handlers.guard.failures import is_passing
+
+    return not is_passing(error)

@@ -133,6 +133,9 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         msgspec.json.format(msgspec.json.encode(manifest.with_digest(), order="deterministic"), indent=1)
     )
     for path in [*directory.rglob("*"), directory]:
+        mode = path.stat().st_mode
+        if mode & 0o022:  # by the umask
+            path.chmod(mode & ~0o022 & 0o7777)
         fsync(path)
 
 
@@ -155,13 +158,20 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def verify_files(directory: Path, manifest: Manifest, digest: Callable[[Path], str] = digest_file) -> None:
+def verify_files(
+    directory: Path,
+    manifest: Manifest,
+    digest: Callable[[Path], str] = digest_file,
+    status: Callable[[str], os.stat_result] | None = None,
+) -> None:
     """Check every listed file's size and digest.
 
     Parameters
     ----------
     digest:
         Computes, or remembers, a file's SHA-256; see `ts_handlers.store.local.verified`.
+    status:
+        The status of a plain file of the entry by its name, or a `ValueError`; None looks at the path.
 
     Raises
     ------
@@ -173,9 +183,12 @@ def verify_files(directory: Path, manifest: Manifest, digest: Callable[[Path], s
         path = directory / name
         if ".." in Path(name).parts or os.path.isabs(name):
             raise ValueError(f"manifest.json lists {name!r}, which lies outside the entry")
-        if os.path.realpath(path) != os.path.join(real, name) or not path.is_file():
+        if status is not None:
+            size = status(name).st_size
+        elif os.path.realpath(path) != os.path.join(real, name) or not path.is_file():
             raise ValueError(f"{name} is missing or not a plain file")
-        size = path.stat().st_size
+        else:
+            size = path.stat().st_size
         if size != record.size:
             raise ValueError(f"{name}: expected {record.size} bytes, found {size}")
         if digest(path) != record.sha256:

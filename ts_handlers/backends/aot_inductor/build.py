@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import torch
@@ -28,10 +28,12 @@ from ts_handlers.backends.base import Built, Description, Target, Workspace
 from ts_handlers.backends.compare import compare_sizes
 from ts_handlers.backends.export import PREFIX, FlatModel, export_program, live_weights, output_structure
 from ts_handlers.errors import BuildError, ModelError, one_line
+from ts_handlers.guard.failures import is_passing
 from ts_handlers.model.archive_files import Tensors
 from ts_handlers.model.exported import ExportedSource
 from ts_handlers.model.exported_program import describe_program
 from ts_handlers.model.signature import Signature
+from ts_handlers.system.files import RememberingWriter, bounded_name
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,8 @@ def build(target: Target, workspace: Workspace, merge: bool) -> Built:
     """
     signature = target.require_signature()
     module = target.eager()
-    reasons = []
+    reasons: list[str] = []
+    last: Exception | None = None
     directory = workspace.directory
     for step, variants in export_steps(signature, target):
         for merged in (set[str](), None) if merge else (None,):
@@ -54,6 +57,9 @@ def build(target: Target, workspace: Workspace, merge: bool) -> Built:
             except (ModelError, MemoryError):
                 raise
             except Exception as error:
+                last = error.with_traceback(None)  # whose frames hold what failed
+                if is_passing(error):  # another way would meet the same
+                    raise BuildError(f"{step}: {type(error).__name__}: {one_line(error)}") from last
                 how = f"{step} with merged linear layers" if merged else step
                 reason = f"{how}: {type(error).__name__}: {_first_line(error)}"
                 logger.info("%s does not export this way: %s", target.source.name, reason)
@@ -66,7 +72,7 @@ def build(target: Target, workspace: Workspace, merge: bool) -> Built:
             description["step"] = step
             description["steps_failed"] = reasons
             return Built(description)
-    raise BuildError("no way of exporting this model works: " + "; ".join(reasons))
+    raise BuildError("no way of exporting this model works: " + "; ".join(reasons)) from last
 
 
 def _build_step(
@@ -95,7 +101,9 @@ def _build_step(
             "%s changes its weights while it is built, so a warm start has to build the eager model",
             target.source.name,
         )
-    torch.save(extras, directory / EXTRAS)
+    with RememberingWriter(directory / EXTRAS) as file:
+        torch.save(extras, cast(Any, file))
+        file.check()
     description["output"] = structure
     description["inputs"] = _inputs_description(signature)
     with workspace.phase("verify"):
@@ -144,7 +152,7 @@ def _export(
 
 def _compile(exported: _Exported, target: Target, workspace: Workspace, name: str) -> tuple[dict[str, str], set[str]]:
     """Compile a variant; returns the description of its files, and the names of the weights that they take."""
-    directory = workspace.directory / name
+    directory = workspace.directory / bounded_name(name)
     try:
         with workspace.phase("compile"):
             files = compile_program(exported.program, target, directory, baked=False)

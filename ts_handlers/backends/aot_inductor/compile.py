@@ -11,12 +11,13 @@ import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ts_handlers.backends.base import Target
 from ts_handlers.backends.export import live_weights
 from ts_handlers.errors import BuildError
 from ts_handlers.model.signature import Signature, Sizes
+from ts_handlers.system.files import RememberingWriter
 
 MAX_STATIC_VARIANTS = 16
 
@@ -79,8 +80,9 @@ def compile_program(program: Any, target: Target, directory: Path, *, baked: boo
     configs.pop("triton.cudagraphs", None)  # not a feature of ahead-of-time artifacts
     directory.mkdir(parents=True)
     package = directory / "package.pt2"
-    with private_cache(), torch.no_grad():
-        torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=configs)
+    with private_cache(), torch.no_grad(), RememberingWriter(package) as file:
+        torch._inductor.aoti_compile_and_package(program, package_path=cast(Any, file), inductor_configs=configs)
+        file.check()
     library = ""
     with zipfile.ZipFile(package) as archive:
         for info in archive.infolist():

@@ -15,6 +15,7 @@ from ts_handlers.model.recipes import make_source
 from ts_handlers.servers.torchserve.recipes import archive_recipe
 from ts_handlers.servers.torchserve.unpacking import unpacked
 from ts_handlers.startup.target import new_target
+from ts_handlers.store.address import safe_name
 from ts_handlers.store.upkeep.scan import EntryInfo
 
 
@@ -65,5 +66,5 @@ def nearest_entry(wanted: ArchiveKey, entries: list[EntryInfo]) -> EntryInfo | N
         assert entry.manifest is not None
         return len(explain(wanted.key, entry.manifest.cache_key))
 
-    own = [entry for entry in entries if entry.model == wanted.model and entry.backend == wanted.backend]
+    own = [entry for entry in entries if entry.model == safe_name(wanted.model) and entry.backend == wanted.backend]
     return min((entry for entry in own if entry.manifest is not None), key=distance, default=None)

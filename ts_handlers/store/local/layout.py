@@ -7,12 +7,12 @@
         canaries/<key>/<weights digest>                   canary records, see store/canaries.py
         leases/
             <key>.lock, <key>.json                        the right to build, and what its holder is doing
-            <key>.fetch.lock                              held by the process that asks the remote store
+            <key>.<address>.fetch.lock                    held by the process that asks the remote store
             <key>.background.lock, <key>.background.json  the right to build beside a model that serves eagerly
             <key>.background.outcome                      how the latest of these builds ended
         remote/
             <service>.json                                why the host goes on alone, see store/remote/breaker.py
-            unsent-<key>                                  the remote store lacks this entry, see store/tiered/sender.py
+            unsent-<key>.entry-<address>                  the remote store lacks this entry, see store/tiered/sender.py
             unsent-<key>.<weights digest>                 the remote store lacks this canary record
         staging/<key>-<random>/                           an entry being built; its builder holds a lock on it
         trash/

@@ -7,7 +7,7 @@ another's, a reader never sees two, and what a removed public key accepted is fo
 
 from __future__ import annotations
 
-from ts_handlers.store.address import Address, entry_path
+from ts_handlers.store.address import Address, entry_path, safe_weights
 from ts_handlers.store.local.layout import CANARIES, ENTRIES
 
 VERSIONS = 4
@@ -21,7 +21,12 @@ def entry_name(address: Address) -> str:
 
 def canary_name(key: str, weights_digest: str) -> str:
     """The name of a canary record's objects, without the version number."""
-    return f"{CANARIES}/{key}/{weights_digest}"
+    return f"{CANARIES}/{canary_subject(key, weights_digest)}"
+
+
+def canary_subject(key: str, weights_digest: str) -> str:
+    """The subject of a sealed canary record."""
+    return f"{key}/{safe_weights(weights_digest)}"
 
 
 def version_names(name: str) -> list[str]:

@@ -19,7 +19,7 @@ from ts_handlers.store.address import Address, entry_path
 from ts_handlers.store.canaries import load_record
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest, verify_files
 from ts_handlers.store.remote.base import Remote
-from ts_handlers.store.remote.names import VERSIONS, version_names
+from ts_handlers.store.remote.names import VERSIONS, canary_subject, version_names
 from ts_handlers.store.remote.sealed import SealedReader, seal
 from ts_handlers.store.remote.signing import Keyring
 
@@ -173,7 +173,7 @@ def seal_canary(target: BinaryIO, record: dict[str, Any], key: str, weights_dige
     """Write a canary record as one sealed file."""
     buffer = io.BytesIO()
     torch.save(record, buffer)
-    seal(target, "canary", f"{key}/{weights_digest}", {CANARY: buffer.getvalue()}, keyring)
+    seal(target, "canary", canary_subject(key, weights_digest), {CANARY: buffer.getvalue()}, keyring)
 
 
 def unseal_canary(stream: BinaryIO, subject: str | None, keyring: Keyring) -> tuple[str, str, dict[str, Any]]:

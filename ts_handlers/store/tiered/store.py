@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 from ts_handlers.errors import RemoteError, StoreError
 from ts_handlers.metrics import Metrics
-from ts_handlers.store.address import Address, entry_path
+from ts_handlers.store.address import Address, address_digest, entry_path
 from ts_handlers.store.base import Corrupt, Hit, Miss
 from ts_handlers.store.entry import Manifest
 from ts_handlers.store.local.layout import FETCH_LOCK, LEASES
@@ -32,7 +32,7 @@ from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.remote import transfer
 from ts_handlers.store.remote.base import Remote
 from ts_handlers.store.remote.lease import HeldLease, LeaseService, wait_for_lease
-from ts_handlers.store.remote.names import canary_name, entry_name
+from ts_handlers.store.remote.names import canary_name, canary_subject, entry_name
 from ts_handlers.store.remote.signing import Keyring
 from ts_handlers.store.tiered.sender import Sender
 from ts_handlers.system.locked_directory import empty_folder
@@ -89,7 +89,7 @@ class TieredStore:
         if isinstance(found, Hit):
             self._sender.resume(address, found.directory)
             return found
-        if address.key.digest in self._discarded or self._sender.is_without_remote():
+        if entry_path(address) in self._discarded or self._sender.is_without_remote():
             return found
         with self._metrics.phase("fetch"), self._one_fetcher(address) as asked_by_another:
             if asked_by_another:
@@ -109,7 +109,7 @@ class TieredStore:
             from filelock import FileLock, Timeout
 
             folder, waited = self.state_directory / LEASES, False
-            lock = FileLock(folder / f"{address.key.digest}{FETCH_LOCK}")
+            lock = FileLock(folder / f"{address.key.digest}.{address_digest(address)}{FETCH_LOCK}")
             try:
                 folder.mkdir(mode=0o700, exist_ok=True)
                 try:
@@ -198,7 +198,7 @@ class TieredStore:
 
     def discard(self, address: Address, reason: str) -> bool:
         """Move an entry of the local store aside, and do not fetch it again; the remote's objects stay as they are."""
-        self._discarded.add(address.key.digest)
+        self._discarded.add(entry_path(address))
         return self._local.discard(address, reason)
 
     def publish(self, address: Address, staging: Path, manifest: Manifest) -> Path:
@@ -269,7 +269,7 @@ class TieredStore:
         if record is not None or self._sender.is_without_remote():
             return record
         name = canary_name(address.key.digest, weights_digest)
-        subject, keyring = f"{address.key.digest}/{weights_digest}", self._sender.keyring()
+        subject, keyring = canary_subject(address.key.digest, weights_digest), self._sender.keyring()
         with self._metrics.phase("fetch"):
             found: tuple[str, str, dict[str, Any]] | None = self._ask(
                 name, lambda stream: transfer.unseal_canary(stream, subject, keyring)

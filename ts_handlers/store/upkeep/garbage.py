@@ -50,7 +50,9 @@ DAMAGED_SECONDS = 7 * 86400.0  # damaged entries, kept for whoever wants to know
 CANARIES_PER_KEY = 64  # one for each of the weights that were served lately; others are recorded again when needed
 
 _LEASE = rf"(?P<lease>(?P<key>[0-9a-f]{{32}})({re.escape(BACKGROUND)})?)"
-_LEASE_FILE = re.compile(_LEASE + f"({'|'.join(map(re.escape, (FETCH_LOCK, LEASE_LOCK, LEASE_STATUS, OUTCOME)))})")
+_LEASE_FILE = re.compile(
+    _LEASE + r"(\.[0-9a-f]{16})?" + f"({'|'.join(map(re.escape, (FETCH_LOCK, LEASE_LOCK, LEASE_STATUS, OUTCOME)))})"
+)
 # Of versions that named temporary files ``<name>.<process>``, without the leading dot.
 _OLD_LEASE_TEMPORARY = re.compile(_LEASE + rf"({'|'.join(map(re.escape, (LEASE_STATUS, OUTCOME)))})\.\w+")
 
