@@ -109,3 +109,33 @@ def one_line(error: BaseException | str, length: int = 400) -> str:
     'expected 3, found 4'
     """
     return re.sub(r"\s+", " ", str(error)).strip()[:length]
+
+
+def shown(text: object, length: int = 80) -> str:
+    """A text that a request has shaped, in quotes, as printable ASCII of about `length` characters at most.
+
+    Quotes, control characters and surrogates are escaped, so that it can stand in a message, a log line and a terminal.
+
+    Examples
+    --------
+    >>> shown("x"), shown("a" * 1_000_000, 8), shown("\\x1b[2J")
+    ("'x'", "'aaaaaaaa'... (1000000 characters)", "'\\\\x1b[2J'")
+    """
+    whole = str(text)
+    head = ascii(whole[:length])
+    if len(head) > 2 * length:  # escapes take up to ten characters each
+        head = head[: 2 * length]
+    return head if len(whole) <= length else f"{head}... ({len(whole)} characters)"
+
+
+def bounded(text: object, length: int = 400) -> str:
+    """A message of at most `length` characters and a few, which every encoding of text takes.
+
+    Examples
+    --------
+    >>> bounded("a" * 1_000_000, 8)
+    'aaaaaaaa... (1000000 characters)'
+    """
+    whole = str(text)
+    head = whole[:length].encode("utf-8", "backslashreplace").decode()
+    return head if len(whole) <= length else f"{head}... ({len(whole)} characters)"

@@ -15,13 +15,15 @@ from typing import Any
 import msgspec
 import torch
 
-from ts_handlers.errors import InputError, LoadError
+from ts_handlers.errors import InputError, LoadError, shown
 from ts_handlers.settings import DTYPES, Dimension, InputSpec
 from ts_handlers.settings.values import values_to_draw
 
 Sizes = dict[str, int]
 _REMEMBERED = 1000
 """Combinations of dtypes and shapes that `Signature.check` has accepted and need not look at again."""
+_SHOWN = 16
+"""Dimensions of a shape that a message shows."""
 _ORDERED = {getattr(torch, name) for name in DTYPES}
 
 
@@ -91,10 +93,10 @@ class Signature:
                 value = value.resolve_neg().contiguous()
             values.append(value)
         if len(args) + len(kwargs) > len(self.names):
-            unknown = sorted(set(kwargs) - set(self.names))
+            unknown = set(kwargs) - set(self.names)
             raise InputError(
-                f"unknown input {', '.join(map(repr, unknown))}; declared are {', '.join(self.names)} "
-                "(handler.ts_handlers.inputs in model-config.yaml)"
+                f"unknown input {shown(min(unknown))}{_and_more(len(unknown) - 1)}; declared are "
+                f"{', '.join(self.names)} (handler.ts_handlers.inputs in model-config.yaml)"
             )
         return values
 
@@ -130,7 +132,7 @@ class Signature:
             if len(shape) != len(spec.shape):
                 raise InputError(
                     f"input {spec.name!r}: expected {len(spec.shape)} dimensions {_show(spec.shape)}, "
-                    f"found {len(shape)}: {list(shape)}"
+                    f"found {len(shape)}: {_show(shape)}"
                 )
             for axis, expected in enumerate(spec.shape):
                 found = shape[axis]
@@ -138,7 +140,7 @@ class Signature:
                     if found != expected:
                         raise InputError(
                             f"input {spec.name!r}: expected size {expected} in dimension {axis} of "
-                            f"{_show(spec.shape)}, found {found}: {list(shape)}"
+                            f"{_show(spec.shape)}, found {found}: {_show(shape)}"
                         )
                 elif sizes.setdefault(expected, found) != found:
                     raise InputError(
@@ -296,4 +298,8 @@ def _draw(
 
 
 def _show(shape: Sequence[int | str]) -> str:
-    return "[" + ", ".join(map(str, shape)) + "]"
+    return "[" + ", ".join([*map(str, shape[:_SHOWN]), *(["..."] if len(shape) > _SHOWN else [])]) + "]"
+
+
+def _and_more(count: int) -> str:
+    return f" and {count} more" if count else ""

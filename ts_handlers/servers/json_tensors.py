@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ts_handlers.errors import InputError
+from ts_handlers.errors import InputError, bounded, shown
 from ts_handlers.settings import InputSpec
 
 NOT_BY_ROW = "the model's inputs or outputs do not have a row for each row of a request; it is answered alone"
@@ -50,9 +50,9 @@ def read_tensors(body: Any, specs: Sequence[InputSpec]) -> dict[str, torch.Tenso
             names = ", ".join(spec.name for spec in specs)
             raise InputError(f"expected a JSON object with the inputs {names}, found {type(body).__name__}")
         body = {specs[0].name: body}
-    unknown = sorted(set(body) - {spec.name for spec in specs})
+    unknown = set(body) - {spec.name for spec in specs}
     if unknown:
-        raise InputError(f"unknown input {unknown[0]!r}; expected {', '.join(spec.name for spec in specs)}")
+        raise InputError(f"unknown input {shown(min(unknown))}; expected {', '.join(spec.name for spec in specs)}")
     row = {}
     for spec in specs:
         if spec.name not in body:
@@ -68,8 +68,8 @@ def _read_tensor(value: Any, spec: InputSpec) -> torch.Tensor:
         tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
         if dtype == torch.float64 and tensor.is_floating_point():
             tensor = torch.as_tensor(value, dtype=dtype)  # without a detour through float32
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"input {spec.name!r} is not a nested list of numbers: {error}") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # the last: an integer beyond every float
+        raise InputError(f"input {spec.name!r} is not a nested list of numbers: {bounded(error)}") from error
     if tensor.is_floating_point() and not dtype.is_floating_point and tensor.numel():
         raise InputError(f"input {spec.name!r}: expected {spec.dtype} values, found fractions")
     found: torch.Tensor = tensor.to(dtype)

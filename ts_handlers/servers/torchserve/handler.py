@@ -22,10 +22,11 @@ import torch
 gc.freeze()
 
 from ts_handlers.compiled_model import ServedModel
-from ts_handlers.errors import BusyError, InputError, SettingsError
+from ts_handlers.errors import InputError, SettingsError
 from ts_handlers.model.base import ModelSource
 from ts_handlers.model.module import ModuleSource
 from ts_handlers.servers.json_tensors import NOT_BY_ROW, have_rows, join_rows, read_tensors, rows_of, split_rows
+from ts_handlers.servers.torchserve.answering import answer, answer_one_by_one, answer_together
 from ts_handlers.servers.torchserve.archive import (
     ArchiveFiles,
     gpu_of_worker,
@@ -35,10 +36,11 @@ from ts_handlers.servers.torchserve.archive import (
     source_of_archive,
 )
 from ts_handlers.servers.torchserve.base_handler import BaseHandler
+from ts_handlers.servers.torchserve.envelopes import guard_envelope
 from ts_handlers.servers.torchserve.metrics import Emitter
 from ts_handlers.servers.torchserve.micro_batching import MicroBatches, check_contexts, read_micro_batching
 from ts_handlers.servers.torchserve.recipes import handler_recipe
-from ts_handlers.servers.torchserve.request_batch import REFUSALS, CurrentBatch, RequestBatch
+from ts_handlers.servers.torchserve.request_batch import CurrentBatch, RequestBatch
 from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS, SECTION, Settings, parse_settings
 from ts_handlers.start import start_model
 from ts_handlers.system.cycle_collector import exempt_from_collection
@@ -112,6 +114,7 @@ class CompiledHandlerMixin:
         with prepared_for_base_handler(context, config, hide_gpu=across_workers):
             super().initialize(context)  # type: ignore[misc]
         self.model_yaml_config = config
+        guard_envelope()
         self._start_module_of_base_handler()
         self._start_micro_batches()
         if isinstance(self.model, ServedModel):
@@ -211,8 +214,8 @@ class CompiledHandlerMixin:
         return self.model(data, *args, **kwargs)
 
     def handle(self, data: Any, context: Any) -> Any:
-        """Answer a batch. A request that the model cannot answer gets HTTP 400 and leaves the others alone; requests
-        for which no execution context came free get HTTP 503."""
+        """Answer a batch. A request that fails leaves the others alone: HTTP 400 when the model cannot answer it, 503
+        when no execution context came free, and what TorchServe answers to a batch of one for any other error."""
         self.context = context
         compiled = isinstance(self.model, ServedModel)
         if compiled:
@@ -227,42 +230,27 @@ class CompiledHandlerMixin:
                 self._emitter.emit_contexts(torchserve_metrics, self.model.context_stats())
 
     def _answer(self, batch: RequestBatch) -> Any:
-        data, context = batch.rows, batch.context
-        if self._micro_batches is not None and data and not self._asks_for_more():
-            started = time.perf_counter()
-            answers = self._micro_batches.answer(batch, self._answer_one_by_one)
-            context.metrics.add_time("HandlerTime", round((time.perf_counter() - started) * 1000, 2), None, "ms")
-            return answers
-        try:
-            return self._answer_below(batch)
-        except BusyError as error:
-            return batch.refuse(error)
-        except InputError as error:
-            if data is None or len(data) == 1:
-                return batch.refuse(error)
-        return self._answer_one_by_one(batch)
+        if self._micro_batches is None or not batch.rows or os.environ.get("ENABLE_TORCH_PROFILER"):
+            return answer(batch, lambda part: answer_together(part, self._answer_below), self._answer_below)
+        return answer(batch, self._answer_by_parts, self._answer_below)
 
-    def _asks_for_more(self) -> bool:
-        """Whether the base class has to answer: describe, explain, or a run under its profiler."""
-        below: Any = self
-        return bool(os.environ.get("ENABLE_TORCH_PROFILER")) or below._is_describe() or below._is_explain()
+    def _answer_by_parts(self, batch: RequestBatch) -> Any:
+        if batch.asks_alone(0):
+            return answer_together(batch, self._answer_below)
+        assert self._micro_batches is not None
+        started = time.perf_counter()
+        answers = self._micro_batches.answer(batch, lambda part: answer_one_by_one(part, self._answer_below))
+        batch.context.metrics.add_time("HandlerTime", round((time.perf_counter() - started) * 1000, 2), None, "ms")
+        return answers
+
+    def _is_describe(self) -> bool:
+        """Whether the first request is TorchServe's describe; a prediction with its header is a prediction."""
+        batch = self._current.batch
+        return bool(super()._is_describe() if batch is None else batch.is_describe())  # type: ignore[misc]
 
     def _answer_below(self, batch: RequestBatch) -> Any:
         with self._current.use(batch):
             return super().handle(batch.rows, batch.context)  # type: ignore[misc]
-
-    def _answer_one_by_one(self, batch: RequestBatch) -> list[Any]:
-        """Answer each request alone, so that only the bad ones are refused."""
-        answers: list[Any] = []
-        busy: BusyError | None = None
-        for part in batch.split():
-            try:
-                # Behind one that found no context the others would wait as long again.
-                answers.extend(part.refuse(busy) if busy is not None else self._answer_below(part))
-            except REFUSALS as error:
-                busy = error if isinstance(error, BusyError) else None
-                answers.extend(part.refuse(error))
-        return answers
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
