@@ -203,7 +203,11 @@ class Backend(Protocol):
         """Load what `build` left in `directory`, whose bytes have been verified."""
 
     def substitute(self, settings: Settings, error: Exception) -> Backend | None:
-        """The backend to try after `error`, before the next one of the fallback order; None for that one."""
+        """The backend to try after `error`, before the next one of the fallback order; None for that one.
+
+        A substitute with an attribute `follows`, the name of a later backend of the order, is tried after that one.
+        Its artifact has the key of the backend that it is for.
+        """
 
 
 def call_module(module: Callable[..., Any], names: tuple[str, ...], tensors: list[torch.Tensor], by_name: bool) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,25 @@ from ts_handlers.model.archive_files import Tensors
 from ts_handlers.model.exported import ExportedSource
 from ts_handlers.model.exported_program import describe_program
 from ts_handlers.model.signature import Signature
+from ts_handlers.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 
-def build(target: Target, workspace: Workspace, merge: bool) -> Built:
+def build(target: Target, workspace: Workspace, merge: bool, takes_step: Callable[[Settings, str], bool]) -> Built:
     """Export, compile, check against eager, and leave the shared libraries in the workspace.
 
     With `merge` each step is tried with linear layers merged first, and with the layers as they are if that fails.
+    `takes_step` tells from its name whether a step is tried.
     """
     signature = target.require_signature()
     module = target.eager()
     reasons = []
     directory = workspace.directory
     for step, variants in export_steps(signature, target):
+        if not takes_step(target.settings, step):
+            reasons.append(f"{step}: not tried here")
+            continue
         for merged in (set[str](), None) if merge else (None,):
             for path in directory.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -194,9 +200,8 @@ def _inputs_description(signature: Signature) -> list[dict[str, Any]]:
 def _verify(
     target: Target, signature: Signature, directory: Path, description: Description, variants: list[Variant]
 ) -> dict[str, list[int]]:
-    """Compare with eager at the ends of the ranges (or at every static size); returns the ranges."""
-    ranges = {name: [d.min, d.max] for name, d in signature.dimensions.items()}
-    description["dimensions"] = ranges
+    """Compare with eager at the ends of the ranges (or at every static size); returns the ranges that were shown."""
+    description["dimensions"] = {name: [d.min, d.max] for name, d in signature.dimensions.items()}
     # Contexts and their CUDA graphs would only cost memory here.
     contexts = msgspec.structs.replace(target.settings.contexts, count=1, cuda_graphs=False)
     single = dataclasses.replace(target, settings=msgspec.structs.replace(target.settings, contexts=contexts))
@@ -204,7 +209,7 @@ def _verify(
     static = all(not variant_ranges for _, _, variant_ranges, _ in variants)
     cases = [fixed for _, fixed, _, _ in variants] if static else signature.corner_sizes()
     compare_sizes(target, loaded, cases)
-    return ranges
+    return {name: [d.min, d.max] for name, d in loaded.signature.dimensions.items()}
 
 
 def build_exported(target: Target, source: ExportedSource, workspace: Workspace) -> Built:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,29 @@ def _signature_of(description: Description) -> Signature:
         )
         for spec in description["inputs"]
     ]
-    return Signature(inputs, {name: Dimension(*bounds) for name, bounds in description["dimensions"].items()})
+    dimensions = {name: Dimension(*bounds) for name, bounds in description["dimensions"].items()}
+    static = static_sizes(description)
+    if static is not None:
+        # Entries of earlier versions claim what was declared; what holds are the sizes that each variant fixes.
+        for name in dimensions:
+            found = [sizes[name] for sizes in static]
+            dimensions[name] = Dimension(min(found), max(found))
+    return Signature(inputs, dimensions)
+
+
+def static_sizes(description: Description) -> list[Sizes] | None:
+    """The only sizes that an artifact answers, when each variant has fixed ones; None where some are dynamic."""
+    fixed: list[Sizes] = [variant["fixed"] for variant in description["variants"]]
+    complete = all(set(sizes) == set(description["dimensions"]) for sizes in fixed)
+    return fixed if description["dimensions"] and complete else None
+
+
+def _coverage(declared: Signature | None, static: list[Sizes] | None) -> dict[str, Any]:
+    """For `describe`, what was declared and which sizes are compiled, where these are not all."""
+    ranges = {} if declared is None else {name: [d.min, d.max] for name, d in declared.dimensions.items()}
+    if static is None or len(static) >= math.prod(high - low + 1 for low, high in ranges.values()):
+        return {}
+    return {"declared": ranges, "compiled": static}
 
 
 def place_weights(target: Target, directory: Path, description: Description) -> Tensors:
@@ -170,7 +193,8 @@ def load_artifact(target: Target, directory: Path, description: Description) -> 
         runs = [library.run for library in libraries]
     else:
         runs = [functools.partial(graphs.run, index) for index in range(len(variants))]
-    only = runs[0] if len(runs) == 1 else None
+    static = static_sizes(description)
+    only = runs[0] if len(runs) == 1 and static is None else None
 
     def run(tensors: list[torch.Tensor]) -> Any:
         infer = only or runs[choose_variant(fixed, signature, tensors)]
@@ -180,13 +204,14 @@ def load_artifact(target: Target, directory: Path, description: Description) -> 
         "step": description.get("step"),
         "variants": [variant["name"] for variant in variants],
         "ranges": {name: [d.min, d.max] for name, d in signature.dimensions.items()},
+        **_coverage(target.signature, static),
         "weights_from": description["weights_from"],
         "merged_linears": sum(len(s["shape"]) == 2 for s in description["constants"].values() if "parts" in s),
     }
     return Loaded(
         run=run,
         signature=signature,
-        sizes=fixed if description.get("step") == "static" else None,
+        sizes=fixed if description.get("step") == "static" else static,
         variants=len(variants),
         facts=facts,
         adjusts_threads=target.device.type == "cpu",
