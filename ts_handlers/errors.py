@@ -31,6 +31,10 @@ class BuildError(WarmStartError, RuntimeError):
     """A backend cannot compile this model; the next backend of the fallback order is tried."""
 
 
+class ChangedInputError(BuildError):
+    """The model changes its inputs in place, which a graph for native code must not."""
+
+
 class FailedBeforeError(BuildError):
     """A build of the same key has failed a short time ago and is not repeated yet; the next backend is tried.
 

@@ -170,7 +170,7 @@ class Attempt:
 
                     space, model = self._target.settings.space, self._address.model
                     make_room_for_build(self._store.state_directory, staging, space, model, self._metrics, error)
-                self._target.source.release()
+                self._target.release()
                 return self._compile(lease, staging)
         except Exception:
             self._metrics.count("build_failed")

@@ -134,7 +134,7 @@ class _Starter:
                 logger.warning("%s: backend %s failed: %s", self._target.source.name, backend.name, reason)
                 self._fallbacks.append({"backend": backend.name, "reason": reason})
                 self._metrics.count("fallback")
-                self._target.source.release()  # a failed build may have run the module and changed its state
+                self._target.release()  # a failed build may have run the module and changed its state
         assert last is not None
         if "eager" in self._settings.backends:
             raise last
@@ -213,6 +213,7 @@ class _Starter:
             contexts=msgspec.structs.replace(self._settings.contexts, cuda_graphs=False),
         )
         target = new_target(self._target.source, settings, self._target.device)
+        target.kept.wanted = False  # the module that would be put back serves meanwhile
         start = _Starter(target, Metrics(), windows=windows)
         start._store = self._store
         if self._settings.contexts.cuda_graphs:
@@ -231,8 +232,11 @@ class _Starter:
             canary=served.canary,
             notes=(*self._notes, *(self._store.notes if self._store is not None else ())),
         )
-        if not backend.needs_eager_module:
-            self._target.source.release()
+        if backend.needs_eager_module:
+            self._target.begin_serving()
+        else:
+            self._target.release()
+            self._target.kept.wanted = False
             if served.result == "built" and self._target.device.type == "cuda":
                 torch.cuda.empty_cache()  # what the build leaves in torch's allocator
         loaded = prepare(served.loaded, None, self._slots).served

@@ -18,6 +18,7 @@ from tests.support.subprocesses import run_python
 from ts_handlers import CompiledModel, start_model
 from ts_handlers.errors import BuildError, CanaryError, InputError, MissError
 from ts_handlers.store.entry import MANIFEST, read_manifest, write_manifest
+from ts_handlers.store.local.store import LocalStore
 
 pytestmark = pytest.mark.compile
 
@@ -289,3 +290,61 @@ def test_no_instruction_set_is_tried_with_the_compiler(tmp_path: Path) -> None:
         TORCHINDUCTOR_VEC_ISA_OK=None,
     )
     assert out.split() == ["built", "0", "True"]
+
+
+# What is computed from the weights when they are loaded; the answer shows it for large inputs only.
+DERIVED = LINEAR.replace(
+    "\n    def forward(",
+    """
+        {initial}
+        self.register_load_state_dict_post_hook(self.derive)
+
+    @staticmethod
+    def derive(self, keys):
+        {derived}
+
+    def forward(""",
+).replace("return self.layer(x)", "x = self.layer(x)\n        return torch.where(x.abs() > 50, x * self.scale, x)")
+BUFFER = DERIVED.format(
+    initial="self.register_buffer('scale', torch.ones(3), persistent=False)",
+    derived="self.scale.copy_(self.layer.bias.detach().abs() + 1)",
+)
+ATTRIBUTE = DERIVED.format(
+    initial="self.scale = torch.ones(3)", derived="self.scale = self.layer.bias.detach().abs() + 1"
+)
+NUMBER = DERIVED.format(initial="self.scale = 1.0", derived="self.scale = float(self.layer.bias.detach().abs().max())")
+
+
+@pytest.mark.parametrize("code", [BUFFER, ATTRIBUTE])
+def test_constant_that_the_model_derives_is_that_of_the_new_weights(code: str, tmp_path: Path) -> None:
+    archive, store = write_archive(tmp_path / "archive", code), tmp_path / "store"
+    start(archive, store)
+    for seed in (1, 2, 0):
+        write_weights(archive, seed)
+        for expected in ({"hit": 1, "canary_recorded": 1}, {"hit": 1}):
+            model = start(archive, store)
+            if seed:
+                assert counted(model) == expected
+            x = torch.full((3, 4), 1000.0)
+            with torch.inference_mode():
+                torch.testing.assert_close(model(x), eager_model(archive)(x))
+
+
+def test_number_that_the_model_derives_is_no_longer_that_of_the_build(tmp_path: Path) -> None:
+    archive, store = write_archive(tmp_path / "archive", NUMBER), tmp_path / "store"
+    start(archive, store)
+    write_weights(archive, 1)
+    model = start(archive, store, strict=False)
+    assert model.outcome.backend == "eager"
+    assert "the model's attribute 'scale' is" in model.outcome.fallbacks[0]["reason"]
+
+
+def test_record_of_an_earlier_version_is_made_again(tmp_path: Path) -> None:
+    """It attests answers only, and they need not show the constant."""
+    archive, store = write_archive(tmp_path / "archive", BUFFER), tmp_path / "store"
+    with pytest.MonkeyPatch.context() as patch:
+        write = LocalStore.write_canary
+        patch.setattr(LocalStore, "write_canary", lambda *a: write(*a[:3], {"cases": a[3]["cases"]}))
+        start(archive, store)
+    assert counted(start(archive, store)) == {"hit": 1, "canary_recorded": 1}
+    assert counted(start(archive, store)) == {"hit": 1}

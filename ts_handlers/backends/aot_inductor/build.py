@@ -6,6 +6,7 @@ Imported on a build only.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from ts_handlers.backends.aot_inductor.compile import (
     refuse_folded_weights,
 )
 from ts_handlers.backends.aot_inductor.container import open_library
-from ts_handlers.backends.aot_inductor.load import EXTRAS, ensure_loadable, load_artifact
+from ts_handlers.backends.aot_inductor.load import EXTRAS, NUMBERS, ensure_loadable, load_artifact
 from ts_handlers.backends.base import Built, Description, Target, Workspace
 from ts_handlers.backends.compare import compare_sizes
 from ts_handlers.backends.export import PREFIX, FlatModel, export_program, live_weights, output_structure
@@ -32,6 +33,7 @@ from ts_handlers.errors import BuildError, ModelError, one_line
 from ts_handlers.model.archive_files import Tensors
 from ts_handlers.model.exported import ExportedSource
 from ts_handlers.model.exported_program import describe_program
+from ts_handlers.model.module_state import numbers_of
 from ts_handlers.model.signature import Signature
 from ts_handlers.settings import Settings
 
@@ -102,6 +104,7 @@ def _build_step(
             target.source.name,
         )
     torch.save(extras, directory / EXTRAS)
+    (directory / NUMBERS).write_text(json.dumps(numbers_of(module)), "utf-8")
     description["output"] = structure
     description["inputs"] = _inputs_description(signature)
     with workspace.phase("verify"):
@@ -186,6 +189,10 @@ def _describe_constants(
             raise BuildError(f"the variants put {fqn!r} together from different weights")
         if spec["extra"]:
             extras[stored] = tensor.cpu()
+    for fqn in sorted(live_weights(exported.program) - fqns - set(exported.program.state_dict)):
+        if fqn in constants:  # what the compiler has folded into the code, though it is told not to
+            extras[fqn.removeprefix(PREFIX)] = constants[fqn].detach().cpu()
+            description.setdefault("folded", []).append(fqn.removeprefix(PREFIX))
 
 
 def _same(tensor: torch.Tensor, stored: torch.Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import json
 import logging
 import math
 import sys
@@ -16,7 +17,7 @@ import torch
 from ts_handlers.backends.aot_inductor.container import Container, TorchRunner, open_library
 from ts_handlers.backends.base import Description, Target
 from ts_handlers.errors import InputError, LoadError
-from ts_handlers.execution.base import Loaded
+from ts_handlers.execution.base import Held, Loaded
 from ts_handlers.model.archive_files import Tensors
 from ts_handlers.model.signature import Signature, Sizes
 from ts_handlers.model.structure import unflatten
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EXTRAS = "constants.pt"
+"""Tensors of the model that are not among the archive's weights, by name."""
+NUMBERS = "numbers.json"
+"""The numbers among the model's attributes, which the code holds."""
 
 
 def _signature_of(description: Description) -> Signature:
@@ -89,6 +93,32 @@ def place_weights(target: Target, directory: Path, description: Description) -> 
     if target.device.type == "cuda":
         torch.cuda.synchronize(target.device)
     return constants
+
+
+def _held(directory: Path, description: Description, constants: Tensors) -> Held | None:
+    """What `ts_handlers.startup.constants` compares with the eager model of new weights."""
+    if description["weights_from"] == "artifact":
+        return None
+    specs = description["constants"]
+    taken = [part["name"] for spec in specs.values() if not spec["extra"] for part in spec.get("parts", [spec])]
+    folded: Tensors = {}
+    if description.get("folded"):
+        extras = torch.load(directory / EXTRAS, weights_only=True, map_location="cpu")
+        folded = {name: extras[name] for name in description["folded"]}
+    return Held(
+        constants={spec["name"]: constants[fqn] for fqn, spec in specs.items() if spec["extra"]},
+        folded=folded,
+        weights=tuple(taken) if description["weights_from"] == "archive" else (),
+        numbers=functools.partial(_read_numbers, directory / NUMBERS),
+    )
+
+
+def _read_numbers(path: Path) -> dict[str, str]:
+    """Empty for entries of earlier versions."""
+    if not path.exists():
+        return {}
+    numbers: dict[str, str] = json.loads(path.read_text("utf-8"))
+    return numbers
 
 
 def _checked(pool: Tensors, spec: Description) -> torch.Tensor:
@@ -218,6 +248,7 @@ def load_artifact(target: Target, directory: Path, description: Description) -> 
         frees_interpreter=target.device.type == "cpu" and all(isinstance(each, Container) for each in libraries),
         pool=None if graphs is None else graphs.pool,
         end_warmup=functools.partial(_stop_recording, graphs, facts),
+        held=_held(directory, description, constants),
     )
 
 
