@@ -89,7 +89,8 @@ class ServedModel(abc.ABC):
     Raises
     ------
     InputError
-        The call does not fit the declared signature and `outside` is ``refuse``.
+        The call does not fit the declared signature and `outside` is ``refuse``. Declared sizes that are not compiled
+        are answered by the eager model.
     BusyError
         As many calls as can run at once were under way for `contexts.wait_seconds`.
     """
@@ -180,7 +181,7 @@ class CompiledModel(ServedModel):
                 return loaded.run(tensors)
             except InputError:
                 if not self._outside_eager:
-                    raise
+                    self.signature.check(tensors)  # what is declared and not compiled is answered eagerly
         except InputError:
             self.metrics.count("refused")
             raise
@@ -212,8 +213,13 @@ class CompiledModel(ServedModel):
 
     @property
     def signature(self) -> Signature:
-        """What the model accepts; without inputs when nothing was declared."""
-        return self._loaded.signature
+        """What the model accepts: what is declared, also where the artifact covers a part of it."""
+        accepted, declared = self._loaded.signature, self._target.signature
+        if declared is None or declared.dimensions == accepted.dimensions:
+            return accepted
+        if set(declared.dimensions) != set(accepted.dimensions):
+            return accepted
+        return Signature(accepted.inputs, declared.dimensions)
 
     @property
     def pool(self) -> ContextPool[Any]:

@@ -42,6 +42,10 @@ class DiskFullError(BuildError):
         self.free = dict(free or {})
 
 
+class ChangedInputError(BuildError):
+    """The model changes its inputs in place, which a graph for native code must not."""
+
+
 class FailedBeforeError(BuildError):
     """A build of the same key has failed a short time ago and is not repeated yet; the next backend is tried.
 

@@ -66,17 +66,22 @@ class Case:
     constants: list[str]
 
 
+def copies(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """The tensors as a run's own, on `device`: a model may change its inputs in place."""
+    return [tensor.to(device, copy=True) for tensor in tensors]
+
+
 def eager_case(eager: Run, signature: Signature, sizes: Sizes, seed: int, device: torch.device) -> Case:
     """Draw an input of these sizes and ask the eager model, which is on `device`."""
     inputs = signature.generate(sizes, seed=seed)
-    outputs, structure = flatten(eager([tensor.to(device) for tensor in inputs]))
+    outputs, structure = flatten(eager(copies(inputs, device)))
     kept = [tensor.detach().cpu().clone() for tensor in outputs]  # an output may share memory with an input
     return Case(dict(sizes), inputs, kept, constants_of(structure))
 
 
 def compare_case(run: Run, case: Case, device: torch.device, tolerance: float | None) -> float:
     """Run an artifact on a case's input and compare the answers; returns and raises as `compare_outputs`."""
-    leaves, structure = flatten(run([tensor.to(device) for tensor in case.inputs]))
+    leaves, structure = flatten(run(copies(case.inputs, device)))
     _compare_constants(constants_of(structure), case.constants)
     return _compare_tensors(leaves, case.outputs, tolerance)
 

@@ -22,6 +22,7 @@ from ts_handlers.errors import (
 )
 from ts_handlers.execution.base import Loaded
 from ts_handlers.guard.guard import Guard
+from ts_handlers.key.cache_key import CacheKey
 from ts_handlers.startup.base import Served, Start
 from ts_handlers.startup.loading import Loader
 from ts_handlers.store.address import Address
@@ -72,9 +73,10 @@ class Attempt:
         self._address = address
         target = start.target
         digest = target.source.weights_digest
-        self._guard = Guard(
-            start.store.state_directory, target.settings, address.key, address.model, digest, start.retry_since
-        )
+        follows = getattr(backend, "follows", None)
+        # Under a key that is shared, its failures are its own: those of the first attempt must not refuse this one.
+        key = address.key if follows is None else CacheKey((*address.key.parts, ("after", follows)))
+        self._guard = Guard(start.store.state_directory, target.settings, key, address.model, digest, start.retry_since)
         self._loader = Loader(start, backend, address, self._guard)
 
     def find(self) -> Served | None:
@@ -177,7 +179,7 @@ class Attempt:
 
                     space, model = self._target.settings.space, self._address.model
                     make_room_for_build(self._store.state_directory, staging, space, model, self._metrics, error)
-                self._target.source.release()
+                self._target.release()
                 return self._compile(lease, staging)
         except Exception:
             self._metrics.count("build_failed")

@@ -13,6 +13,7 @@ from ts_handlers.backends.base import Target
 from ts_handlers.backends.compare import Case, compare_case, eager_case
 from ts_handlers.backends.eager import eager_run
 from ts_handlers.execution.base import Loaded
+from ts_handlers.startup.constants import take_constants, use_constants
 from ts_handlers.startup.warmup import declared_sizes, few_threads
 from ts_handlers.store.address import Address
 from ts_handlers.store.base import Store
@@ -34,13 +35,15 @@ def check_canary(store: Store, address: Address, target: Target, loaded: Loaded)
     record = store.read_canary(address, weights)
     source = "record"
     with few_threads(loaded):
-        if record is None or not _is_complete(record):
+        if record is None or not _is_complete(record, loaded):
             source = "eager"
-            record = _record(target, loaded)
+            constants = take_constants(target, loaded)
+            record = {**_record(target, loaded), "constants": constants}
             cases = record["cases"]
             error = _run_cases(cases, target, loaded)
             store.write_canary(address, weights, record)
         else:
+            use_constants(loaded, record.get("constants", {}))
             cases = record["cases"] if loaded.variants > 1 else [_one_case(record["cases"], target, loaded)]
             error = _run_cases(cases, target, loaded)
     return {"source": source, "error": error, "cases": [case["sizes"] for case in cases]}
@@ -52,7 +55,9 @@ def _one_case(cases: list[dict[str, Any]], target: Target, loaded: Loaded) -> di
     return next((case for case in cases if case["sizes"] in wanted), cases[0])
 
 
-def _is_complete(record: dict[str, Any]) -> bool:
+def _is_complete(record: dict[str, Any], loaded: Loaded) -> bool:
+    if "constants" not in record and loaded.held is not None and (loaded.held.constants or loaded.held.folded):
+        return False  # of an earlier version, which did not compare them
     cases = record.get("cases")
     if not isinstance(cases, list) or not cases:
         return False

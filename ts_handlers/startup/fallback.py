@@ -71,6 +71,12 @@ def start_here(
     return model
 
 
+def _place(instead: Backend | None, remaining: list[Backend]) -> int:
+    """Where in the fallback order a substitute is tried: at once, or after the backend that it follows."""
+    follows = getattr(instead, "follows", None)
+    return next((index + 1 for index, each in enumerate(remaining) if each.name == follows), 0)
+
+
 class _Starter:
     """One start: tries one backend after the other and remembers what happened."""
 
@@ -101,26 +107,34 @@ class _Starter:
         if any(backend.persistent for backend in remaining) and self._target.source.weights_by_name:
             self._target.require_signature()
         last: Exception | None = None
+        missed: MissError | None = None  # of a backend whose part others may cover: they are looked up too
         while remaining:
             backend = remaining.pop(0)
             try:
                 return self._try(backend)
             except Exception as error:
-                # A miss is final with `on_miss: fail`, unless the backend substitutes a quarantined one.
-                substitutes = isinstance(error, MissError) and self._metrics.counters["quarantined"] > 0
+                instead = backend.substitute(self._settings, error)
+                later = _place(instead, remaining)
+                if later and isinstance(error, MissError):
+                    missed = MissError(str(error))
+                # A miss is final with `on_miss: fail`, unless the backend substitutes a quarantined one, or leaves
+                # sizes to others, whose entries are looked up then.
+                others = missed is not None and (later > 0 or any(each.persistent for each in remaining))
+                goes_on = isinstance(error, MissError) and (self._metrics.counters["quarantined"] > 0 or others)
                 strict = self._settings.strict and not isinstance(error, RefitError)  # which the same backend mends
-                if strict or (isinstance(error, FINAL) and not substitutes):
+                if strict or (isinstance(error, FINAL) and not goes_on):
+                    if missed is not None and isinstance(error, MissError):
+                        raise missed from None
                     raise
                 logger.debug("details", exc_info=error)
-                instead = backend.substitute(self._settings, error)
                 if instead is not None:
-                    remaining.insert(0, instead)
+                    remaining.insert(later, instead)
                 last = error.with_traceback(None)  # whose frames hold what failed
                 reason = f"{type(error).__name__}: {one_line(error)}"
                 logger.warning("%s: backend %s failed: %s", self._target.source.name, backend.name, reason)
                 self._fallbacks.append({"backend": backend.name, "reason": reason})
                 self._metrics.count("fallback")
-                self._target.source.release()  # a failed build may have run the module and changed its state
+                self._target.release()  # a failed build may have run the module and changed its state
         assert last is not None
         if "eager" in self._settings.backends:
             raise last
@@ -199,6 +213,7 @@ class _Starter:
             contexts=msgspec.structs.replace(self._settings.contexts, cuda_graphs=False),
         )
         target = new_target(self._target.source, settings, self._target.device)
+        target.kept.wanted = False  # the module that would be put back serves meanwhile
         start = _Starter(target, Metrics(), windows=windows)
         start._store = self._store
         if self._settings.contexts.cuda_graphs:
@@ -217,8 +232,11 @@ class _Starter:
             canary=served.canary,
             notes=(*self._notes, *(self._store.notes if self._store is not None else ())),
         )
-        if not backend.needs_eager_module:
-            self._target.source.release()
+        if backend.needs_eager_module:
+            self._target.begin_serving()
+        else:
+            self._target.release()
+            self._target.kept.wanted = False
             if served.result == "built" and self._target.device.type == "cuda":
                 torch.cuda.empty_cache()  # what the build leaves in torch's allocator
         loaded = prepare(served.loaded, None, self._slots).served

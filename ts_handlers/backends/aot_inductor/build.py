@@ -6,8 +6,10 @@ Imported on a build only.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +25,7 @@ from ts_handlers.backends.aot_inductor.compile import (
     refuse_folded_weights,
 )
 from ts_handlers.backends.aot_inductor.container import open_library
-from ts_handlers.backends.aot_inductor.load import EXTRAS, ensure_loadable, load_artifact
+from ts_handlers.backends.aot_inductor.load import EXTRAS, NUMBERS, ensure_loadable, load_artifact
 from ts_handlers.backends.base import Built, Description, Target, Workspace
 from ts_handlers.backends.compare import compare_sizes
 from ts_handlers.backends.export import PREFIX, FlatModel, export_program, live_weights, output_structure
@@ -32,16 +34,19 @@ from ts_handlers.guard.failures import is_passing
 from ts_handlers.model.archive_files import Tensors
 from ts_handlers.model.exported import ExportedSource
 from ts_handlers.model.exported_program import describe_program
+from ts_handlers.model.module_state import numbers_of
 from ts_handlers.model.signature import Signature
+from ts_handlers.settings import Settings
 from ts_handlers.system.files import RememberingWriter, bounded_name
 
 logger = logging.getLogger(__name__)
 
 
-def build(target: Target, workspace: Workspace, merge: bool) -> Built:
+def build(target: Target, workspace: Workspace, merge: bool, takes_step: Callable[[Settings, str], bool]) -> Built:
     """Export, compile, check against eager, and leave the shared libraries in the workspace.
 
     With `merge` each step is tried with linear layers merged first, and with the layers as they are if that fails.
+    `takes_step` tells from its name whether a step is tried.
     """
     signature = target.require_signature()
     module = target.eager()
@@ -49,6 +54,9 @@ def build(target: Target, workspace: Workspace, merge: bool) -> Built:
     last: Exception | None = None
     directory = workspace.directory
     for step, variants in export_steps(signature, target):
+        if not takes_step(target.settings, step):
+            reasons.append(f"{step}: not tried here")
+            continue
         for merged in (set[str](), None) if merge else (None,):
             for path in directory.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -104,6 +112,7 @@ def _build_step(
     with RememberingWriter(directory / EXTRAS) as file:
         torch.save(extras, cast(Any, file))
         file.check()
+    (directory / NUMBERS).write_text(json.dumps(numbers_of(module)), "utf-8")
     description["output"] = structure
     description["inputs"] = _inputs_description(signature)
     with workspace.phase("verify"):
@@ -188,6 +197,10 @@ def _describe_constants(
             raise BuildError(f"the variants put {fqn!r} together from different weights")
         if spec["extra"]:
             extras[stored] = tensor.cpu()
+    for fqn in sorted(live_weights(exported.program) - fqns - set(exported.program.state_dict)):
+        if fqn in constants:  # what the compiler has folded into the code, though it is told not to
+            extras[fqn.removeprefix(PREFIX)] = constants[fqn].detach().cpu()
+            description.setdefault("folded", []).append(fqn.removeprefix(PREFIX))
 
 
 def _same(tensor: torch.Tensor, stored: torch.Tensor) -> bool:
@@ -202,9 +215,8 @@ def _inputs_description(signature: Signature) -> list[dict[str, Any]]:
 def _verify(
     target: Target, signature: Signature, directory: Path, description: Description, variants: list[Variant]
 ) -> dict[str, list[int]]:
-    """Compare with eager at the ends of the ranges (or at every static size); returns the ranges."""
-    ranges = {name: [d.min, d.max] for name, d in signature.dimensions.items()}
-    description["dimensions"] = ranges
+    """Compare with eager at the ends of the ranges (or at every static size); returns the ranges that were shown."""
+    description["dimensions"] = {name: [d.min, d.max] for name, d in signature.dimensions.items()}
     # Contexts and their CUDA graphs would only cost memory here.
     contexts = msgspec.structs.replace(target.settings.contexts, count=1, cuda_graphs=False)
     single = dataclasses.replace(target, settings=msgspec.structs.replace(target.settings, contexts=contexts))
@@ -212,7 +224,7 @@ def _verify(
     static = all(not variant_ranges for _, _, variant_ranges, _ in variants)
     cases = [fixed for _, fixed, _, _ in variants] if static else signature.corner_sizes()
     compare_sizes(target, loaded, cases)
-    return ranges
+    return {name: [d.min, d.max] for name, d in loaded.signature.dimensions.items()}
 
 
 def build_exported(target: Target, source: ExportedSource, workspace: Workspace) -> Built:

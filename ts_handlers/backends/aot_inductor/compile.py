@@ -13,14 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from ts_handlers.backends.aot_inductor.static_sizes import STATIC, static_sizes
 from ts_handlers.backends.base import Target
 from ts_handlers.backends.export import live_weights
 from ts_handlers.errors import BuildError
 from ts_handlers.model.signature import Signature, Sizes
 from ts_handlers.system.files import RememberingWriter
-
-MAX_STATIC_VARIANTS = 16
-
 
 Variant = tuple[str, Sizes, dict[str, tuple[int, int]], bool]  # name, fixed sizes, dynamic ranges, size-oblivious
 
@@ -30,7 +28,7 @@ def export_steps(signature: Signature, target: Target) -> Iterator[tuple[str, li
     ranges = {name: (d.min, d.max) for name, d in signature.dimensions.items() if d.min != d.max}
     fixed = {name: d.min for name, d in signature.dimensions.items() if d.min == d.max}
     if not ranges:
-        yield "static", [("static", fixed, {}, False)]
+        yield STATIC, [(STATIC, fixed, {}, False)]
         return
     yield "dynamic", [("dynamic", fixed, ranges, True)]
     ones = [name for name, (low, _) in ranges.items() if low == 1]
@@ -41,11 +39,9 @@ def export_steps(signature: Signature, target: Target) -> Iterator[tuple[str, li
             name = "dynamic" + "".join(f"-{n}1" for n in chosen)
             variants.append((name, {**fixed, **dict.fromkeys(chosen, 1)}, rest, False))
     yield "dynamic+ones", variants
-    declared = [dict(sizes) for sizes in target.settings.warmup if set(sizes) == set(signature.dimensions)]
+    declared = static_sizes(target.settings)
     if declared:
-        if len(declared) > MAX_STATIC_VARIANTS:
-            declared = declared[:MAX_STATIC_VARIANTS]
-        yield "static", [(_sizes_name(sizes), sizes, {}, False) for sizes in declared]
+        yield STATIC, [(_sizes_name(sizes), sizes, {}, False) for sizes in declared]
 
 
 def _sizes_name(sizes: Sizes) -> str:
