@@ -29,7 +29,15 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ts_handlers.errors import FINAL, BuildError, CanaryError, FailedBeforeError, QuarantinedError, one_line
+from ts_handlers.errors import (
+    FINAL,
+    BuildError,
+    CanaryError,
+    FailedBeforeError,
+    QuarantinedError,
+    SampleError,
+    one_line,
+)
 from ts_handlers.guard.markers import CrashRecord, Marker, read_crash_records, write_marker
 from ts_handlers.guard.quarantine import read_quarantines, write_record
 from ts_handlers.guard.records import FailedBuild, Quarantine
@@ -150,7 +158,7 @@ class Guard:
         except FINAL:
             raise
         except Exception as error:
-            if not isinstance(error, CanaryError):  # a quarantine of its own
+            if not isinstance(error, (CanaryError, SampleError)):  # a quarantine of its own; nobody's fault
                 reason = f"{type(error).__name__}: {one_line(error)}"
                 took = time.monotonic() - began
                 remember_failure(

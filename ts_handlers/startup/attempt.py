@@ -17,12 +17,14 @@ from ts_handlers.errors import (
     FailedBeforeError,
     QuarantinedError,
     RefitError,
+    SampleError,
     StoreError,
     one_line,
 )
 from ts_handlers.execution.base import Loaded
 from ts_handlers.guard.guard import Guard
 from ts_handlers.startup.base import Served, Start
+from ts_handlers.startup.inputs import settle_inputs
 from ts_handlers.startup.loading import Loader
 from ts_handlers.store.address import Address
 from ts_handlers.store.base import Corrupt, Hit, Miss
@@ -176,6 +178,7 @@ class Attempt:
 
     def _compile(self, lease: Lease, staging: Path) -> _Made:
         self._target.check_source()
+        settle_inputs(self._target, self._start.notes)
         lease.report(phase="build")
         with self._metrics.phase("build"), self._guard.marked("build"):
             workspace = Workspace(staging, self._metrics.build_phase, self._store.shared_directory)
@@ -207,4 +210,4 @@ class Attempt:
 
 def _is_damage(error: Exception) -> bool:
     """Whether an error while loading a verified entry says that the entry is at fault, not the model or the weights."""
-    return not isinstance(error, (CanaryError, MemoryError, RefitError))
+    return not isinstance(error, (CanaryError, MemoryError, RefitError, SampleError))
