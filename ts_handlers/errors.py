@@ -67,6 +67,10 @@ class CanaryError(WarmStartError, RuntimeError):
     """An artifact did not reproduce the eager model's output; it is not served."""
 
 
+class SampleError(WarmStartError, RuntimeError):
+    """The plain model refuses every input that is drawn for canary and warm-up; no backend is at fault."""
+
+
 class QuarantinedError(WarmStartError, RuntimeError):
     """An artifact has ended a process here, or answered wrongly; it is not tried again until that is lifted."""
 

@@ -80,7 +80,10 @@ def test_unknown_keys_are_named_at_every_level(section: dict[str, Any], parts: l
         ({"on_miss": "ignore"}, ["handler.ts_handlers.on_miss", "'ignore'", "compile, background, fail, eager"]),
         ({"inputs": [{**INPUT, "dtype": "float31"}]}, ["handler.ts_handlers.inputs[0].dtype", "'float31'", "bfloat16"]),
         ({"inputs": [{**INPUT, "shape": [1.5]}]}, ["handler.ts_handlers.inputs[0].shape[0]", "1.5"]),
-        ({"inputs": [{**INPUT, "limits": [1]}]}, ["handler.ts_handlers.inputs[0].limits", "array", "2"]),
+        (
+            {"inputs": [{**INPUT, "shape": [4], "limits": [1]}]},
+            ["handler.ts_handlers.inputs[0].limits", "two numbers", "[1]"],
+        ),
         ({"inputs": [{**INPUT, "limits": [0, "x"]}]}, ["handler.ts_handlers.inputs[0].limits[1]", "'x'"]),
         ({"inputs": [{"name": "x", "dtype": "int64"}]}, ["handler.ts_handlers.inputs[0]", "shape"]),
         ({"dimensions": {"batch": 3}}, ["handler.ts_handlers.dimensions.batch", "object", "3"]),

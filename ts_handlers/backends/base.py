@@ -59,6 +59,9 @@ from typing import Any, Protocol
 
 import torch
 
+from ts_handlers.backends.calling import Passing as Passing
+from ts_handlers.backends.calling import call_module as call_module
+from ts_handlers.backends.calling import takes_names as takes_names
 from ts_handlers.errors import SettingsError
 from ts_handlers.execution.base import Loaded
 from ts_handlers.model.archive_files import Tensors
@@ -253,20 +256,3 @@ class Backend(Protocol):
         A substitute with an attribute `follows`, the name of a later backend of the order, is tried after that one.
         Its artifact has the key of the backend that it is for.
         """
-
-
-def call_module(module: Callable[..., Any], names: tuple[str, ...], tensors: list[torch.Tensor], by_name: bool) -> Any:
-    """Call a module with tensors in declared order, by keyword where its signature has those names."""
-    return module(**dict(zip(names, tensors, strict=True))) if by_name else module(*tensors)
-
-
-def takes_names(module: torch.nn.Module, names: tuple[str, ...]) -> bool:
-    """Whether `module.forward` has parameters of all these names."""
-    import inspect
-
-    try:
-        parameters = inspect.signature(module.forward).parameters
-    except (TypeError, ValueError):
-        return False
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return all(name in parameters and parameters[name].kind in kinds for name in names)

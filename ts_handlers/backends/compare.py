@@ -73,7 +73,11 @@ def copies(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.
 
 def eager_case(eager: Run, signature: Signature, sizes: Sizes, seed: int, device: torch.device) -> Case:
     """Draw an input of these sizes and ask the eager model, which is on `device`."""
-    inputs = signature.generate(sizes, seed=seed)
+    return case_of(eager, sizes, signature.generate(sizes, seed=seed), device)
+
+
+def case_of(eager: Run, sizes: Sizes, inputs: list[torch.Tensor], device: torch.device) -> Case:
+    """Ask the eager model, which is on `device`, about inputs that are on the CPU."""
     outputs, structure = flatten(eager(copies(inputs, device)))
     kept = [tensor.detach().cpu().clone() for tensor in outputs]  # an output may share memory with an input
     return Case(dict(sizes), inputs, kept, constants_of(structure))
@@ -162,8 +166,11 @@ def compare_sizes(
         With the sizes at which it differs or does not run.
     """
     eager = eager or eager_run(target, loaded.signature.names)
+    signature = loaded.signature
+    if target.signature is not None and target.signature.names == signature.names:
+        signature = signature.with_values_of(target.signature)  # an artifact does not know what the model accepts
     for sizes in wanted:
-        case = eager_case(eager, loaded.signature, sizes, seed=2, device=target.device)
+        case = eager_case(eager, signature, sizes, seed=2, device=target.device)
         try:
             compare_case(loaded.run, case, target.device, target.settings.canary.tolerance)
         except (CanaryError, RuntimeError, InputError) as error:

@@ -40,6 +40,7 @@ from ts_handlers.errors import (
     DiskFullError,
     FailedBeforeError,
     QuarantinedError,
+    SampleError,
     one_line,
 )
 from ts_handlers.guard.markers import CrashRecord, Marker, read_crash_records, write_marker
@@ -182,7 +183,7 @@ class Guard:
         except FINAL:
             raise
         except Exception as error:
-            if not isinstance(error, CanaryError):  # a quarantine of its own
+            if not isinstance(error, (CanaryError, SampleError)):  # a quarantine of its own; nobody's fault
                 reason = f"{type(error).__name__}: {one_line(error)}"
                 took = time.monotonic() - began
                 remember_failure(

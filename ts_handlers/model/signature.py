@@ -8,7 +8,6 @@ declared names, dtypes, shapes, ranges and limits, and what does not fit is refu
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,15 +15,16 @@ import msgspec
 import torch
 
 from ts_handlers.errors import InputError, LoadError, shown
-from ts_handlers.settings import DTYPES, Dimension, InputSpec
-from ts_handlers.settings.values import values_to_draw
+from ts_handlers.model.limits import check_values
+from ts_handlers.model.sampling import RANDOM, draw
+from ts_handlers.settings import Dimension, InputSpec
+from ts_handlers.settings.values import column_limits, values_to_draw
 
 Sizes = dict[str, int]
 _REMEMBERED = 1000
 """Combinations of dtypes and shapes that `Signature.check` has accepted and need not look at again."""
 _SHOWN = 16
 """Dimensions of a shape that a message shows."""
-_ORDERED = {getattr(torch, name) for name in DTYPES}
 
 
 class Signature:
@@ -36,13 +36,19 @@ class Signature:
         The inputs in the order in which positional arguments are taken.
     dimensions:
         Inclusive ranges, by the names that the shapes use.
+    kind:
+        Which inputs `generate` draws, one of `ts_handlers.model.sampling.KINDS`; None, which draws random ones, until
+        the model was seen to accept a kind.
     """
 
-    def __init__(self, inputs: Sequence[InputSpec], dimensions: Mapping[str, Dimension]) -> None:
+    def __init__(
+        self, inputs: Sequence[InputSpec], dimensions: Mapping[str, Dimension], kind: str | None = None
+    ) -> None:
+        self.kind = kind
         self.inputs = tuple(_with_values(spec) for spec in inputs)
         self.dimensions = dict(dimensions)
         self.names = tuple(spec.name for spec in self.inputs)
-        self._limits = tuple(spec.limits for spec in self.inputs)
+        self._has_limits = tuple(spec.limits is not None or bool(spec.excludes) for spec in self.inputs)
         self._dtypes = tuple(getattr(torch, spec.dtype) for spec in self.inputs)
         self._ranges = {name: (d.min, d.max) for name, d in self.dimensions.items()}
         self._accepted: dict[tuple[tuple[torch.dtype, torch.Size], ...], Sizes] = {}
@@ -83,9 +89,8 @@ class Signature:
                 raise InputError(f"input {name!r}: expected a tensor, found {type(value).__name__}")
             if value.layout != torch.strided:
                 raise InputError(f"input {name!r}: expected a dense tensor, found layout {str(value.layout)[6:]}")
-            limits = self._limits[index]
-            if limits is not None:  # looked at where the tensor lies: on a GPU it would take a synchronisation
-                _check_limits(name, value, *limits)
+            if self._has_limits[index]:  # looked at where the tensor lies: on a GPU it would take a synchronisation
+                check_values(self.inputs[index], value)
             if value.device != device:
                 value = value.to(device, non_blocking=True)
             # An artifact reads the memory as it lies, so pending negations (imag of a conjugate) are carried out here.
@@ -175,16 +180,9 @@ class Signature:
         """
         generator = torch.Generator().manual_seed(seed)
         tensors = []
-        for spec, dtype in zip(self.inputs, self._dtypes, strict=True):
+        for spec in self.inputs:
             shape = [size if isinstance(size, int) else sizes[size] for size in spec.shape]
-            drawn_from = values_to_draw(spec)
-            if drawn_from is None:
-                tensors.append(torch.randn(shape, generator=generator).to(dtype))
-            elif dtype.is_floating_point:
-                tensors.append(_draw(shape, *drawn_from, dtype, generator))
-            else:
-                low, high = map(int, drawn_from)
-                tensors.append(torch.randint(low, high, shape, generator=generator).to(dtype))
+            tensors.append(draw(spec, shape, generator, self.kind or RANDOM))
         return tensors
 
     def example_sizes(self, wanted: Mapping[str, int] | None = None) -> Sizes:
@@ -226,7 +224,7 @@ class Signature:
             name: Dimension(*ranges[name]) if name in ranges else dimension
             for name, dimension in self.dimensions.items()
         }
-        return Signature(self.inputs, dimensions)
+        return Signature(self.inputs, dimensions, self.kind)
 
     def with_values_of(self, declared: Signature) -> Signature:
         """The same signature with the values and limits that `declared` has for its inputs.
@@ -239,16 +237,18 @@ class Signature:
             Limits are declared for an input that this signature does not have.
         """
         specs = {spec.name: spec for spec in declared.inputs}
-        unknown = [name for name, spec in specs.items() if spec.limits is not None and name not in self.names]
+        limited = [name for name, spec in specs.items() if spec.limits is not None or spec.excludes]
+        unknown = [name for name in limited if name not in self.names]
         if unknown:
             raise LoadError(f"the artifact has no input {unknown[0]!r}, for which limits are declared")
-        inputs = [
-            msgspec.structs.replace(spec, values=specs[spec.name].values, limits=specs[spec.name].limits)
-            if spec.name in specs
-            else spec
-            for spec in self.inputs
-        ]
-        return Signature(inputs, self.dimensions)
+        inputs = []
+        for spec in self.inputs:
+            other = specs.get(spec.name)
+            if other is not None:
+                values = {"values": other.values, "limits": other.limits, "excludes": other.excludes}
+                spec = msgspec.structs.replace(spec, **values)
+            inputs.append(spec)
+        return Signature(inputs, self.dimensions, declared.kind)
 
     def canonical(self) -> str:
         """One line that is equal for signatures of equal names, dtypes, shapes and ranges; a part of the cache key."""
@@ -257,44 +257,26 @@ class Signature:
         return f"{inputs}|{ranges}"
 
 
+def row_dimension(inputs: Sequence[InputSpec]) -> str | None:
+    """The dynamic dimension that counts rows: dimension 0 of every input, and no other one; None without one.
+
+    Examples
+    --------
+    >>> row_dimension([InputSpec("ids", "int64", ("batch", "sequence")), InputSpec("age", "float32", ("batch",))])
+    'batch'
+    """
+    leading = {spec.shape[0] if spec.shape else None for spec in inputs}
+    name = leading.pop() if len(leading) == 1 else None
+    if not isinstance(name, str) or any(name in spec.shape[1:] for spec in inputs):
+        return None
+    return name
+
+
 def _with_values(spec: InputSpec) -> InputSpec:
     """An input that has limits with the range in them from which it is drawn; an artifact's manifest keeps that one."""
-    if spec.limits is None or spec.values is not None:
+    if spec.limits is None or spec.values is not None or column_limits(spec) is not None:
         return spec
     return msgspec.structs.replace(spec, values=values_to_draw(spec))
-
-
-def _check_limits(name: str, tensor: torch.Tensor, low: float | None, high: float | None) -> None:
-    """Refuse values below `low` or from `high` on, and those that are not a number."""
-    if tensor.dtype not in _ORDERED:
-        raise InputError(f"input {name!r}: expected real numbers, found {str(tensor.dtype)[6:]}")
-    if not tensor.numel():
-        return
-    ends = tensor.aminmax()
-    least, most = torch.stack(ends).tolist() if tensor.is_cuda else (ends[0].item(), ends[1].item())
-    # NaN, which `aminmax` hands on, fails every comparison.
-    if (low is None or low <= least) and (high is None or most < high):
-        return
-    found = most if low is None or low <= least else least
-    shown = ", ".join("null" if bound is None else f"{bound}" for bound in (low, high))
-    raise InputError(
-        f"input {name!r}: expected values inside its limits [{shown}), found {found}; the limits are declared in "
-        f"handler.ts_handlers.inputs of model-config.yaml"
-    )
-
-
-def _draw(
-    shape: Sequence[int], low: float, high: float, dtype: torch.dtype, generator: torch.Generator
-) -> torch.Tensor:
-    """Uniform values of ``[low, high)`` as far as the dtype has them: rounding would reach the end of the range."""
-    share = torch.rand(shape, generator=generator).double()
-    value = (share * high + (1 - share) * low).to(dtype)
-    first, last = torch.tensor(low, dtype=dtype), torch.tensor(high, dtype=dtype)
-    if first.item() < low:
-        first = torch.nextafter(first, torch.full_like(first, math.inf))
-    if last.item() >= high:
-        last = torch.nextafter(last, torch.full_like(last, -math.inf))
-    return value.clamp(first, last)
 
 
 def _show(shape: Sequence[int | str]) -> str:

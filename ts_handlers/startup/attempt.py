@@ -17,6 +17,7 @@ from ts_handlers.errors import (
     FailedBeforeError,
     QuarantinedError,
     RefitError,
+    SampleError,
     StoreError,
     one_line,
 )
@@ -24,6 +25,7 @@ from ts_handlers.execution.base import Loaded
 from ts_handlers.guard.guard import Guard
 from ts_handlers.key.cache_key import CacheKey
 from ts_handlers.startup.base import Served, Start
+from ts_handlers.startup.inputs import settle_inputs
 from ts_handlers.startup.loading import Loader
 from ts_handlers.store.address import Address
 from ts_handlers.store.base import Corrupt, Hit, Miss
@@ -187,6 +189,7 @@ class Attempt:
 
     def _compile(self, lease: Lease, staging: Path) -> _Made:
         self._target.check_source()
+        settle_inputs(self._target, self._start.notes)
         lease.report(phase="build")
         with self._metrics.phase("build"), self._guard.marked("build"):
             workspace = Workspace(staging, self._metrics.build_phase, self._store.shared_directory)
@@ -222,7 +225,7 @@ def _is_damage(error: Exception) -> bool:
     Others speak of the model, of the weights, or of this machine at this moment: no room, no descriptors, a disk that
     does not answer.
     """
-    if isinstance(error, (CanaryError, MemoryError, RefitError)):
+    if isinstance(error, (CanaryError, MemoryError, RefitError, SampleError)):
         return False
     from ts_handlers.guard.failures import is_passing
 

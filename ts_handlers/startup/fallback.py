@@ -33,6 +33,7 @@ from ts_handlers.settings import Settings
 from ts_handlers.settings.sections import GuardSettings
 from ts_handlers.startup.attempt import Attempt
 from ts_handlers.startup.base import IdleWindows, Served, Start
+from ts_handlers.startup.inputs import try_eager
 from ts_handlers.startup.preparation import prepare
 from ts_handlers.startup.target import new_target
 from ts_handlers.store.address import Address
@@ -145,7 +146,9 @@ class _Starter:
         if not backend.persistent:
             with self._metrics.phase("load"):
                 loaded = backend.load(self._target, Path(), {})
-            return self._ready(backend, Served(loaded, "eager", None))
+            with self._metrics.phase("warmup"):
+                rows = try_eager(self._target, loaded, self._notes)
+            return self._ready(backend, Served(loaded, "eager", None, rows))
         with self._metrics.phase("key"):
             key = compute_key(backend, self._target)
             address = Address(
@@ -231,6 +234,7 @@ class _Starter:
             fallbacks=tuple(self._fallbacks),
             canary=served.canary,
             notes=(*self._notes, *(self._store.notes if self._store is not None else ())),
+            independent_rows=served.independent_rows,
         )
         if backend.needs_eager_module:
             self._target.begin_serving()

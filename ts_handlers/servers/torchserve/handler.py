@@ -25,7 +25,17 @@ from ts_handlers.compiled_model import ServedModel
 from ts_handlers.errors import InputError, SettingsError
 from ts_handlers.model.base import ModelSource
 from ts_handlers.model.module import ModuleSource
-from ts_handlers.servers.json_tensors import NOT_BY_ROW, have_rows, join_rows, read_tensors, rows_of, split_rows
+from ts_handlers.servers.json_tensors import (
+    DEPENDENT_ROWS,
+    NON_FINITE,
+    NOT_BY_ROW,
+    have_rows,
+    is_finite,
+    join_rows,
+    read_tensors,
+    rows_of,
+    split_rows,
+)
 from ts_handlers.servers.torchserve.answering import answer, answer_one_by_one, answer_together
 from ts_handlers.servers.torchserve.archive import (
     ArchiveFiles,
@@ -305,8 +315,10 @@ class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
     """A TorchServe handler for tensors as JSON.
 
     A request is ``{input name: nested list}`` with the batch dimension included, or the bare nested list when the model
-    has one input. Requests are joined along dimension 0 and their answers split again; where an input or output has no
-    row for each row of a request, they are answered one by one. Answers have the output's structure, tensors as lists.
+    has one input. Requests are joined along dimension 0 and their answers split again; they are answered one by one if
+    an input or output has no row for each row of a request, and unless the start has found that a row is answered alone
+    as it is among others (`ts_handlers.startup.rows`). Answers have the output's structure, tensors as lists, and None
+    in place of NaN and infinity, or none at all with ``non_finite: refuse``.
     """
 
     _answers_alone = False
@@ -318,12 +330,16 @@ class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
             raise SettingsError(f"{SECTION}.inputs: needed by the default preprocess; declare them or override it")
         if len(data) > 1 and (self._answers_alone or not have_rows(specs)):
             raise InputError(NOT_BY_ROW)
+        if len(data) > 1 and not (isinstance(self.model, ServedModel) and self.model.outcome.independent_rows):
+            raise InputError(DEPENDENT_ROWS)
         rows = [read_tensors(self.request_body(row), specs) for row in data]
         joined, self.batch_state.counts = join_rows(rows, specs)
         return joined
 
     def postprocess(self, data: Any) -> list[Any]:
         """One answer per request: the model's output for its rows, tensors as nested lists."""
+        if self.settings.non_finite == "refuse" and not is_finite(data):
+            raise InputError(NON_FINITE)
         answers = split_rows(data, self.batch_state.counts)
         if answers is None:
             self._answers_alone = True
