@@ -25,8 +25,8 @@ def printable(text: str, keep: str = "\n\t") -> str:
 
     Examples
     --------
-    >>> printable("model\x1b]0;title\x07")
-    'model\\x1b]0;title\\x07'
+    >>> print(printable("model" + chr(27) + "]0;title" + chr(7)))
+    model\\x1b]0;title\\x07
     """
     if text.isprintable():
         return text
