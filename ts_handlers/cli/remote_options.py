@@ -119,7 +119,8 @@ def open_keyring(public_keys: list[Path], signing_key: Path | None = None) -> Ke
     from ts_handlers.settings.sections import TrustSettings
     from ts_handlers.store.remote.signing import load_keyring
 
-    return load_keyring(TrustSettings(tuple(map(str, public_keys)), None if signing_key is None else str(signing_key)))
+    signing = None if signing_key is None else str(signing_key)
+    return load_keyring(TrustSettings(tuple(map(str, public_keys)) or None, signing))
 
 
 def report(moved: Iterable[Moved], as_json: bool) -> ExitCode:

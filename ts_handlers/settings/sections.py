@@ -58,13 +58,13 @@ class RemoteSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TrustSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Ed25519 keys for what comes from another host.
 
-    `public_keys` are paths of PEM files; with at least one of them, an entry from the remote store or a bundle is used
+    `public_keys` are paths of PEM files; with them, an entry from the remote store or a bundle is used
     only when one of these keys has signed it. `signing_key` is the path of the private key that signs what this host
     publishes. `folders` are folders above the store whose owner and mode are accepted as they are, such as a volume
     that only this container mounts.
     """
 
-    public_keys: tuple[str, ...] = ()
+    public_keys: tuple[str, ...] | None = None
     signing_key: str | None = None
     folders: tuple[str, ...] = ()
 

@@ -131,7 +131,12 @@ def _shown(url: str) -> str:
 
 def _check_trust(settings: Settings) -> None:
     trust = settings.trust
-    paths = {f"public_keys[{index}]": path for index, path in enumerate(trust.public_keys)}
+    if trust.public_keys == ():
+        raise SettingsError(
+            f"{SECTION}.trust.public_keys: expected at least one PEM file, found an empty list; name the keys that you "
+            "trust, or leave public_keys out to accept what nobody has signed"
+        )
+    paths = {f"public_keys[{index}]": path for index, path in enumerate(trust.public_keys or ())}
     if trust.signing_key is not None:
         paths["signing_key"] = trust.signing_key
     for name, path in paths.items():

@@ -175,7 +175,7 @@ def bounded_name(name: str, limit: int = NAME_LIMIT) -> str:
     Examples
     --------
     >>> bounded_name("model"), bounded_name("m" * 300, 24)
-    ('model', 'mmmmmmm-98cd8ed7a0a2b5d1')
+    ('model', 'mmmmmmm-88c6e4c1d9337601')
     """
     data = os.fsencode(name)
     if len(data) <= limit:

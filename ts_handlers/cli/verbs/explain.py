@@ -11,7 +11,7 @@ import typer
 
 from ts_handlers.cli.exit_codes import ExitCode
 from ts_handlers.cli.options import JsonOption, StoreOptions, find_entries
-from ts_handlers.cli.output import print_json, print_table
+from ts_handlers.cli.output import print_json, print_table, say
 from ts_handlers.key.cache_key import CacheKey, explain
 
 if TYPE_CHECKING:
@@ -108,9 +108,9 @@ def _print(item: dict[str, Any]) -> None:
     what = f"{item['what']}: " if item["what"] else ""
     left, right = item["left"][:12], item["right"] and item["right"][:12]
     if right is None:
-        print(f"{what}{left} is not in the store, nor is any other entry of this model and backend")
+        say(f"{what}{left} is not in the store, nor is any other entry of this model and backend")
     elif not item["differs"]:
-        print(f"{what}{left} is in the store" if what else f"{left} is the same key")
+        say(f"{what}{left} is in the store" if what else f"{left} is the same key")
     else:
         rows = [(part["part"], *only_differing(part["left"], part["right"])) for part in item["differs"]]
         print_table(("part", left, right), rows, title=f"{what}{left} differs from {right}")

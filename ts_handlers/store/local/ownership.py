@@ -14,8 +14,8 @@ from ts_handlers.system.ownership import is_ours_or_roots, others_may_write
 _LINKS_LIMIT = 40  # as the kernel's
 
 
-def check_path(root: Path, trusted: Collection[str | Path] = ()) -> None:
-    """Check owner and mode of every folder and link from ``/`` to `root`.
+def check_path(root: Path, trusted: Collection[str | Path] = (), what: str = "store") -> None:
+    """Check owner and mode of every folder and link from ``/`` to `root`, a folder or file.
 
     Each must belong to this process's user or to root. The root itself must not be writable by others at all; a folder
     above it may be when it is sticky (as ``/tmp`` is), when its group is this user's private one, or when it is among
@@ -27,6 +27,8 @@ def check_path(root: Path, trusted: Collection[str | Path] = ()) -> None:
         An absolute path that exists.
     trusted:
         Folders whose owner and mode are accepted as they are: a volume that only this container mounts, for example.
+    what:
+        What messages call it.
 
     Raises
     ------
@@ -39,11 +41,11 @@ def check_path(root: Path, trusted: Collection[str | Path] = ()) -> None:
         last = index == len(way) - 1
         if str(path) in accepted and not last:
             continue
-        name = f"the store {root}" if last else f"the folder {path}, on the way to the store {root},"
+        name = f"the {what} {root}" if last else f"the folder {path}, on the way to the {what} {root},"
         if not is_ours_or_roots(status):
             raise StoreError(
                 f"{name} belongs to uid {status.st_uid}, this process runs as uid {os.geteuid()}; "
-                f"chown it, or name another store{'' if last else _OR_TRUST}"
+                f"chown it, or name another {what}{'' if last else _OR_TRUST}"
             )
         if stat.S_ISLNK(status.st_mode) or not others_may_write(status):
             continue
@@ -51,7 +53,8 @@ def check_path(root: Path, trusted: Collection[str | Path] = ()) -> None:
             continue
         raise StoreError(
             f"{name} is writable by others (mode {stat.S_IMODE(status.st_mode):04o}); "
-            f"an entry is code: chmod go-w it{'' if last else _OR_TRUST}"
+            f"{'an entry is code' if what == 'store' else 'it decides whose code runs'}: "
+            f"chmod go-w it{'' if last else _OR_TRUST}"
         )
 
 

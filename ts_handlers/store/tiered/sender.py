@@ -42,19 +42,37 @@ class Sender:
     ----------
     notes: lines for `describe` about the remote.
     held: the leases that this process holds, by key.
-    keyring: reads the key files when it is first called.
     write_back: the thread's queue of jobs.
     """
 
     def __init__(self, local: LocalStore, remote: Remote, keyring: Callable[[], Keyring], metrics: Metrics) -> None:
         self.notes: list[str] = []
         self.held: dict[str, HeldLease] = {}
-        self.keyring = keyring
+        self._read_keyring = keyring
         self.write_back = WriteBack(remote.settings.timeout_seconds, self._failed)
         self._local = local
         self._remote = remote
         self._metrics = metrics
         self._resumed: set[str] = set()
+
+    def keyring(self) -> Keyring:
+        """The keys of this host, read at the first call; without public keys a warning and a note say what that means.
+
+        Raises
+        ------
+        SettingsError
+            A key file cannot be used.
+        """
+        keyring = self._read_keyring()
+        if not keyring.required:
+            text = (
+                f"{self._remote.name}: trust.public_keys is not set, so whoever can write there can run code here; "
+                "ts-handlers keygen makes keys"
+            )
+            if text not in self.notes:
+                logger.warning("%s", text)
+            self.note(text)
+        return keyring
 
     def note(self, text: str) -> None:
         """Add a note, once."""
