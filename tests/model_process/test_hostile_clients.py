@@ -49,6 +49,7 @@ def test_memory_that_a_client_makes_smaller_costs_that_client_alone(
     call = Call((TensorSpec("float32", (1, 4), 0),))
     with contextlib.suppress(ConnectionLost):
         hostile.send(call, (memory,))
+        hostile.receive()  # mapped by now, if it was taken
         os.ftruncate(memory, 0)
         hostile.send(call)
     assert is_lost(hostile)
