@@ -120,6 +120,8 @@ def test_wrong_types_and_values_are_named(section: Any, parts: list[str]) -> Non
         ({"guard": {"load_memory_mb": 0}}, ["guard.load_memory_mb", "found 0"]),
         ({"contexts": {"count": 0}}, ["contexts.count", "1 to 1024", "0"]),
         ({"contexts": {"wait_seconds": -1}}, ["contexts.wait_seconds", "-1", "503"]),
+        ({"contexts": {"silent_seconds": 1}}, ["contexts.silent_seconds", "from 2", "found 1"]),
+        ({"contexts": {"call_seconds": float("inf")}}, ["contexts.call_seconds", "from 1", "found inf"]),
         ({"dimensions": {"batch": {"min": 0, "max": 8}}, "inputs": [INPUT]}, ["dimensions.batch.min", "0"]),
         ({"dimensions": {"batch": {"min": 9, "max": 8}}, "inputs": [INPUT]}, ["dimensions.batch", "9", "8"]),
         ({"dimensions": DIMENSIONS}, ["dimensions.batch", "no input uses"]),

@@ -151,7 +151,7 @@ def join_model(source: ModelSource, settings: Settings, device: torch.device) ->
     early: list[Mapping[str, float]] = []
     models: list[SharedModel] = []
     process = ModelProcess(
-        Launcher(source.name, spec),
+        Launcher(source.name, spec, settings.contexts),
         settings.contexts.wait_seconds,
         lambda counted: models[0].absorb(counted) if models else early.append(counted),
     )

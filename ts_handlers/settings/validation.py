@@ -170,6 +170,13 @@ def _check_contexts(settings: Settings) -> None:
             f"{SECTION}.contexts.wait_seconds: expected seconds from 0, found {wait}; a call that waits longer gets "
             "HTTP 503"
         )
+    for name, least in (("silent_seconds", 2.0), ("call_seconds", 1.0)):
+        found = getattr(settings.contexts, name)
+        if not (math.isfinite(found) and found >= least):
+            raise SettingsError(
+                f"{SECTION}.contexts.{name}: expected seconds from {least:g}, found {found}; it says when the model's "
+                "process is taken to hang"
+            )
     if settings.contexts.across_workers and not hasattr(os, "memfd_create"):
         raise SettingsError(
             f"{SECTION}.contexts.across_workers: needs Linux, whose shared memory carries tensors between processes; "
