@@ -229,7 +229,8 @@ class Signature:
     def with_values_of(self, declared: Signature) -> Signature:
         """The same signature with the values and limits that `declared` has for its inputs.
 
-        No artifact depends on them, so an entry may have been built with other ones than are declared now.
+        No artifact depends on them, so an entry may have been built with other ones than are declared now. Limits that
+        the build has found hold where none are declared.
 
         Raises
         ------
@@ -240,12 +241,7 @@ class Signature:
         unknown = [name for name, spec in specs.items() if spec.limits is not None and name not in self.names]
         if unknown:
             raise LoadError(f"the artifact has no input {unknown[0]!r}, for which limits are declared")
-        inputs = [
-            msgspec.structs.replace(spec, values=specs[spec.name].values, limits=specs[spec.name].limits)
-            if spec.name in specs
-            else spec
-            for spec in self.inputs
-        ]
+        inputs = [_declared_for(spec, specs.get(spec.name)) for spec in self.inputs]
         return Signature(inputs, self.dimensions)
 
     def canonical(self) -> str:
@@ -260,6 +256,16 @@ def _with_values(spec: InputSpec) -> InputSpec:
     if spec.limits is None or spec.values is not None:
         return spec
     return msgspec.structs.replace(spec, values=values_to_draw(spec))
+
+
+def _declared_for(spec: InputSpec, declared: InputSpec | None) -> InputSpec:
+    """An artifact's input with the values and limits that are declared for it."""
+    if declared is None:
+        return spec
+    if declared.limits is None and spec.limits is not None:
+        values = spec.values if declared.values is None else declared.values
+        return msgspec.structs.replace(spec, values=values)
+    return msgspec.structs.replace(spec, values=declared.values, limits=declared.limits)
 
 
 def _check_limits(name: str, tensor: torch.Tensor, low: float | None, high: float | None) -> None:
@@ -277,7 +283,7 @@ def _check_limits(name: str, tensor: torch.Tensor, low: float | None, high: floa
     shown = ", ".join("null" if bound is None else f"{bound}" for bound in (low, high))
     raise InputError(
         f"input {name!r}: expected values inside its limits [{shown}), found {found}; the limits are declared in "
-        f"handler.ts_handlers.inputs of model-config.yaml"
+        f"handler.ts_handlers.inputs of model-config.yaml, or are the size of the table that the model looks up"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import re
 from pathlib import Path
 
 from ts_handlers.backends.base import Backend, Workspace
@@ -15,6 +16,7 @@ from ts_handlers.errors import (
     FINAL,
     CanaryError,
     FailedBeforeError,
+    MissingDependencyError,
     QuarantinedError,
     RefitError,
     StoreError,
@@ -32,6 +34,9 @@ from ts_handlers.store.local.lease import Lease
 from ts_handlers.system.cycle_collector import collection_paused
 
 logger = logging.getLogger(__name__)
+
+_MISSING = re.compile(r"Could not find schema for|cannot open shared object file|No module named")
+"""What torch and the C library say where an operator or a library is missing, which the entry cannot help."""
 
 
 @dataclasses.dataclass
@@ -208,5 +213,12 @@ class Attempt:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether an error while loading a verified entry says that the entry is at fault, not the model or the weights."""
-    return not isinstance(error, (CanaryError, MemoryError, RefitError))
+    """Whether an error while loading a verified entry says that the entry is at fault.
+
+    Not the model, the weights, or what is missing or failing on this machine: the bytes are right and others load them.
+    """
+    if isinstance(error, (CanaryError, ImportError, MissingDependencyError, RefitError)):
+        return False
+    from ts_handlers.guard.failures import CIRCUMSTANTIAL, kind_of
+
+    return kind_of(error) != CIRCUMSTANTIAL and _MISSING.search(str(error)) is None
