@@ -65,6 +65,8 @@ def test_operators_of_the_models_file_are_there_on_a_hit(tmp_path: Path) -> None
     archive, store = write_archive(tmp_path / "archive", code), tmp_path / "store"
     for result in ("built", "hit", "hit"):
         facts = start(archive, store)
+        (manifest,) = (store / "entries").rglob("manifest.json")
+        assert json.loads(manifest.read_text())["artifact"]["operators"] == {"module": None}
         assert (facts["backend"], facts["result"], facts["right"]) == ("aot_inductor", result, True)
     assert not list((store / "trash").glob("*"))
 

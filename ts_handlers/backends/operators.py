@@ -24,6 +24,7 @@ import torch
 
 from ts_handlers.backends.base import Description, Target
 from ts_handlers.errors import BuildError, MissingDependencyError, one_line
+from ts_handlers.model.base import Recipe
 
 _REGISTRARS = {"quantized_decomposed": "torch.ao.quantization.fx._decomposed"}
 """Modules that register a namespace and do not have its name."""
@@ -59,11 +60,11 @@ def find_registrar(target: Target, names: list[str]) -> Description | None:
     BuildError
         That cannot be known; names an operator.
     """
-    if not _missing_after(None, target, names):
+    missing = _missing_after(None, None, names)
+    if not missing:
         return None
-    missing: list[str] = names
     for module in _candidates(target, names):
-        missing = _missing_after(module, target, names)
+        missing = _missing_after(module, target.source.recipe() if module is None else None, names)
         if not missing:
             return {"module": module}
     raise BuildError(
@@ -85,7 +86,11 @@ def _candidates(target: Target, names: list[str]) -> Iterator[str | None]:
         found += [_REGISTRARS.get(namespace, ""), getattr(init, "__module__", None) or "", namespace]
     for module in dict.fromkeys(found):
         package = module.partition(".")[0]
-        if package in sys.modules and not package.startswith(("ts_handlers_model_", "__main__")) and _is_installed(package):
+        if (
+            package in sys.modules
+            and not package.startswith(("ts_handlers_model_", "__main__"))
+            and _is_installed(package)
+        ):
             yield module
     if target.source.recipe() is not None:
         yield None
@@ -98,9 +103,8 @@ def _is_installed(package: str) -> bool:
         return False
 
 
-def _missing_after(module: str | None, target: Target, names: list[str]) -> list[str]:
-    """The operators that a new process lacks after an import; `module` None with a recipe imports the model's file."""
-    recipe = target.source.recipe()
+def _missing_after(module: str | None, recipe: Recipe | None, names: list[str]) -> list[str]:
+    """The operators that a new process lacks after it has imported a module, or the file of a recipe's model."""
     facts = {"module": module, "names": names, "recipe": None if recipe is None else dict(recipe)}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-c", _TRIAL, json.dumps(facts)]
