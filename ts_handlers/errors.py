@@ -59,6 +59,10 @@ class LoadError(WarmStartError, RuntimeError):
     """A stored artifact cannot be loaded here; it is rebuilt, or the next backend is tried."""
 
 
+class MissingDependencyError(LoadError):
+    """What a stored artifact needs is not in this process, such as an operator; the artifact is sound and stays."""
+
+
 class RefitError(LoadError):
     """A stored plan is sound and cannot take the weights at hand; they get a plan of their own."""
 

@@ -97,7 +97,7 @@ class KeptState:
         """Names of what has changed in the module since."""
         return [] if self._state is None else self._state.changes()
 
-    def put_back(self, weights: Tensors) -> None:
+    def put_back(self, weights: Callable[[], Tensors]) -> None:
         """Restore the module, and forget the state."""
         put_back(self._state, weights)
         self._state = None
@@ -181,12 +181,12 @@ class Target:
 
     def release(self) -> None:
         """Forget the eager module, and put back what its runs have changed: others may hold it."""
-        self.kept.put_back(self.source.weights())
+        self.kept.put_back(self.source.weights)
         self.source.release()
 
     def begin_serving(self) -> None:
         """Put back what the checks have changed in the eager module, which requests change from now on."""
-        self.kept.put_back(self.source.weights())
+        self.kept.put_back(self.source.weights)
         self.kept.wanted = False
 
 

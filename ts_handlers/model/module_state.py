@@ -16,7 +16,7 @@ import logging
 import re
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -84,7 +84,9 @@ class ModuleState:
         weights:
             The state dict from which large tensors are put back.
         """
-        for _, holder, before in self._holders:
+        for path, holder, before in self._holders:
+            if next(_differences(path, holder, before, self.module), None) is None:
+                continue
             if isinstance(holder, dict):
                 for key in [key for key in holder if key not in before and not str(key).startswith("_dynamo")]:
                     del holder[key]
@@ -158,7 +160,9 @@ def _is_cached(holder: dict[Any, Any], key: Any, module: torch.nn.Module) -> boo
 def _same(a: Any, b: Any) -> bool:
     if a is b:
         return True
-    return isinstance(a, (*_PLAIN, tuple)) and type(a) is type(b) and repr(a) == repr(b)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return isinstance(a, _PLAIN) and type(a) is type(b) and repr(a) == repr(b)
 
 
 def _version(tensor: torch.Tensor) -> int | None:
@@ -177,11 +181,11 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def put_back(state: ModuleState | None, weights: Mapping[str, torch.Tensor]) -> None:
+def put_back(state: ModuleState | None, weights: Callable[[], Mapping[str, torch.Tensor]]) -> None:
     """Restore a module and log what could not be restored."""
     if state is None or not state.changes():
         return
-    lost = state.restore(weights)
+    lost = state.restore(weights())
     if lost:
         logger.warning("the checks have changed %s, which cannot be put back", ", ".join(map(_shown, lost[:5])))
 

@@ -229,7 +229,8 @@ class Signature:
     def with_values_of(self, declared: Signature) -> Signature:
         """The same signature with the values and limits that `declared` has for its inputs.
 
-        No artifact depends on them, so an entry may have been built with other ones than are declared now.
+        No artifact depends on them, so an entry may have been built with other ones than are declared now. Limits that
+        the build has found hold where none are declared.
 
         Raises
         ------
@@ -241,13 +242,7 @@ class Signature:
         unknown = [name for name in limited if name not in self.names]
         if unknown:
             raise LoadError(f"the artifact has no input {unknown[0]!r}, for which limits are declared")
-        inputs = []
-        for spec in self.inputs:
-            other = specs.get(spec.name)
-            if other is not None:
-                values = {"values": other.values, "limits": other.limits, "excludes": other.excludes}
-                spec = msgspec.structs.replace(spec, **values)
-            inputs.append(spec)
+        inputs = [_declared_for(spec, specs.get(spec.name)) for spec in self.inputs]
         return Signature(inputs, self.dimensions, declared.kind)
 
     def canonical(self) -> str:
@@ -277,6 +272,16 @@ def _with_values(spec: InputSpec) -> InputSpec:
     if spec.limits is None or spec.values is not None or column_limits(spec) is not None:
         return spec
     return msgspec.structs.replace(spec, values=values_to_draw(spec))
+
+
+def _declared_for(spec: InputSpec, declared: InputSpec | None) -> InputSpec:
+    """An artifact's input with the values and limits that are declared for it."""
+    if declared is None:
+        return spec
+    values, limits = declared.values, declared.limits
+    if limits is None and spec.limits is not None:  # those of a table that the model looks up
+        limits, values = spec.limits, spec.values if values is None else values
+    return msgspec.structs.replace(spec, values=values, limits=limits, excludes=declared.excludes)
 
 
 def _show(shape: Sequence[int | str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import re
 from pathlib import Path
 
 from ts_handlers.backends.base import Backend, Workspace
@@ -15,6 +16,7 @@ from ts_handlers.errors import (
     FINAL,
     CanaryError,
     FailedBeforeError,
+    MissingDependencyError,
     QuarantinedError,
     RefitError,
     SampleError,
@@ -36,6 +38,9 @@ from ts_handlers.system.cycle_collector import collection_paused
 from ts_handlers.system.locked_directory import collect_directories
 
 logger = logging.getLogger(__name__)
+
+_MISSING = re.compile(r"Could not find schema for|cannot open shared object file|No module named")
+"""What torch and the C library say where an operator or a library is missing, which the entry cannot help."""
 
 
 @dataclasses.dataclass
@@ -222,11 +227,13 @@ class Attempt:
 def _is_damage(error: Exception) -> bool:
     """Whether an error while loading a verified entry says that the entry is at fault.
 
-    Others speak of the model, of the weights, or of this machine at this moment: no room, no descriptors, a disk that
-    does not answer.
+    Others speak of the model, of the weights, or of what is missing or failing on this machine at this moment: the
+    bytes are right, and others load them.
     """
-    if isinstance(error, (CanaryError, MemoryError, RefitError, SampleError)):
+    if isinstance(error, (CanaryError, ImportError, MemoryError, MissingDependencyError, RefitError, SampleError)):
         return False
-    from ts_handlers.guard.failures import is_passing
+    from ts_handlers.guard.failures import CIRCUMSTANTIAL, is_passing, kind_of
 
-    return not is_passing(error)
+    if is_passing(error) or kind_of(error) == CIRCUMSTANTIAL:
+        return False
+    return _MISSING.search(str(error)) is None

@@ -29,6 +29,8 @@ from ts_handlers.backends.aot_inductor.load import EXTRAS, NUMBERS, ensure_loada
 from ts_handlers.backends.base import Built, Description, Target, Workspace
 from ts_handlers.backends.compare import compare_sizes
 from ts_handlers.backends.export import PREFIX, FlatModel, export_program, live_weights, output_structure
+from ts_handlers.backends.index_limits import find_limits, merge_limits
+from ts_handlers.backends.operators import called_operators, find_registrar
 from ts_handlers.errors import BuildError, ModelError, one_line
 from ts_handlers.guard.failures import is_passing
 from ts_handlers.model.archive_files import Tensors
@@ -101,6 +103,7 @@ def _build_step(
         name, fixed, ranges, _ = variant
         with workspace.phase("export"):
             exported = _export(target, module, signature, variant, description, merged)
+        merge_limits(description, find_limits(exported.program, signature))
         files, fqns = _compile(exported, target, workspace, name)
         description["variants"].append({"name": name, "fixed": fixed, "ranges": ranges, **files})
         _describe_constants(exported, fqns, target.source.weights(), description, extras)
@@ -115,6 +118,7 @@ def _build_step(
     (directory / NUMBERS).write_text(json.dumps(numbers_of(module)), "utf-8")
     description["output"] = structure
     description["inputs"] = _inputs_description(signature)
+    _describe_operators(target, directory, description)
     with workspace.phase("verify"):
         accepted = _verify(target, signature, directory, description, variants)
     description["dimensions"] = accepted
@@ -203,6 +207,16 @@ def _describe_constants(
             description.setdefault("folded", []).append(fqn.removeprefix(PREFIX))
 
 
+def _describe_operators(target: Target, directory: Path, description: Description) -> None:
+    """Say what registers the operators that the libraries call by name, where torch does not have them itself."""
+    libraries = [directory / variant["name"] / variant["library"] for variant in description["variants"]]
+    names = called_operators(libraries)
+    if any(not name.removeprefix("torch.ops.").startswith(("aten::", "aten.")) for name in names):
+        registrar = find_registrar(target, names)
+        if registrar is not None:
+            description["operators"] = registrar
+
+
 def _same(tensor: torch.Tensor, stored: torch.Tensor) -> bool:
     """Whether a model's weight is the archive's, in the model's dtype."""
     return torch.equal(stored.to(tensor.dtype), tensor.detach().cpu())
@@ -250,6 +264,8 @@ def build_exported(target: Target, source: ExportedSource, workspace: Workspace)
         "dimensions": {name: [d.min, d.max] for name, d in dimensions.items()},
         "step": "exported",
     }
+    merge_limits(description, find_limits(program, signature))
+    _describe_operators(target, workspace.directory, description)
     return Built(description)
 
 

@@ -16,6 +16,7 @@ import torch
 
 from ts_handlers.backends.aot_inductor.container import Container, TorchRunner, open_library
 from ts_handlers.backends.base import Description, Target
+from ts_handlers.backends.index_limits import limit_facts, with_limits
 from ts_handlers.errors import InputError, LoadError
 from ts_handlers.execution.base import Held, Loaded
 from ts_handlers.model.archive_files import Tensors
@@ -51,7 +52,7 @@ def _signature_of(description: Description) -> Signature:
         for name in dimensions:
             found = [sizes[name] for sizes in static]
             dimensions[name] = Dimension(min(found), max(found))
-    return Signature(inputs, dimensions)
+    return with_limits(Signature(inputs, dimensions), description)
 
 
 def static_sizes(description: Description) -> list[Sizes] | None:
@@ -216,6 +217,11 @@ def load_artifact(target: Target, directory: Path, description: Description) -> 
     fixed = [variant["fixed"] for variant in variants]
     output = description["output"]
     ensure_loadable()
+    paths = [directory / variant["name"] / variant["library"] for variant in variants]
+    if any(path.with_suffix(".json").exists() for path in paths):  # operators that torch's runner calls for the library
+        from ts_handlers.backends.operators import ensure_operators
+
+        ensure_operators(target, description, paths)
     graphs = _graph_slots(target, directory, variants, constants)
     libraries: list[Container | TorchRunner] = []
     if graphs is None:
@@ -235,6 +241,7 @@ def load_artifact(target: Target, directory: Path, description: Description) -> 
         "variants": [variant["name"] for variant in variants],
         "ranges": {name: [d.min, d.max] for name, d in signature.dimensions.items()},
         **_coverage(target.signature, static),
+        **limit_facts(description, target.signature),
         "weights_from": description["weights_from"],
         "merged_linears": sum(len(s["shape"]) == 2 for s in description["constants"].values() if "parts" in s),
     }

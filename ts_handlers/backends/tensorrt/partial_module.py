@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ts_handlers.backends.base import Built, Description, Target, Workspace
+from ts_handlers.backends.index_limits import with_limits
 from ts_handlers.backends.tensorrt.profiles import covered_signature
 from ts_handlers.errors import BuildError
 from ts_handlers.execution.base import Loaded
@@ -103,5 +104,5 @@ def load_module(target: Target, directory: Path, description: Description) -> Lo
 
     facts = {"module": True, "in_tensorrt": description["in_tensorrt"]}
     # Torch-TensorRT's runtime has one execution context for each engine, and no lock round all of it.
-    signature = covered_signature(target.require_signature(), description["profiles"])
+    signature = with_limits(covered_signature(target.require_signature(), description["profiles"]), description)
     return Loaded(run=run, signature=signature, facts=facts, reentrant=False)
