@@ -23,6 +23,7 @@ from ts_handlers.execution.base import Loaded, Run
 from ts_handlers.execution.contexts import ContextPool, PoolStats
 from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.metrics import Metrics, compiled_graphs, graphs_for_requests
+from ts_handlers.model.changes import GuardedModel
 from ts_handlers.model.signature import Signature
 from ts_handlers.store.base import Store
 
@@ -73,12 +74,13 @@ class Outcome:
     independent_rows: bool | None = None
 
 
-class ServedModel(abc.ABC):
+class ServedModel(GuardedModel, abc.ABC):
     """A model that is ready, as a server sees it.
 
     Call it as the eager module is called, with the declared inputs by position or by name, from any number of threads:
     `contexts.count` calls run at once. Attributes of the eager module are reachable too, at the cost of building it in
-    this process at the first use.
+    this process at the first use. For changes of it see
+    `ts_handlers.model.changes.GuardedModel`.
 
     Attributes
     ----------
@@ -98,6 +100,7 @@ class ServedModel(abc.ABC):
     """
 
     def __init__(self, target: Target, outcome: Outcome, metrics: Metrics) -> None:
+        super().__init__(target)
         self._target = target
         self.outcome = outcome
         self.metrics = metrics
@@ -125,19 +128,6 @@ class ServedModel(abc.ABC):
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
         """Backend, key, hit or miss with the missed part, phases, counters and fallback reasons, JSON-compatible."""
-
-    def to(self, *args: Any, **kwargs: Any) -> ServedModel:
-        """Does nothing: the device and dtype were settled when the artifact was loaded."""
-        return self
-
-    def eval(self) -> ServedModel:
-        """Does nothing: artifacts are built in eval mode."""
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._target.eager(), name)
 
 
 class CompiledModel(ServedModel):
@@ -217,6 +207,11 @@ class CompiledModel(ServedModel):
     def signature(self) -> Signature:
         """What the model accepts; without inputs when nothing was declared."""
         return self._loaded.signature
+
+    @property
+    def _serving_module(self) -> torch.nn.Module | None:
+        # With a build in the background it would be lost with the swap.
+        return self._target.eager() if self.outcome.backend == "eager" and self.background is None else None
 
     @property
     def pool(self) -> ContextPool[Any]:
