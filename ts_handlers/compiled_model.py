@@ -11,12 +11,13 @@ import dataclasses
 import json
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 
 from ts_handlers.backends.base import Target
+from ts_handlers.backends.calling import spreads
 from ts_handlers.backends.eager import eager_run
 from ts_handlers.errors import BusyError, InputError
 from ts_handlers.execution.base import Loaded, Run
@@ -111,6 +112,16 @@ class ServedModel(GuardedModel, abc.ABC):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model: tensors of any device in, in declared order or by name; the model's output out."""
 
+    def call_with(self, data: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the model with what a handler's `preprocess` gave: a mapping by name, a tuple or list by position.
+
+        Where nothing is declared, `forward` gets all of it as one argument if it takes it so, as without this package;
+        see `ts_handlers.backends.calling.spreads`.
+        """
+        if isinstance(data, Mapping):
+            return self(*args, **data, **kwargs)
+        return self(*data, *args, **kwargs) if isinstance(data, (tuple, list)) else self(data, *args, **kwargs)
+
     @property
     @abc.abstractmethod
     def signature(self) -> Signature:
@@ -185,6 +196,12 @@ class CompiledModel(ServedModel):
             if self._eager is None:
                 self._eager = eager_run(self._target, signature.names)
         return self._slots.call(self._eager, tensors)
+
+    def call_with(self, data: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the model with what a handler's `preprocess` gave."""
+        if self.signature.inputs or spreads(self._target.eager(), data):
+            return super().call_with(data, *args, **kwargs)
+        return self(data, *args, **kwargs)
 
     def _call_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._slots.call(self._run_eager, _to(args, self._device), _to(kwargs, self._device))

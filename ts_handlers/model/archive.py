@@ -150,8 +150,8 @@ class ArchiveSource(BaseSource):
         model_class, self._model_class = self._model_class or load_model_class(self._model_path), None
         if self._weights_path is not None:
             # A constructor may also fail because its weights were not drawn; it is then run in the ordinary way.
-            size = sum(tensor.nbytes for tensor in self.weights().values())
-            with _build_lock, contextlib.suppress(ModelError), skip_random_initialization(size) as skipped:
+            size = sum(part.nbytes for tensor in self.weights().values() for part in fingerprint.dense_parts(tensor))
+            with _build_lock, contextlib.suppress(Exception), skip_random_initialization(size) as skipped:
                 module = _construct(model_class, self._model_path)
                 self._load_state(module)
                 if skipped.was_sound(module):
