@@ -102,6 +102,9 @@ class FailedBuild(msgspec.Struct, frozen=True):
         How long after that nobody tries again.
     unbuildable:
         Whether the exception was a `BuildError`: the backend cannot build the model.
+    depends:
+        What else the build depended on, see `ts_handlers.guard.failures.circumstances`; empty in records of older
+        versions, which hold whatever that is now.
     """
 
     key: str
@@ -114,6 +117,7 @@ class FailedBuild(msgspec.Struct, frozen=True):
     failed_at: float = 0.0
     held_seconds: float = 0.0
     unbuildable: bool = True
+    depends: str = ""
     time: str = ""
     host: str = ""
     pid: int = 0
@@ -168,7 +172,15 @@ def stored_fields(record: Record) -> dict[str, Any]:
     """A record as the JSON object that is stored, and that ``ts-handlers`` prints with ``--json``."""
     fields = msgspec.to_builtins(record)
     if isinstance(record, Quarantine):
-        return {**fields, "kind": "", "count": 1, "failed_at": 0.0, "held_seconds": 0.0, "unbuildable": True}
+        return {
+            **fields,
+            "kind": "",
+            "count": 1,
+            "failed_at": 0.0,
+            "held_seconds": 0.0,
+            "unbuildable": True,
+            "depends": "",
+        }
     return {**fields, "phase": record.phase, "seal": "", "details": "", "weights": "", "canary": ""}
 
 
