@@ -179,8 +179,9 @@ def stored_fields(record: Record) -> dict[str, Any]:
             "failed_at": 0.0,
             "held_seconds": 0.0,
             "unbuildable": True,
-            "depends": "",
         }
+    if not record.depends:  # as older versions wrote it
+        del fields["depends"]
     return {**fields, "phase": record.phase, "seal": "", "details": "", "weights": "", "canary": ""}
 
 

@@ -92,7 +92,8 @@ def _warn_of_misspelt_sections(config: Mapping[str, Any], handler: Mapping[str, 
 
 def _is_like(name: str, wanted: str) -> bool:
     plain = re.sub(r"[^a-z]", "", name.lower())
-    return bool(difflib.get_close_matches(plain, [wanted.replace("_", "")], n=1, cutoff=0.85))
+    wanted = wanted.replace("_", "")
+    return plain[:2] == wanted[:2] and bool(difflib.get_close_matches(plain, [wanted], n=1, cutoff=0.85))
 
 
 def _compile_section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
