@@ -11,18 +11,20 @@ import dataclasses
 import json
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 
 from ts_handlers.backends.base import Target
+from ts_handlers.backends.calling import spreads
 from ts_handlers.backends.eager import eager_run
 from ts_handlers.errors import BusyError, InputError
 from ts_handlers.execution.base import Loaded, Run
 from ts_handlers.execution.contexts import ContextPool, PoolStats
 from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.metrics import Metrics, compiled_graphs, graphs_for_requests
+from ts_handlers.model.changes import GuardedModel
 from ts_handlers.model.signature import Signature
 from ts_handlers.store.base import Store
 
@@ -73,12 +75,13 @@ class Outcome:
     independent_rows: bool | None = None
 
 
-class ServedModel(abc.ABC):
+class ServedModel(GuardedModel, abc.ABC):
     """A model that is ready, as a server sees it.
 
     Call it as the eager module is called, with the declared inputs by position or by name, from any number of threads:
     `contexts.count` calls run at once. Attributes of the eager module are reachable too, at the cost of building it in
-    this process at the first use.
+    this process at the first use. For changes of it see
+    `ts_handlers.model.changes.GuardedModel`.
 
     Attributes
     ----------
@@ -99,6 +102,7 @@ class ServedModel(abc.ABC):
     """
 
     def __init__(self, target: Target, outcome: Outcome, metrics: Metrics) -> None:
+        super().__init__(target)
         self._target = target
         self.outcome = outcome
         self.metrics = metrics
@@ -108,6 +112,16 @@ class ServedModel(abc.ABC):
     @abc.abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model: tensors of any device in, in declared order or by name; the model's output out."""
+
+    def call_with(self, data: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the model with what a handler's `preprocess` gave: a mapping by name, a tuple or list by position.
+
+        Where nothing is declared, `forward` gets all of it as one argument if it takes it so, as without this package;
+        see `ts_handlers.backends.calling.spreads`.
+        """
+        if isinstance(data, Mapping):
+            return self(*args, **data, **kwargs)
+        return self(*data, *args, **kwargs) if isinstance(data, (tuple, list)) else self(data, *args, **kwargs)
 
     @property
     @abc.abstractmethod
@@ -126,19 +140,6 @@ class ServedModel(abc.ABC):
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
         """Backend, key, hit or miss with the missed part, phases, counters and fallback reasons, JSON-compatible."""
-
-    def to(self, *args: Any, **kwargs: Any) -> ServedModel:
-        """Does nothing: the device and dtype were settled when the artifact was loaded."""
-        return self
-
-    def eval(self) -> ServedModel:
-        """Does nothing: artifacts are built in eval mode."""
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._target.eager(), name)
 
 
 class CompiledModel(ServedModel):
@@ -197,6 +198,12 @@ class CompiledModel(ServedModel):
                 self._eager = eager_run(self._target, signature.names)
         return self._slots.call(self._eager, tensors)
 
+    def call_with(self, data: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the model with what a handler's `preprocess` gave."""
+        if self.signature.inputs or spreads(self._target.eager(), data):
+            return super().call_with(data, *args, **kwargs)
+        return self(data, *args, **kwargs)
+
     def _call_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._slots.call(self._run_eager, _to(args, self._device), _to(kwargs, self._device))
 
@@ -223,6 +230,11 @@ class CompiledModel(ServedModel):
         if set(declared.dimensions) != set(accepted.dimensions):
             return accepted
         return Signature(accepted.inputs, declared.dimensions)
+
+    @property
+    def _serving_module(self) -> torch.nn.Module | None:
+        # With a build in the background it would be lost with the swap.
+        return self._target.eager() if self.outcome.backend == "eager" and self.background is None else None
 
     @property
     def pool(self) -> ContextPool[Any]:

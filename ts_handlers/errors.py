@@ -71,6 +71,10 @@ class CanaryError(WarmStartError, RuntimeError):
     """An artifact did not reproduce the eager model's output; it is not served."""
 
 
+class FrozenModelError(WarmStartError, RuntimeError):
+    """A change of the model after its start, which what serves would not see."""
+
+
 class SampleError(WarmStartError, RuntimeError):
     """The plain model refuses every input that is drawn for canary and warm-up; no backend is at fault."""
 

@@ -392,3 +392,26 @@ def test_secrets_of_the_remote_store_are_not_repeated(remote: Any) -> None:
     text = message({**SECTION, "remote": remote})
     assert "remote" in text
     assert "hunter2" not in text
+
+
+@pytest.mark.parametrize(
+    ("config", "place"),
+    [
+        ({"handler": {"ts_handler": {}}}, "handler.ts_handler"),
+        ({"handler": {"ts-handlers": {}}}, "handler.ts-handlers"),
+        ({"handler": {"TsHandlers": {}}}, "handler.TsHandlers"),
+        ({"ts_handlers": {}}, "ts_handlers"),
+        ({"handlers": {"ts_handlers": {}}}, "handlers.ts_handlers"),
+    ],
+)
+def test_a_misspelt_section_is_noticed(config: Any, place: str, caplog: pytest.LogCaptureFixture) -> None:
+    parse_settings(config)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message == (
+        f"model-config.yaml: the section {place} is not read; settings of ts_handlers stand in handler.ts_handlers"
+    )
+
+
+def test_sections_of_others_are_not_mistaken(caplog: pytest.LogCaptureFixture) -> None:
+    parse_settings({"handler": {"ts_handlers": {}, "handlers": 1, "profile": {}, 3: 4}, "minWorkers": 1, "ts": {}})
+    assert caplog.records == []

@@ -41,12 +41,9 @@ def takes_names(module: torch.nn.Module, names: tuple[str, ...]) -> Passing:
         return "position"
     if _has_names(signature, names):
         return "names"
-    together = _together(signature, names)
-    if together is not None:
-        return together
     if not _binds(signature, *names) and _binds(signature, **dict.fromkeys(names)):
         return "names"
-    return "position"
+    return _together(signature, names) or "position"
 
 
 def check_names(module: torch.nn.Module, names: tuple[str, ...]) -> None:
@@ -103,7 +100,7 @@ def _together(signature: inspect.Signature, names: Sequence[str]) -> Passing | N
     annotation = required[0].annotation
     if isinstance(annotation, type) and issubclass(annotation, Mapping):
         return "mapping"
-    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "") + str(annotation)
+    text = annotation if isinstance(annotation, str) else f"{getattr(annotation, '__name__', '')} {annotation}"
     if annotation is not inspect.Parameter.empty:
         if _MAPPING.search(text):
             return "mapping"
@@ -143,6 +140,6 @@ def spreads(module: torch.nn.Module, data: Any) -> bool:
         return True
     if isinstance(data, Mapping):
         return all(isinstance(name, str) for name in data) and _binds(signature, **data)
-    if isinstance(data, list) and _binds(signature, data):
+    if not isinstance(data, (tuple, list)) or (isinstance(data, list) and _binds(signature, data)):
         return False
     return _binds(signature, *data)

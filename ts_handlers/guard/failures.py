@@ -27,7 +27,9 @@ import msgspec
 
 from ts_handlers.guard.quarantine import read_quarantines, record_files, write_record
 from ts_handlers.guard.records import LONGEST_HOLD_SECONDS, FailedBuild
+from ts_handlers.key.digests import digest_text
 from ts_handlers.key.fingerprint import compiler_identity, runtime_identity
+from ts_handlers.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +106,29 @@ def build_runtime() -> dict[str, str]:
     return {**runtime_identity(), "compiler": compiler_identity()}
 
 
+def circumstances(settings: Settings) -> str:
+    """Digest of the settings and variables on which a build's success depends, and which are not in the key.
+
+    With others a build that failed is tried at once: they are what a user changes after a failure.
+    """
+    contexts = settings.contexts
+    facts = {
+        **{name: getattr(settings, name) for name in _SETTINGS},
+        "contexts": [contexts.count, contexts.scratch, contexts.cuda_graphs],
+        "environment": {name: os.environ.get(name) for name in _ENVIRONMENT},
+    }
+    return digest_text(msgspec.json.encode(facts, order="deterministic").decode())[:16]
+
+
+_SETTINGS = ("inputs", "warmup", "canary", "guard", "background", "tensorrt", "compile")
+_ENVIRONMENT = ("CC", "CXX", "CUDA_HOME", "CUDA_PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "TMPDIR")
+
+
+def is_hopeless(record: FailedBuild) -> bool:
+    """Whether another attempt will hardly end otherwise: the model is at fault, or the machine was so repeatedly."""
+    return record.kind == DETERMINISTIC or record.count > 1
+
+
 def remember_failure(
     store: Path,
     key: str,
@@ -115,6 +140,7 @@ def remember_failure(
     *,
     unbuildable: bool = True,
     free: Mapping[str, int] | None = None,
+    depends: str = "",
 ) -> FailedBuild | None:
     """Keep a record of a build that failed.
 
@@ -134,6 +160,8 @@ def remember_failure(
         Whether the backend said that it cannot build the model, as by `BuildError`.
     free:
         Free bytes of the folders in which there was no room.
+    depends:
+        See `circumstances`; with others than last time the count begins again.
 
     Returns
     -------
@@ -153,11 +181,12 @@ def remember_failure(
         failed_at=now,
         unbuildable=unbuildable,
         free=dict(free or {}),
+        depends=depends,
     )
     before = [
         old.count
         for old in read_quarantines(store, key)
-        if isinstance(old, FailedBuild) and (old.kind, old.file_name) == (kind, new.file_name)
+        if isinstance(old, FailedBuild) and (old.kind, old.file_name, old.depends) == (kind, new.file_name, depends)
     ]
     count = max(before, default=0) + 1
     first, longest = HOLD_SECONDS[kind]

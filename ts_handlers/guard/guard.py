@@ -154,9 +154,7 @@ class Guard:
                 )
 
     def _refuse_failed_build(self, record: FailedBuild) -> None:
-        from ts_handlers.guard.failures import build_runtime
-
-        if record.is_over or record.runtime != build_runtime():
+        if record.is_over or not self._is_the_same(record):
             return
         if self._retry_since is None or record.failed_at >= self._retry_since:
             times = f", {record.count} times in a row" if record.count > 1 else ""
@@ -167,6 +165,23 @@ class Guard:
             error.unbuildable = record.unbuildable
             raise error
 
+    def _is_the_same(self, record: FailedBuild) -> bool:
+        """Whether a build now would meet what it met then."""
+        from ts_handlers.guard.failures import build_runtime, circumstances
+
+        return record.runtime == build_runtime() and record.depends in ("", circumstances(self._settings))
+
+    def hopeless_build(self) -> FailedBuild | None:
+        """The record of a failed build whose time to be tried again has come, and which will hardly end otherwise."""
+        from ts_handlers.guard.failures import is_hopeless
+
+        if self._retry_since is not None:
+            return None
+        for record in read_quarantines(self._store, self._key.digest):
+            if isinstance(record, FailedBuild) and is_hopeless(record) and self._is_the_same(record):
+                return record
+        return None
+
     @property
     def _lift(self) -> str:
         """The command after which what is refused is tried again."""
@@ -175,8 +190,9 @@ class Guard:
     @contextlib.contextmanager
     def remembered(self) -> Iterator[None]:
         """Run a build: an exception that ends the block is kept for later starts, a good end removes what was kept."""
-        from ts_handlers.guard.failures import forget_failures, kind_of, remember_failure
+        from ts_handlers.guard.failures import circumstances, forget_failures, kind_of, remember_failure
 
+        depends = circumstances(self._settings)  # before the build changes variables
         began = time.monotonic()
         try:
             yield
@@ -196,6 +212,7 @@ class Guard:
                     took,
                     unbuildable=isinstance(error, BuildError),
                     free=error.free if isinstance(error, DiskFullError) else None,
+                    depends=depends,
                 )
             raise
         forget_failures(self._store, self._key.digest)
@@ -410,18 +427,21 @@ class Guard:
         )
 
 
-def remember_crash(store: Path, pid: int, reason: str) -> None:
+def remember_crash(store: Path, pid: int, reason: str, settings: Settings | None = None) -> None:
     """Keep, as a failed build, what a process of this host was building when its limits or the kernel ended it.
 
     A crash whose cause its marker tells is left to the next start, which quarantines it.
     """
-    from ts_handlers.guard.failures import CIRCUMSTANTIAL, remember_failure
+    from ts_handlers.guard.failures import CIRCUMSTANTIAL, circumstances, remember_failure
 
+    depends = "" if settings is None else circumstances(settings)
     for crash in read_crash_records(store):
         marker, cause = crash.marker, crash.cause
         if (marker.pid, marker.host, marker.digest) == (pid, platform.node(), "") and not (cause and cause[0]):
             took = time.time() - crash.began
-            remember_failure(store, marker.key, marker.model, marker.backend, one_line(reason), CIRCUMSTANTIAL, took)
+            remember_failure(
+                store, marker.key, marker.model, marker.backend, one_line(reason), CIRCUMSTANTIAL, took, depends=depends
+            )
 
 
 def _without_a_trace(times: int, phase: str) -> str:

@@ -126,6 +126,9 @@ class FailedBuild(msgspec.Struct, frozen=True):
         Whether the exception was a `BuildError`: the backend cannot build the model.
     free:
         Free bytes of the folders in which there was no room; with more room it is tried again at once.
+    depends:
+        What else the build depended on, see `ts_handlers.guard.failures.circumstances`; empty in records of older
+        versions, which hold whatever that is now.
     """
 
     key: str
@@ -138,6 +141,7 @@ class FailedBuild(msgspec.Struct, frozen=True):
     failed_at: float = 0.0
     held_seconds: float = 0.0
     unbuildable: bool = True
+    depends: str = ""
     time: str = ""
     host: str = ""
     pid: int = 0
@@ -211,8 +215,9 @@ def stored_fields(record: Record) -> dict[str, Any]:
     fields = msgspec.to_builtins(record)
     if isinstance(record, Quarantine):
         return {**fields, "kind": "", "unbuildable": True}
-    if not record.free:
-        del fields["free"]
+    for name in ("free", "depends"):
+        if not fields[name]:  # as older versions wrote it
+            del fields[name]
     return {**fields, "phase": record.phase, "seal": "", "details": "", "weights": "", "canary": ""}
 
 

@@ -29,15 +29,44 @@ def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach()
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(memoryview(raw.numpy()))  # type: ignore[arg-type]
+        digest.update(f"{name}:{_kind(tensor)}{tuple(tensor.shape)};".encode())
+        for part in dense_parts(tensor):
+            if part is not tensor:
+                digest.update(f"{part.dtype}:{tuple(part.shape)};".encode())
+            raw = part.cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(memoryview(raw.numpy()))  # type: ignore[arg-type]
     return digest.hexdigest()
+
+
+def dense_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The dense tensors that hold a tensor's content: itself, or the indices and values of a sparse one.
+
+    Examples
+    --------
+    >>> [part.tolist() for part in dense_parts(torch.tensor([0.0, 0.0, 7.0]).to_sparse())]
+    [[[2]], [7.0]]
+    """
+    if tensor.layout == torch.strided and not tensor.is_quantized:
+        return [tensor]
+    if tensor.layout == torch.sparse_coo:
+        together = tensor.coalesce()
+        return [together.indices(), together.values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    if tensor.is_quantized:
+        return [tensor.int_repr(), tensor.dequantize()]  # which holds the scales and zero points
+    return [tensor.to_dense()]
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype}:" if tensor.layout == torch.strided else f"{tensor.dtype}:{tensor.layout}:"
 
 
 def tensor_specification(tensors: Mapping[str, torch.Tensor]) -> str:
     """Digest of the names, shapes and dtypes, not of the values."""
-    lines = (f"{name}:{tensors[name].dtype}:{tuple(tensors[name].shape)}" for name in sorted(tensors))
+    lines = (f"{name}:{_kind(tensors[name])}{tuple(tensors[name].shape)}" for name in sorted(tensors))
     return digest_text("\n".join(lines))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from ts_handlers.key import fingerprint
 from ts_handlers.model.archive_files import Tensors, imported_modules, load_model_class, read_weights
 from ts_handlers.model.base import BaseSource, Recipe
 from ts_handlers.model.initialization import skip_random_initialization
+
+logger = logging.getLogger(__name__)
 
 # Archive files that shape requests and answers, not the model.
 IGNORED_FILES = (
@@ -150,15 +153,28 @@ class ArchiveSource(BaseSource):
         model_class, self._model_class = self._model_class or load_model_class(self._model_path), None
         if self._weights_path is not None:
             # A constructor may also fail because its weights were not drawn; it is then run in the ordinary way.
-            size = sum(tensor.nbytes for tensor in self.weights().values())
-            with _build_lock, contextlib.suppress(ModelError), skip_random_initialization(size) as skipped:
+            size = sum(part.nbytes for tensor in self.weights().values() for part in fingerprint.dense_parts(tensor))
+            with _build_lock, contextlib.suppress(Exception), skip_random_initialization(size) as skipped:
                 module = _construct(model_class, self._model_path)
                 self._load_state(module)
                 if skipped.was_sound(module):
                     return module
+        generator = torch.get_rng_state()
         module = _construct(model_class, self._model_path)
+        if self._weights_path is None and module.state_dict() and not torch.equal(generator, torch.get_rng_state()):
+            self._say_that_weights_are_random()
         self._load_state(module)
         return module
+
+    def _say_that_weights_are_random(self) -> None:
+        note = (
+            f"the archive has no weights and the class in {self._model_path.name} draws random numbers, so its answers "
+            "may be random, and others in each worker; name its state dict with --serialized-file when the archive is "
+            "built"
+        )
+        if note not in self.notes:
+            self.notes.append(note)
+            logger.warning("%s: %s", self.name, note)
 
     def _load_state(self, module: torch.nn.Module) -> None:
         if self._weights_path is None:

@@ -25,11 +25,13 @@ class ModelSource(Protocol):
     """What the rest of the package needs to know of a model.
 
     `name` is the model's name in the store's paths. `weights_by_name` says that `weights` holds the parameters under
-    the names of the eager module's state_dict, so that an artifact can take them without building the module.
+    the names of the eager module's state_dict, so that an artifact can take them without building the module. `notes`
+    is what users shall know of it, as far as it is known by now.
     """
 
     name: str
     weights_by_name: bool
+    notes: list[str]
 
     def begin_digest(self, digest_file: DigestFile) -> None:
         """Digest the file of the weights on a thread; does nothing when that has begun or there is no file.
@@ -78,6 +80,7 @@ class BaseSource:
         self._file_digest = None if file is None else FileDigest(file)
         self._eager: torch.nn.Module | None = None
         self._lock = threading.Lock()
+        self.notes: list[str] = []
 
     def recipe(self) -> Recipe | None:
         """How another process makes this source; None when it cannot."""

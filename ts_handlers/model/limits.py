@@ -64,5 +64,5 @@ def _check_range(name: str, column: str, least: Number, most: Number, limits: Ra
     shown = ", ".join("null" if bound is None else f"{bound}" for bound in limits)
     raise InputError(
         f"input {name!r}: expected values inside its limits{column} [{shown}), found {found}; the limits are declared "
-        f"in {_WHERE}"
+        f"in {_WHERE}, or are the size of the table that the model looks up"
     )

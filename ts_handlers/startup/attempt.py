@@ -128,6 +128,40 @@ class Attempt:
         self._metrics.count("hit")
         return Served(loaded, result, canary)
 
+    def has_entry(self) -> bool:
+        """Whether there is an entry that would be tried."""
+        found = self._store.lookup(self._address)
+        if not isinstance(found, Hit):
+            return False
+        with contextlib.suppress(QuarantinedError):
+            self._guard.refuse(found.manifest.digest)
+            return True
+        return False
+
+    @property
+    def failed_before(self) -> bool:
+        """Whether a build failed before and will hardly end otherwise now."""
+        return self._guard.hopeless_build() is not None
+
+    def postpone_build(self, instead: str | None) -> None:
+        """Raise `FailedBeforeError` when a build failed before and another backend's entry can be served meanwhile.
+
+        Parameters
+        ----------
+        instead:
+            That backend, None when there is none.
+        """
+        record = self._guard.hopeless_build()
+        if record is None or instead is None:
+            return
+        self._metrics.count("build_skipped")
+        error = FailedBeforeError(
+            f"a build failed before, and the entry of {instead} is there; `ts-handlers prewarm` tries it again: "
+            f"{record.reason}"
+        )
+        error.unbuildable = record.unbuildable
+        raise error
+
     def refuse_build(self) -> None:
         """Raise `QuarantinedError` or `FailedBeforeError` when this key is not to be built now.
 

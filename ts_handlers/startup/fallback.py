@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -112,7 +112,7 @@ class _Starter:
         while remaining:
             backend = remaining.pop(0)
             try:
-                return self._try(backend)
+                return self._try(backend, remaining)
             except Exception as error:
                 instead = backend.substitute(self._settings, error)
                 later = _place(instead, remaining)
@@ -142,24 +142,15 @@ class _Starter:
         logger.warning("%s: every backend failed; serving eagerly", self._target.source.name)
         return self._try(get_backend("eager"))
 
-    def _try(self, backend: Backend) -> CompiledModel:
+    def _try(self, backend: Backend, others: Sequence[Backend] = ()) -> CompiledModel:
         if not backend.persistent:
             with self._metrics.phase("load"):
                 loaded = backend.load(self._target, Path(), {})
             with self._metrics.phase("warmup"):
                 rows = try_eager(self._target, loaded, self._notes)
             return self._ready(backend, Served(loaded, "eager", None, rows))
-        with self._metrics.phase("key"):
-            key = compute_key(backend, self._target)
-            address = Address(
-                model=self._target.source.name,
-                model_digest=self._target.model_digest,
-                device=fingerprint.device_slug(self._target.device),
-                key=key,
-            )
-        store = self._open_store()
-        start = Start(self._target, self._metrics, self._slots, store, self._notes, self._retry_since, self._windows)
-        attempt = Attempt(start, backend, address)
+        attempt, address, store = self._attempt(backend)
+        key = address.key
         served = attempt.find()
         if served is not None:
             return self._ready(backend, served, key.digest)
@@ -172,10 +163,35 @@ class _Starter:
         if self._settings.on_miss == "eager":
             return self._try(get_backend("eager"))
         attempt.refuse_build()
+        if attempt.failed_before:
+            lower = next((other.name for other in others if self._has_entry(other)), None)
+            attempt.postpone_build(lower)
         if self._settings.on_miss == "background":
             return self._serve_eagerly_meanwhile(backend, store, address, attempt.missed)
         self.estimate = store.build_estimate(address)
         return self._ready(backend, attempt.build(self.estimate), key.digest, attempt.missed)
+
+    def _attempt(self, backend: Backend) -> tuple[Attempt, Address, Store]:
+        with self._metrics.phase("key"):
+            address = Address(
+                model=self._target.source.name,
+                model_digest=self._target.model_digest,
+                device=fingerprint.device_slug(self._target.device),
+                key=compute_key(backend, self._target),
+            )
+        store = self._open_store()
+        start = Start(self._target, self._metrics, self._slots, store, self._notes, self._retry_since, self._windows)
+        return Attempt(start, backend, address), address, store
+
+    def _has_entry(self, backend: Backend) -> bool:
+        """Whether a backend further down has an entry, so that nobody need wait for a build that failed before."""
+        if not backend.persistent:
+            return False
+        try:
+            return self._attempt(backend)[0].has_entry()
+        except Exception as error:  # this backend's own attempt will tell
+            logger.debug("no look for the entry of %s: %s", backend.name, error)
+            return False
 
     def _open_store(self) -> Store:
         if self._store is None:
@@ -233,7 +249,7 @@ class _Starter:
             missed=missed,
             fallbacks=tuple(self._fallbacks),
             canary=served.canary,
-            notes=(*self._notes, *(self._store.notes if self._store is not None else ())),
+            notes=(*self._notes, *self._target.source.notes, *(self._store.notes if self._store is not None else ())),
             independent_rows=served.independent_rows,
         )
         if backend.needs_eager_module:

@@ -194,6 +194,8 @@ def try_eager(target: Target, loaded: Loaded, notes: list[str]) -> bool | None:
     signature = loaded.signature
     if not signature.inputs:
         return None
+    if target.source.weights_by_name:
+        check_names(target.eager(), signature.names)
     # On a GPU an index out of range would end what is to serve.
     kinds = (SMALL,) if target.device.type == "cuda" else KINDS
     try:

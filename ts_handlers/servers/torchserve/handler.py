@@ -214,14 +214,11 @@ class CompiledHandlerMixin:
         return super().preprocess(data)  # type: ignore[misc]
 
     def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the model: a tensor or a tuple of tensors by position, a dict by name."""
+        """Run the model: a tensor or a tuple of tensors by position, a mapping by name, without declared inputs as
+        `forward` takes it."""
         if not isinstance(self.model, ServedModel):
             return super().inference(data, *args, **kwargs)  # type: ignore[misc]
-        if isinstance(data, dict):
-            return self.model(*args, **data, **kwargs)
-        if isinstance(data, (tuple, list)):
-            return self.model(*data, *args, **kwargs)
-        return self.model(data, *args, **kwargs)
+        return self.model.call_with(data, *args, **kwargs)
 
     def handle(self, data: Any, context: Any) -> Any:
         """Answer a batch. A request that fails leaves the others alone: HTTP 400 when the model cannot answer it, 503

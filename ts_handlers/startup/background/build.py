@@ -249,7 +249,7 @@ class BackgroundBuild:
             except BuildError as error:
                 ended = Ended(None, str(error))
                 if self._process is not None and not self._closed:
-                    remember_crash(self._store.state_directory, self._process.pid, str(error))
+                    remember_crash(self._store.state_directory, self._process.pid, str(error), self._target.settings)
             if not self._closed:
                 self._write_outcome(ended)
             return ended
