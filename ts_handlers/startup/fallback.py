@@ -25,17 +25,15 @@ from ts_handlers.compiled_model import CompiledModel, Outcome, log_outcome
 from ts_handlers.errors import FINAL, MissError, RefitError, one_line
 from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.execution.torch_device import begin_cuda
-from ts_handlers.key import fingerprint
-from ts_handlers.key.parts import compute_key
 from ts_handlers.metrics import Metrics, start_under_way
 from ts_handlers.model.base import ModelSource
 from ts_handlers.settings import Settings
 from ts_handlers.settings.sections import GuardSettings
+from ts_handlers.startup.address import address_in_store
 from ts_handlers.startup.attempt import Attempt
 from ts_handlers.startup.base import IdleWindows, Served, Start
 from ts_handlers.startup.preparation import prepare
 from ts_handlers.startup.target import new_target
-from ts_handlers.store.address import Address
 from ts_handlers.store.base import Store
 from ts_handlers.store.opening import open_store
 
@@ -132,23 +130,17 @@ class _Starter:
             with self._metrics.phase("load"):
                 loaded = backend.load(self._target, Path(), {})
             return self._ready(backend, Served(loaded, "eager", None))
-        with self._metrics.phase("key"):
-            key = compute_key(backend, self._target)
-            address = Address(
-                model=self._target.source.name,
-                model_digest=self._target.model_digest,
-                device=fingerprint.device_slug(self._target.device),
-                key=key,
-            )
         store = self._open_store()
+        with self._metrics.phase("key"):
+            address = address_in_store(backend, self._target, store)
         start = Start(self._target, self._metrics, self._slots, store, self._notes, self._retry_since, self._windows)
         attempt = Attempt(start, backend, address)
         served = attempt.find()
         if served is not None:
-            return self._ready(backend, served, key.digest)
+            return self._ready(backend, served, attempt.key.digest)
         if self._settings.on_miss == "fail":
             raise MissError(
-                f"no entry for {self._target.source.name} with backend {backend.name} (key {key.digest}) in "
+                f"no entry for {self._target.source.name} with backend {backend.name} (key {attempt.key.digest}) in "
                 f"{store.name}, and on_miss is 'fail'; missed: {', '.join(attempt.missed) or 'everything'}. Build it "
                 "where on_miss is 'compile' with the same archive, device and toolchain"
             )
@@ -156,9 +148,10 @@ class _Starter:
             return self._try(get_backend("eager"))
         attempt.refuse_build()
         if self._settings.on_miss == "background":
-            return self._serve_eagerly_meanwhile(backend, store, address, attempt.missed)
+            return self._serve_eagerly_meanwhile(backend, store, attempt.missed)
         self.estimate = store.build_estimate(address)
-        return self._ready(backend, attempt.build(self.estimate), key.digest, attempt.missed)
+        served = attempt.build(self.estimate)
+        return self._ready(backend, served, attempt.key.digest, attempt.missed)
 
     def _open_store(self) -> Store:
         if self._store is None:
@@ -168,15 +161,17 @@ class _Starter:
                 self._fallbacks.append({"backend": "store", "reason": problem})
         return self._store
 
-    def _serve_eagerly_meanwhile(
-        self, backend: Backend, store: Store, address: Address, missed: tuple[str, ...]
-    ) -> CompiledModel:
+    def _serve_eagerly_meanwhile(self, backend: Backend, store: Store, missed: tuple[str, ...]) -> CompiledModel:
         """Serve eagerly while a child process builds, and then what it has built."""
         from ts_handlers.startup.background.build import BackgroundBuild
 
         self._target.source.prepare()
         model = self._try(get_backend("eager"))
         model.outcome = dataclasses.replace(model.outcome, result="background", missed=missed)
+        address = address_in_store(backend, self._target, store)  # of what making the eager model has read, too
+        names = self._target.source.surroundings.names
+        if names:
+            store.write_outside(address.key.base.digest, names)
         retry_failed = self._retry_since is not None
         model.background = BackgroundBuild(
             model, self._target, backend, store, address, self._load_beside, retry_failed
