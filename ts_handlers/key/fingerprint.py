@@ -188,9 +188,13 @@ def compiler_identity() -> str:
 def distribution_version(name: str) -> str | None:
     """Version of an installed distribution, or None; reads metadata and imports nothing."""
     try:
-        return importlib.metadata.version(name)
+        found = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+    # Parsing all of the metadata, which holds the project's description, takes several times as long.
+    headers = (found.read_text("METADATA") or "").partition("\n\n")[0]
+    match = re.search(r"^Version:[ \t]*(\S+)[ \t]*$", headers, re.MULTILINE)
+    return match[1] if match else found.version
 
 
 def libraries(modules: Iterable[str], search: Path | None = None) -> str:
@@ -212,14 +216,15 @@ def libraries(modules: Iterable[str], search: Path | None = None) -> str:
         if version is None:
             names = importlib.metadata.packages_distributions().get(module, [])
             version = ",".join(f"{name}-{distribution_version(name)}" for name in sorted(set(names))) or None
-        if version is None or _is_editable(module):
+        if version is None or is_editable(module):
             spec = importlib.util.find_spec(module)
-            version = _digest_module(spec.origin) if spec is not None and spec.origin else "absent"
+            version = digest_module(spec.origin) if spec is not None and spec.origin else "absent"
         facts.append(f"{module}={version}")
     return " ".join(facts)
 
 
-def _is_editable(name: str) -> bool:
+def is_editable(name: str) -> bool:
+    """Whether a distribution is installed in editable mode: its files change and its version does not."""
     try:
         text = importlib.metadata.distribution(name).read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
@@ -227,7 +232,8 @@ def _is_editable(name: str) -> bool:
     return bool(text and '"editable": true' in text)
 
 
-def _digest_module(origin: str) -> str:
+def digest_module(origin: str) -> str:
+    """Digest of a module's file, or of every Python file of a package whose ``__init__.py`` is given."""
     path = Path(origin)
     files = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
     digest = hashlib.sha256()

@@ -97,7 +97,7 @@ class ArchiveSource(BaseSource):
         self._directory = Path(directory)
         self._model_path = self._directory / model_file
         self._weights_path = None if weights_file is None else self._directory / weights_file
-        super().__init__(recipe, self._weights_path)
+        super().__init__(recipe, self._weights_path, self._directory)
         self.name = name
         self.weights_by_name = True
         self._build_hook = build
@@ -119,18 +119,31 @@ class ArchiveSource(BaseSource):
     def digest(self) -> str:
         """Digest over the archive's model-shaping files, the imported libraries' versions and the tensor names."""
         facts = []
-        modules: set[str] = set()
         for path in self._source_files():
             relative = path.relative_to(self._directory).as_posix()
             facts.append(f"{relative}={fingerprint.digest_file(path)}")
-            if path.suffix == ".py":
-                modules |= imported_modules(path)
-        facts.append(fingerprint.libraries(modules, search=self._directory))
+        facts.append(fingerprint.libraries(self._imports(), search=self._directory))
         facts.append(fingerprint.tensor_specification(self.weights()))
         return fingerprint.digest_text("\n".join(facts))
 
     def _source_files(self) -> list[Path]:
         return [path for path in files_of_model(self._directory, self._ignored) if path != self._weights_path]
+
+    def _python_files(self) -> list[Path]:
+        return [path for path in self._source_files() if path.suffix == ".py"]
+
+    def _imports(self) -> set[str]:
+        """Top-level modules that the digest names."""
+        return {name for path in self._python_files() for name in imported_modules(path)}
+
+    def _recorded(self) -> contextlib.AbstractContextManager[None]:
+        from ts_handlers.model.recording import recording  # which a warm start does not need
+
+        return recording(self.surroundings, self._is_keyed, lambda: map(str, self._python_files()), self._imports)
+
+    def _is_keyed(self, relative: str) -> bool:
+        weights = self._weights_path is not None and self._directory / relative == self._weights_path
+        return weights or not any(fnmatch.fnmatch(relative, pattern) for pattern in self._ignored)
 
     def weights(self) -> Tensors:
         """The state dict's tensors by name, on the CPU."""
@@ -145,7 +158,8 @@ class ArchiveSource(BaseSource):
     def prepare(self) -> None:
         """Import the model file; the next `eager` takes its class."""
         if self._build_hook is None:
-            self._model_class = load_model_class(self._model_path)
+            with self._recorded():
+                self._model_class = load_model_class(self._model_path)
 
     def _build(self) -> torch.nn.Module:
         if self._build_hook is not None:

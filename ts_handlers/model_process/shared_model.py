@@ -21,6 +21,7 @@ from ts_handlers.backends.base import Target
 from ts_handlers.compiled_model import Outcome, ServedModel
 from ts_handlers.errors import BusyError, InputError, SettingsError, WarmStartError
 from ts_handlers.execution.contexts import PoolStats
+from ts_handlers.key.outside import declared_names, outside_part
 from ts_handlers.metrics import COUNTERS, Metrics
 from ts_handlers.model.archive import IGNORED_FILES, files_of_model
 from ts_handlers.model.base import ModelSource, Recipe
@@ -180,6 +181,7 @@ def _specification(source: ModelSource, settings: Settings, device: torch.device
         "directory": os.getcwd(),
         "source": dict(recipe),
         "files": _stamps(recipe, settings.key_files_ignored),
+        "outside": _declared(source, settings),
         "settings": msgspec.to_builtins(settings),
         "overrides": {},
         "device": str(device),
@@ -187,6 +189,12 @@ def _specification(source: ModelSource, settings: Settings, device: torch.device
         "float32_matmul": torch.get_float32_matmul_precision(),
         "package": [__version__, str(Path(__file__).parent.parent), sys.executable],
     }
+
+
+def _declared(source: ModelSource, settings: Settings) -> str:
+    """What the settings name outside the archive, with its values; what is only seen when the model is made is not."""
+    names = declared_names(source.surroundings, settings.key_environment, settings.key_files)
+    return outside_part(source.surroundings, names)
 
 
 def _recipe(source: ModelSource) -> Recipe:

@@ -111,6 +111,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         reads files that somebody else may overwrite in place (``no-archive`` folders).
     key_files_ignored:
         Glob patterns of archive files that do not change the compiled model, beside the built-in list.
+    key_environment, key_files:
+        Environment variables, and files or folders, that shape the model in a way that is not seen when it is made.
+        Relative paths are below the archive's folder.
     verify:
         ``changed`` hashes entries and weights again only when they may have changed since they were last hashed;
         ``always`` hashes them at every start.
@@ -130,6 +133,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: FloatDtype | None = None
     mmap: Literal["auto", "always", "never"] = "auto"
     key_files_ignored: tuple[str, ...] = ()
+    key_environment: tuple[str, ...] = ()
+    key_files: tuple[str, ...] = ()
     verify: Literal["changed", "always"] = "changed"
     canary: CanarySettings = CanarySettings()
     compile: CompileSettings = CompileSettings()

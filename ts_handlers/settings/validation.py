@@ -54,6 +54,17 @@ def _check_on_miss(settings: Settings) -> None:
         )
 
 
+def _check_key(settings: Settings) -> None:
+    for index, name in enumerate(settings.key_environment):
+        if not name or "=" in name or "\0" in name:
+            raise SettingsError(
+                f"{SECTION}.key_environment[{index}]: expected the name of an environment variable, found {name!r}"
+            )
+    for index, path in enumerate(settings.key_files):
+        if not path or "\0" in path:
+            raise SettingsError(f"{SECTION}.key_files[{index}]: expected the path of a file or folder, found {path!r}")
+
+
 def _check_background(settings: Settings) -> None:
     if settings.on_miss == "background" and settings.strict:
         raise SettingsError(
@@ -346,6 +357,7 @@ def _check_dimensions_are_used(settings: Settings) -> None:
 CHECKS: tuple[Callable[[Settings], None], ...] = (
     _check_backends,
     _check_on_miss,
+    _check_key,
     _check_background,
     _check_canary,
     _check_guard,

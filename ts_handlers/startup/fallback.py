@@ -25,12 +25,11 @@ from ts_handlers.compiled_model import CompiledModel, Outcome, log_outcome
 from ts_handlers.errors import FINAL, MissError, RefitError, one_line
 from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.execution.torch_device import begin_cuda
-from ts_handlers.key import fingerprint
-from ts_handlers.key.parts import compute_key
 from ts_handlers.metrics import Metrics, start_under_way
 from ts_handlers.model.base import ModelSource
 from ts_handlers.settings import Settings
 from ts_handlers.settings.sections import GuardSettings
+from ts_handlers.startup.address import address_in_store
 from ts_handlers.startup.attempt import Attempt
 from ts_handlers.startup.base import IdleWindows, Served, Start
 from ts_handlers.startup.inputs import try_eager
@@ -150,13 +149,12 @@ class _Starter:
                 rows = try_eager(self._target, loaded, self._notes)
             return self._ready(backend, Served(loaded, "eager", None, rows))
         attempt, address, store = self._attempt(backend)
-        key = address.key
         served = attempt.find()
         if served is not None:
-            return self._ready(backend, served, key.digest)
+            return self._ready(backend, served, attempt.key.digest)
         if self._settings.on_miss == "fail":
             raise MissError(
-                f"no entry for {self._target.source.name} with backend {backend.name} (key {key.digest}) in "
+                f"no entry for {self._target.source.name} with backend {backend.name} (key {attempt.key.digest}) in "
                 f"{store.name}, and on_miss is 'fail'; missed: {', '.join(attempt.missed) or 'everything'}. Build it "
                 "where on_miss is 'compile' with the same archive, device and toolchain"
             )
@@ -167,19 +165,15 @@ class _Starter:
             lower = next((other.name for other in others if self._has_entry(other)), None)
             attempt.postpone_build(lower)
         if self._settings.on_miss == "background":
-            return self._serve_eagerly_meanwhile(backend, store, address, attempt.missed)
+            return self._serve_eagerly_meanwhile(backend, store, attempt.missed)
         self.estimate = store.build_estimate(address)
-        return self._ready(backend, attempt.build(self.estimate), key.digest, attempt.missed)
+        served = attempt.build(self.estimate)
+        return self._ready(backend, served, attempt.key.digest, attempt.missed)
 
     def _attempt(self, backend: Backend) -> tuple[Attempt, Address, Store]:
-        with self._metrics.phase("key"):
-            address = Address(
-                model=self._target.source.name,
-                model_digest=self._target.model_digest,
-                device=fingerprint.device_slug(self._target.device),
-                key=compute_key(backend, self._target),
-            )
         store = self._open_store()
+        with self._metrics.phase("key"):
+            address = address_in_store(backend, self._target, store)
         start = Start(self._target, self._metrics, self._slots, store, self._notes, self._retry_since, self._windows)
         return Attempt(start, backend, address), address, store
 
@@ -201,15 +195,17 @@ class _Starter:
                 self._fallbacks.append({"backend": "store", "reason": problem})
         return self._store
 
-    def _serve_eagerly_meanwhile(
-        self, backend: Backend, store: Store, address: Address, missed: tuple[str, ...]
-    ) -> CompiledModel:
+    def _serve_eagerly_meanwhile(self, backend: Backend, store: Store, missed: tuple[str, ...]) -> CompiledModel:
         """Serve eagerly while a child process builds, and then what it has built."""
         from ts_handlers.startup.background.build import BackgroundBuild
 
         self._target.source.prepare()
         model = self._try(get_backend("eager"))
         model.outcome = dataclasses.replace(model.outcome, result="background", missed=missed)
+        address = address_in_store(backend, self._target, store)  # of what making the eager model has read, too
+        names = self._target.source.surroundings.names
+        if names:
+            store.write_outside(address.key.base.digest, names)
         retry_failed = self._retry_since is not None
         model.background = BackgroundBuild(
             model, self._target, backend, store, address, self._load_beside, retry_failed

@@ -69,7 +69,9 @@ def push(store: LocalStore, entries: Iterable[EntryInfo], remote: Remote, trust:
             except (StoreError, ValueError) as error:
                 yield Moved(_subject(entry), "failed", str(error))
                 continue
-            subject = entry_path(address)
+            subject, base = entry_path(address), address.key.base.digest
+            if names := store.read_outside(base):
+                transfer.send_names(remote, names, base, trust)
             new = transfer.send(remote, entry_name(address), sealed, _entry_check(subject, trust))
             canaries = 0
             for weights in store.canaries(address):

@@ -26,6 +26,8 @@ import msgspec
 from ts_handlers.errors import UNDECODABLE
 from ts_handlers.key.cache_key import FORMAT, CacheKey
 from ts_handlers.key.digests import digest_file, digest_text
+from ts_handlers.key.names import NO_NAMES, Names
+from ts_handlers.store.outside import RECORDED, encode_names
 from ts_handlers.system.files import fsync
 from ts_handlers.version import __version__
 
@@ -96,7 +98,13 @@ def list_files(directory: Path) -> dict[str, FileRecord]:
     return files
 
 
-def new_manifest(key: CacheKey, artifact: dict[str, Any], directory: Path, build_ms: Mapping[str, float]) -> Manifest:
+def new_manifest(
+    key: CacheKey,
+    artifact: dict[str, Any],
+    directory: Path,
+    build_ms: Mapping[str, float],
+    names: Names = NO_NAMES,
+) -> Manifest:
     """The manifest of what a build has left in a directory.
 
     Parameters
@@ -105,6 +113,8 @@ def new_manifest(key: CacheKey, artifact: dict[str, Any], directory: Path, build
         See `Manifest`; `artifact` is what the backend's `build` has returned.
     directory:
         Holds the artifact's files.
+    names:
+        What making the model reads from outside its archive; whoever gets the entry needs them to find it.
     """
     from ts_handlers.key.fingerprint import compiler_identity, python_identity  # imports torch, which listing needs not
 
@@ -116,6 +126,8 @@ def new_manifest(key: CacheKey, artifact: dict[str, Any], directory: Path, build
         "compiler": compiler_identity(),
         "python": python_identity(),
     }
+    if names:
+        recorded[RECORDED] = encode_names(names).decode()
     return Manifest(
         format=key["format"],
         key=key.parts,

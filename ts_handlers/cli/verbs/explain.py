@@ -12,7 +12,7 @@ import typer
 from ts_handlers.cli.exit_codes import ExitCode
 from ts_handlers.cli.options import JsonOption, StoreOptions, find_entries
 from ts_handlers.cli.output import print_json, print_table, say
-from ts_handlers.key.cache_key import CacheKey, explain
+from ts_handlers.key.cache_key import CacheKey, explain, only_differing
 
 if TYPE_CHECKING:
     from ts_handlers.servers.torchserve.archive_keys import ArchiveKey
@@ -53,7 +53,7 @@ def command(
         from ts_handlers.servers.torchserve.archive_keys import archive_keys
 
         with contextlib.redirect_stdout(sys.stderr):  # what the archive's own code prints
-            wanted = archive_keys(what, device=device, config=config, model_name=model_name)
+            wanted = archive_keys(what, opened, device=device, config=config, model_name=model_name)
         pairs = _archive_pairs(opened, wanted, other)
     elif other is None:
         raise typer.BadParameter(f"{what!r} is no file or folder; name an archive, or two keys")
@@ -114,17 +114,3 @@ def _print(item: dict[str, Any]) -> None:
     else:
         rows = [(part["part"], *only_differing(part["left"], part["right"])) for part in item["differs"]]
         print_table(("part", left, right), rows, title=f"{what}{left} differs from {right}")
-
-
-def only_differing(left: str, right: str) -> tuple[str, str]:
-    """The words of two values that the other one does not have.
-
-    Examples
-    --------
-    >>> only_differing("x86_64 avx avx2", "x86_64 avx")
-    ('avx2', '')
-    >>> only_differing("1f", "2e")
-    ('1f', '2e')
-    """
-    words, others = left.split(), right.split()
-    return " ".join(word for word in words if word not in others), " ".join(w for w in others if w not in words)

@@ -10,12 +10,13 @@ from typing import Any
 from ts_handlers.backends import get_backend
 from ts_handlers.errors import ModelError
 from ts_handlers.key.cache_key import CacheKey, explain
-from ts_handlers.key.parts import compute_key
 from ts_handlers.model.recipes import make_source
 from ts_handlers.servers.torchserve.recipes import archive_recipe
 from ts_handlers.servers.torchserve.unpacking import unpacked
+from ts_handlers.startup.address import key_in_store
 from ts_handlers.startup.target import new_target
 from ts_handlers.store.address import safe_name
+from ts_handlers.store.base import Store
 from ts_handlers.store.upkeep.scan import EntryInfo
 
 
@@ -30,6 +31,7 @@ class ArchiveKey:
 
 def archive_keys(
     archive: str | Path,
+    store: Store,
     *,
     device: str | None = None,
     config: Mapping[str, Any] | str | Path | None = None,
@@ -37,9 +39,10 @@ def archive_keys(
 ) -> list[ArchiveKey]:
     """The keys of an archive on this machine, one for each backend that keeps artifacts, in the fallback order.
 
-    The archive's handler is imported into this process and run until it starts its model. Number of
-    threads (``OMP_NUM_THREADS``) and torch must be those of the server: they are part of the key. The parameters are
-    those of `ts_handlers.servers.torchserve.prewarm.prewarm`.
+    The archive's handler is imported into this process and run until it starts its model. Number of threads
+    (``OMP_NUM_THREADS``) and torch must be those of the server: they are part of the key. `store` knows what making the
+    model reads from outside the archive, whose values here are part of it too. The other parameters are those of
+    `ts_handlers.servers.torchserve.prewarm.prewarm`.
 
     Raises
     ------
@@ -53,7 +56,7 @@ def archive_keys(
         target = new_target(made.source, made.settings, made.device)
         backends = [get_backend(name) for name in made.settings.backends]
         return [
-            ArchiveKey(made.source.name, backend.name, compute_key(backend, target))
+            ArchiveKey(made.source.name, backend.name, key_in_store(backend, target, store))
             for backend in backends
             if backend.persistent
         ]

@@ -17,16 +17,18 @@ from typing import Any, Literal
 
 from ts_handlers.errors import StoreError
 from ts_handlers.key.cache_key import explain
+from ts_handlers.key.names import NO_NAMES, Names, names_digest
 from ts_handlers.store.address import Address, entry_path, safe_name, safe_weights
 from ts_handlers.store.base import Corrupt, Hit, Miss, NoPendingWrites
 from ts_handlers.store.canaries import check_canary_bytes, encode_canary, load_record, record_canary_use
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest, verify_files, write_manifest
-from ts_handlers.store.local.layout import CANARIES, ENTRIES, LEASES, SHARED, STAGING
+from ts_handlers.store.local.layout import CANARIES, ENTRIES, LEASES, OUTSIDE, SHARED, STAGING
 from ts_handlers.store.local.lease import Lease, hold_lease
 from ts_handlers.store.local.ownership import NotOursError, OwnedTree, check_path, make_private_folders
 from ts_handlers.store.local.trash import move_aside
 from ts_handlers.store.local.usage import InUse, record_use
 from ts_handlers.store.local.verified import KnownDigests
+from ts_handlers.store.outside import encode_names, names_of_manifest, read_names
 from ts_handlers.system.files import close_if_same, fsync, is_temporary, write_atomically
 from ts_handlers.system.locked_directory import collect_directories, make_locked_directory
 
@@ -291,6 +293,8 @@ class LocalStore:
         except OSError as error:
             self._in_use.release(staging)
             raise StoreError(f"the entry could not be published in {self.root}: {error}") from error
+        # Those who do not know the names compute another key.
+        self.write_outside(address.key.base.digest, names_of_manifest(manifest.recorded))
         with contextlib.suppress(OSError):  # it is visible and complete; only its survival of a power cut is open
             fsync(target.parent)
         return target
@@ -366,6 +370,33 @@ class LocalStore:
             write_atomically(path, encode_canary(f"{path.parent.name}/{path.name}", record), durable=True)
         except OSError as error:
             logger.warning("the canary of %s could not be recorded: %s", address.key.digest, error)
+            return False
+        return True
+
+    def read_outside(self, base: str) -> Names:
+        """See `Store`; a damaged record is as good as none."""
+        names = NO_NAMES
+        try:
+            records = sorted(path for path in (self.root / OUTSIDE / base).iterdir() if not is_temporary(path.name))
+        except OSError:
+            return names
+        for path in records:
+            try:
+                names |= read_names(path.name, path.read_bytes())
+            except (OSError, ValueError) as error:
+                logger.warning("the record %s/%s/%s is not used: %s", OUTSIDE, base, path.name, error)
+        return names
+
+    def write_outside(self, base: str, names: Names) -> bool:
+        """See `Store`; nothing is written that is known."""
+        if names <= self.read_outside(base):
+            return True
+        path = self.root / OUTSIDE / base / names_digest(names)
+        try:
+            make_private_folders(path.parent, self.root)
+            write_atomically(path, encode_names(names), durable=True)
+        except OSError as error:
+            logger.warning("what the model of %s reads could not be recorded: %s", base, error)
             return False
         return True
 

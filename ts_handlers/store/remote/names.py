@@ -1,4 +1,4 @@
-"""Object naming: what the sealed entries and canary records in a remote store are called.
+"""Object naming: what the sealed entries and records in a remote store are called.
 
 An object is written once and never replaced. Its name ends with a version number, counted from 0. The first version
 whose signature and digests this host accepts is used; a refused one is skipped. So nobody's object can be taken for
@@ -8,7 +8,7 @@ another's, a reader never sees two, and what a removed public key accepted is fo
 from __future__ import annotations
 
 from ts_handlers.store.address import Address, entry_path, safe_weights
-from ts_handlers.store.local.layout import CANARIES, ENTRIES
+from ts_handlers.store.local.layout import CANARIES, ENTRIES, OUTSIDE
 
 VERSIONS = 4
 """How many objects of one name are looked at and written."""
@@ -27,6 +27,11 @@ def canary_name(key: str, weights_digest: str) -> str:
 def canary_subject(key: str, weights_digest: str) -> str:
     """The subject of a sealed canary record."""
     return f"{key}/{safe_weights(weights_digest)}"
+
+
+def outside_name(base: str, digest: str = "") -> str:
+    """The name of a record of what a model reads, without the version number; without `digest` their folder."""
+    return f"{OUTSIDE}/{base}/{digest}" if digest else f"{OUTSIDE}/{base}"
 
 
 def version_names(name: str) -> list[str]:

@@ -19,14 +19,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ts_handlers.errors import RemoteError, StoreError, one_line
+from ts_handlers.key.names import Names
 from ts_handlers.metrics import Metrics
 from ts_handlers.store.address import Address, address_digest, entry_path, safe_weights
+from ts_handlers.store.entry import read_manifest
 from ts_handlers.store.local.layout import CANARIES, REMOTE, UNSENT
 from ts_handlers.store.local.store import LocalStore
+from ts_handlers.store.outside import names_of_manifest
 from ts_handlers.store.remote import transfer
 from ts_handlers.store.remote.base import Remote
 from ts_handlers.store.remote.lease import HeldLease
-from ts_handlers.store.remote.names import canary_name, canary_subject, entry_name
+from ts_handlers.store.remote.names import canary_name, canary_subject, entry_name, outside_name
 from ts_handlers.store.remote.signing import Keyring
 from ts_handlers.store.tiered.write_back import WriteBack
 
@@ -119,7 +122,8 @@ class Sender:
         except (OSError, ValueError) as error:
             self._failed(name, error)
         else:
-            self.write_back.submit(name, lambda: self._send_sealed_entry(address, sealed))
+            names = names_of_manifest(read_manifest(staging).recorded)
+            self.write_back.submit(name, lambda: self._send_sealed_entry(address, sealed, names))
 
     def resume(self, address: Address, directory: Path) -> None:
         """Send an entry of this host, or canary records of it, if an earlier start could not."""
@@ -154,6 +158,12 @@ class Sender:
         if not self.is_without_remote():
             name = canary_name(address.key.digest, weights_digest)
             self.write_back.submit(name, lambda: self._send_canary(address, weights_digest, record))
+
+    def send_names(self, base: str, names: Names) -> None:
+        """Send what a model was seen to read after its entry had been published."""
+        if self.may_write():
+            job: Callable[[], object] = lambda: transfer.send_names(self._remote, names, base, self.keyring())  # noqa: E731
+            self.write_back.submit(outside_name(base), job)
 
     def _marker(self, address: Address, weights_digest: str = "") -> Path:
         """The file that says that an entry, or one of its canary records, is not sent."""
@@ -190,10 +200,13 @@ class Sender:
 
     def _send_entry(self, address: Address, directory: Path) -> None:
         with self._marked(self._marker(address)):
-            self._send_sealed_entry(address, self._seal_entry(address, directory))
+            names = self._local.read_outside(address.key.base.digest)
+            self._send_sealed_entry(address, self._seal_entry(address, directory), names)
             (self._local.root / REMOTE / f"{UNSENT}{address.key.digest}").unlink(missing_ok=True)  # of older versions
 
-    def _send_sealed_entry(self, address: Address, sealed: Path) -> None:
+    def _send_sealed_entry(self, address: Address, sealed: Path, names: Names) -> None:
+        if names:  # before the entry, which others do not find without them
+            transfer.send_names(self._remote, names, address.key.base.digest, self.keyring())
         subject, keyring = entry_path(address), self.keyring()
         check: Callable[[BinaryIO], object] = lambda stream: transfer.verify_entry(stream, subject, keyring)  # noqa: E731
         self._send(entry_name(address), sealed, address.key.digest, check)
