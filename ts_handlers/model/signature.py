@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -34,9 +34,14 @@ class Signature:
         The inputs in the order in which positional arguments are taken.
     dimensions:
         Inclusive ranges, by the names that the shapes use.
+    found:
+        The inputs whose limits a build has found, and nobody declared.
     """
 
-    def __init__(self, inputs: Sequence[InputSpec], dimensions: Mapping[str, Dimension]) -> None:
+    def __init__(
+        self, inputs: Sequence[InputSpec], dimensions: Mapping[str, Dimension], found: Collection[str] = ()
+    ) -> None:
+        self._found = found
         self.inputs = tuple(_with_values(spec) for spec in inputs)
         self.dimensions = dict(dimensions)
         self.names = tuple(spec.name for spec in self.inputs)
@@ -241,7 +246,7 @@ class Signature:
         unknown = [name for name, spec in specs.items() if spec.limits is not None and name not in self.names]
         if unknown:
             raise LoadError(f"the artifact has no input {unknown[0]!r}, for which limits are declared")
-        inputs = [_declared_for(spec, specs.get(spec.name)) for spec in self.inputs]
+        inputs = [_declared_for(spec, specs.get(spec.name), spec.name in self._found) for spec in self.inputs]
         return Signature(inputs, self.dimensions)
 
     def canonical(self) -> str:
@@ -258,11 +263,11 @@ def _with_values(spec: InputSpec) -> InputSpec:
     return msgspec.structs.replace(spec, values=values_to_draw(spec))
 
 
-def _declared_for(spec: InputSpec, declared: InputSpec | None) -> InputSpec:
+def _declared_for(spec: InputSpec, declared: InputSpec | None, found: bool) -> InputSpec:
     """An artifact's input with the values and limits that are declared for it."""
     if declared is None:
         return spec
-    if declared.limits is None and spec.limits is not None:
+    if declared.limits is None and found:
         values = spec.values if declared.values is None else declared.values
         return msgspec.structs.replace(spec, values=values)
     return msgspec.structs.replace(spec, values=declared.values, limits=declared.limits)
