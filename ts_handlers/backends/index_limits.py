@@ -106,7 +106,9 @@ def with_limits(signature: Signature, description: Description) -> Signature:
     found = description.get("limits", {})
     if not any(spec.name in found and spec.limits is None for spec in signature.inputs):
         return signature
-    return Signature([_limited(spec, found.get(spec.name)) for spec in signature.inputs], signature.dimensions)
+    inputs = [_limited(spec, found.get(spec.name)) for spec in signature.inputs]
+    undeclared = [spec.name for spec in signature.inputs if spec.limits is None and spec.name in found]
+    return Signature(inputs, signature.dimensions, signature.kind, undeclared)
 
 
 def _limited(spec: InputSpec, found: list[Any] | None) -> InputSpec:

@@ -52,6 +52,8 @@ class ModuleState:
             return
         if isinstance(value, torch.Tensor):
             self._seen.add(id(value))
+            if value.layout != torch.strided:  # a sparse one, which nothing can be copied into
+                return
             version = _version(value)
             copied = version is None or value.nbytes <= COPIED_BYTES
             self._tensors.append((path, value, version, value.detach().clone() if copied else None))

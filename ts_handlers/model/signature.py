@@ -8,7 +8,7 @@ declared names, dtypes, shapes, ranges and limits, and what does not fit is refu
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -39,12 +39,19 @@ class Signature:
     kind:
         Which inputs `generate` draws, one of `ts_handlers.model.sampling.KINDS`; None, which draws random ones, until
         the model was seen to accept a kind.
+    found:
+        The inputs whose limits a build has found, and nobody declared.
     """
 
     def __init__(
-        self, inputs: Sequence[InputSpec], dimensions: Mapping[str, Dimension], kind: str | None = None
+        self,
+        inputs: Sequence[InputSpec],
+        dimensions: Mapping[str, Dimension],
+        kind: str | None = None,
+        found: Collection[str] = (),
     ) -> None:
         self.kind = kind
+        self._found = found
         self.inputs = tuple(_with_values(spec) for spec in inputs)
         self.dimensions = dict(dimensions)
         self.names = tuple(spec.name for spec in self.inputs)
@@ -242,7 +249,7 @@ class Signature:
         unknown = [name for name in limited if name not in self.names]
         if unknown:
             raise LoadError(f"the artifact has no input {unknown[0]!r}, for which limits are declared")
-        inputs = [_declared_for(spec, specs.get(spec.name)) for spec in self.inputs]
+        inputs = [_declared_for(spec, specs.get(spec.name), spec.name in self._found) for spec in self.inputs]
         return Signature(inputs, self.dimensions, declared.kind)
 
     def canonical(self) -> str:
@@ -274,12 +281,12 @@ def _with_values(spec: InputSpec) -> InputSpec:
     return msgspec.structs.replace(spec, values=values_to_draw(spec))
 
 
-def _declared_for(spec: InputSpec, declared: InputSpec | None) -> InputSpec:
+def _declared_for(spec: InputSpec, declared: InputSpec | None, found: bool) -> InputSpec:
     """An artifact's input with the values and limits that are declared for it."""
     if declared is None:
         return spec
     values, limits = declared.values, declared.limits
-    if limits is None and spec.limits is not None:  # those of a table that the model looks up
+    if limits is None and found:
         limits, values = spec.limits, spec.values if values is None else values
     return msgspec.structs.replace(spec, values=values, limits=limits, excludes=declared.excludes)
 
