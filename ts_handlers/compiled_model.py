@@ -229,7 +229,7 @@ class CompiledModel(ServedModel):
             return accepted
         if set(declared.dimensions) != set(accepted.dimensions):
             return accepted
-        return Signature(accepted.inputs, declared.dimensions)
+        return Signature(accepted.inputs, declared.dimensions, accepted.kind)
 
     @property
     def _serving_module(self) -> torch.nn.Module | None:
