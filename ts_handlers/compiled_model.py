@@ -7,17 +7,17 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import dataclasses
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from ts_handlers.backends.base import Target
+from ts_handlers.backends.calling import spreads
 from ts_handlers.backends.eager import eager_run
 from ts_handlers.errors import BusyError, InputError
 from ts_handlers.execution.base import Loaded, Run
@@ -25,8 +25,9 @@ from ts_handlers.execution.contexts import ContextPool, PoolStats
 from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.metrics import Metrics, compiled_graphs, graphs_for_requests
 from ts_handlers.model.call_form import accepts, forward_order, given_by_name, other_form, to_device
+from ts_handlers.model.changes import GuardedModel
+from ts_handlers.model.explanations import explanations_under_way
 from ts_handlers.model.module import ModuleSource
-from ts_handlers.model.module_look import ModuleLook
 from ts_handlers.model.signature import Signature
 from ts_handlers.store.base import Store
 
@@ -63,6 +64,8 @@ class Outcome:
     `result` is ``hit``, ``built`` (by this process), ``waited`` (built by another process of this host while this one
     waited), ``eager``, or with ``on_miss: background`` first ``background`` (served eagerly while a child process
     builds) and then ``swapped``. `missed` names the key parts that kept the nearest entry from being a hit.
+    `independent_rows` tells whether the eager model was seen to answer rows alone as among others, None where that was
+    not tried; see `ts_handlers.startup.rows`.
     """
 
     backend: str
@@ -72,43 +75,21 @@ class Outcome:
     fallbacks: tuple[dict[str, str], ...] = ()
     canary: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
-
-
-class _Explanations(threading.local):
-    """Whether the running thread explains answers."""
-
-    under_way = False
-
-
-_explanations = _Explanations()
-
-
-@contextlib.contextmanager
-def explanations() -> Iterator[None]:
-    """Inside the block, models that this thread calls run as eager modules, with gradients and hooks."""
-    before, _explanations.under_way = _explanations.under_way, True
-    try:
-        yield
-    finally:
-        _explanations.under_way = before
-
-
-def explanations_under_way() -> bool:
-    """Whether this thread is inside a block of `explanations`."""
-    return _explanations.under_way
+    independent_rows: bool | None = None
 
 
 _FORMS_NAMED = 10
 """Forms of calls that `describe` names; a handler has a few."""
 
 
-class ServedModel(ModuleLook, abc.ABC):
+class ServedModel(GuardedModel, abc.ABC):
     """A model that is ready, as a server sees it.
 
     Call it as the eager module is called, from any number of threads: `contexts.count` calls run at once. What fits the
     declared inputs, by position or by name, is answered by the artifact. A call of another form (a flag, None, a
     container, an argument that is not declared) is answered by the eager module, counted as ``outside_eager`` and named
-    in the log and in `describe`. Attributes are the eager module's, see `ts_handlers.model.module_look`.
+    in the log and in `describe`. Attributes are the eager module's; for changes of it see
+    `ts_handlers.model.changes.GuardedModel`.
 
     Attributes
     ----------
@@ -123,12 +104,13 @@ class ServedModel(ModuleLook, abc.ABC):
     ------
     InputError
         Shapes or values are outside the declared ranges and `outside` is ``refuse``; or neither the declared inputs nor
-        the eager module take such arguments.
+        the eager module take such arguments. Declared sizes that are not compiled are answered by the eager model.
     BusyError
         As many calls as can run at once were under way for `contexts.wait_seconds`.
     """
 
     def __init__(self, target: Target, outcome: Outcome, metrics: Metrics) -> None:
+        super().__init__(target)
         self._target = target
         self.outcome = outcome
         self.metrics = metrics
@@ -139,6 +121,16 @@ class ServedModel(ModuleLook, abc.ABC):
     @abc.abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model: tensors of any device in, in declared order or by name; the model's output out."""
+
+    def call_with(self, data: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the model with what a handler's `preprocess` gave: a mapping by name, a tuple or list by position.
+
+        Where nothing is declared, `forward` gets all of it as one argument if it takes it so, as without this package;
+        see `ts_handlers.backends.calling.spreads`.
+        """
+        if isinstance(data, Mapping):
+            return self(*args, **data, **kwargs)
+        return self(*data, *args, **kwargs) if isinstance(data, (tuple, list)) else self(data, *args, **kwargs)
 
     @property
     @abc.abstractmethod
@@ -158,20 +150,9 @@ class ServedModel(ModuleLook, abc.ABC):
     def describe(self) -> dict[str, Any]:
         """Backend, key, hit or miss with the missed part, phases, counters and fallback reasons, JSON-compatible."""
 
-    def to(self, *args: Any, **kwargs: Any) -> ServedModel:
-        """Does nothing: the device and dtype were settled when the artifact was loaded."""
-        return self
-
-    def eval(self) -> ServedModel:
-        """Does nothing: artifacts are built in eval mode."""
-        return self
-
-    def _eager_module(self) -> torch.nn.Module:
-        return self._target.eager()
-
-    def _module_at_hand(self) -> torch.nn.Module | None:
-        built: Any = getattr(self._target.source, "built", None)
-        return None if built is None else built()
+    @property
+    def _serving_module(self) -> torch.nn.Module | None:
+        return self._eager_module() if explanations_under_way() else None
 
     def _explain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the eager module in the caller's gradient mode."""
@@ -253,7 +234,7 @@ class CompiledModel(ServedModel):
         return forward_order(source.built(), self._loaded.signature.names)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _explanations.under_way:
+        if explanations_under_way():
             return self._explain(args, kwargs)
         try:
             return self._answer(args, kwargs)
@@ -280,10 +261,11 @@ class CompiledModel(ServedModel):
                 signature.check(tensors)
                 return loaded.run(tensors)
             except InputError as refusal:
-                form_differs = other_form(signature, args, kwargs) is not None
-                if form_differs or not self._outside_eager:
+                if other_form(signature, args, kwargs) is not None:
                     return self._answer_other_form(signature, args, kwargs, refusal)
                 tensors = signature.bind(args, kwargs, self._device)  # a value outside its limits is refused anyway
+                if not self._outside_eager:
+                    self.signature.check(tensors)  # what is declared and not compiled is answered eagerly
         except InputError:
             self.metrics.count("refused")
             raise
@@ -295,6 +277,12 @@ class CompiledModel(ServedModel):
             if self._eager is None:
                 self._eager = eager_run(self._target, signature.names)
         return self._slots.call(self._eager, tensors)
+
+    def call_with(self, data: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call the model with what a handler's `preprocess` gave."""
+        if self.signature.inputs or spreads(self._target.eager(), data):
+            return super().call_with(data, *args, **kwargs)
+        return self(data, *args, **kwargs)
 
     def _call_eager(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         return self._slots.call(self._run_eager, to_device(args, self._device), to_device(kwargs, self._device))
@@ -311,8 +299,19 @@ class CompiledModel(ServedModel):
 
     @property
     def signature(self) -> Signature:
-        """What the model accepts; without inputs when nothing was declared."""
-        return self._loaded.signature
+        """What the model accepts: what is declared, also where the artifact covers a part of it."""
+        accepted, declared = self._loaded.signature, self._target.signature
+        if declared is None or declared.dimensions == accepted.dimensions:
+            return accepted
+        if set(declared.dimensions) != set(accepted.dimensions):
+            return accepted
+        return Signature(accepted.inputs, declared.dimensions, accepted.kind)
+
+    @property
+    def _serving_module(self) -> torch.nn.Module | None:
+        # With a build in the background it would be lost with the swap.
+        serves = self.outcome.backend == "eager" and self.background is None
+        return self._eager_module() if serves else super()._serving_module
 
     @property
     def pool(self) -> ContextPool[Any]:

@@ -31,6 +31,21 @@ class BuildError(WarmStartError, RuntimeError):
     """A backend cannot compile this model; the next backend of the fallback order is tried."""
 
 
+class DiskFullError(BuildError):
+    """A build ran out of disk space; it is tried again when there is more.
+
+    `free` holds the free bytes that the build had, by the folder that was too small.
+    """
+
+    def __init__(self, message: str, free: dict[str, int] | None = None) -> None:
+        super().__init__(message)
+        self.free = dict(free or {})
+
+
+class ChangedInputError(BuildError):
+    """The model changes its inputs in place, which a graph for native code must not."""
+
+
 class FailedBeforeError(BuildError):
     """A build of the same key has failed a short time ago and is not repeated yet; the next backend is tried.
 
@@ -44,12 +59,24 @@ class LoadError(WarmStartError, RuntimeError):
     """A stored artifact cannot be loaded here; it is rebuilt, or the next backend is tried."""
 
 
+class MissingDependencyError(LoadError):
+    """What a stored artifact needs is not in this process, such as an operator; the artifact is sound and stays."""
+
+
 class RefitError(LoadError):
     """A stored plan is sound and cannot take the weights at hand; they get a plan of their own."""
 
 
 class CanaryError(WarmStartError, RuntimeError):
     """An artifact did not reproduce the eager model's output; it is not served."""
+
+
+class FrozenModelError(WarmStartError, RuntimeError):
+    """A change of the model after its start, which what serves would not see."""
+
+
+class SampleError(WarmStartError, RuntimeError):
+    """The plain model refuses every input that is drawn for canary and warm-up; no backend is at fault."""
 
 
 class QuarantinedError(WarmStartError, RuntimeError):
@@ -98,3 +125,33 @@ def one_line(error: BaseException | str, length: int = 400) -> str:
     'expected 3, found 4'
     """
     return re.sub(r"\s+", " ", str(error)).strip()[:length]
+
+
+def shown(text: object, length: int = 80) -> str:
+    """A text that a request has shaped, in quotes, as printable ASCII of about `length` characters at most.
+
+    Quotes, control characters and surrogates are escaped, so that it can stand in a message, a log line and a terminal.
+
+    Examples
+    --------
+    >>> shown("x"), shown("a" * 1_000_000, 8), shown("\\x1b[2J")
+    ("'x'", "'aaaaaaaa'... (1000000 characters)", "'\\\\x1b[2J'")
+    """
+    whole = str(text)
+    head = ascii(whole[:length])
+    if len(head) > 2 * length:  # escapes take up to ten characters each
+        head = head[: 2 * length]
+    return head if len(whole) <= length else f"{head}... ({len(whole)} characters)"
+
+
+def bounded(text: object, length: int = 400) -> str:
+    """A message of at most `length` characters and a few, which every encoding of text takes.
+
+    Examples
+    --------
+    >>> bounded("a" * 1_000_000, 8)
+    'aaaaaaaa... (1000000 characters)'
+    """
+    whole = str(text)
+    head = whole[:length].encode("utf-8", "backslashreplace").decode()
+    return head if len(whole) <= length else f"{head}... ({len(whole)} characters)"

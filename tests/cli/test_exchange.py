@@ -142,6 +142,49 @@ def test_export_and_import(
     assert (outcome.result, outcome.canary["source"]) == ("hit", "record")
 
 
+def subjects(store: Path) -> list[str]:
+    return [entry.model for entry in scan_entries(store) if entry.state == "ok"]
+
+
+@pytest.mark.parametrize("transport", ["bundle", "remote"])
+def test_two_names_of_one_model_travel_both(
+    transport: str, run: Run, filled: Path, archive: Path, remote: str, tmp_path: Path, start: Callable[[Path], Any]
+) -> None:
+    """Models with the same content have one key; their entries lie at two addresses."""
+    settings = settings_of(store=str(filled), backends=["aot_inductor"], strict=True)
+    assert start_model(archive_source(archive, name="twin"), settings).outcome.result == "built"
+    assert len({entry.key for entry in scan_entries(filled)}) == 1
+    new = tmp_path / "new"
+    if transport == "bundle":
+        sent = run("export", tmp_path / "bundle", "--store", filled, "--json")
+        fetched = run("import", tmp_path / "bundle", "--store", new, "--json")
+    else:
+        sent = run("push", remote, "--store", filled, "--json")
+        fetched = run("pull", remote, "--store", new, "--json")
+    assert [row["entry"].split("/")[0] for row in sent.json] == ["linear", "twin"]
+    assert [(row["entry"].split("/")[0], row["outcome"]) for row in fetched.json] == [
+        ("linear", "done"),
+        ("twin", "done"),
+    ]
+    assert (fetched.code, subjects(new)) == (0, ["linear", "twin"])
+    outcome = start(new)
+    assert (outcome.result, outcome.canary["source"]) == ("hit", "record")
+
+
+def test_an_older_bundle_is_imported(run: Run, filled: Path, tmp_path: Path) -> None:
+    """Older versions wrote the canary records of a key behind each of its entries."""
+    bundle, parts = tmp_path / "bundle", tmp_path / "parts"
+    assert run("export", bundle, "--store", filled).code == 0
+    parts.mkdir()
+    with bundle.open("rb") as stream:
+        SealedReader(stream, Keyring(), "bundle").extract(parts)
+    (canary,) = parts.glob("canary-*")
+    (parts / "canary-00009").write_bytes(canary.read_bytes())
+    with bundle.open("wb") as target:
+        seal(target, "bundle", "bundle", {path.name: path for path in parts.iterdir()}, Keyring())
+    assert outcomes(run("import", bundle, "--store", tmp_path / "new", "--json")) == [("done", 1)]
+
+
 @pytest.mark.parametrize("position", [30, 200, -1])
 def test_damaged_bundle_publishes_nothing(position: int, run: Run, filled: Path, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"

@@ -70,6 +70,7 @@ def served(archive: Path, filled: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     manifest = {"model": {**names, "handler": "explained_handler.py"}}
     (archive / "MAR-INF" / "MANIFEST.json").write_text(json.dumps(manifest))
     monkeypatch.syspath_prepend(str(archive))
+    sys.modules.pop("explained_handler", None)  # of another test's archive
     handler = importlib.import_module("explained_handler").Handler()
     context = make_context(archive, filled)
     context.model_name, context.manifest = "served", manifest
@@ -149,3 +150,17 @@ def test_explain_names_what_was_left_out_of_the_key(
     result = run("explain", folder, "--store", filled, "--json")
     assert result.json[0]["left_out"] == ["Made._made_hash"], result.err
     assert "differs between processes: Made._made_hash" in run("explain", folder, "--store", filled).out
+
+
+def test_explain_of_an_archive_names_the_variable_that_differs(
+    run: Run, archive: Path, filled: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (archive / "model.py").read_text()
+    (archive / "model.py").write_text(text + "\nimport os\nTAG = os.environ.get('MODEL_TAG')\n")
+    monkeypatch.setenv("MODEL_TAG", "first")
+    served = request.getfixturevalue("served")
+    assert run("explain", served, "--store", filled, "--json").json[0]["differs"] == []
+    monkeypatch.setenv("MODEL_TAG", "second")
+    result = run("explain", served, "--store", filled, "--json")
+    assert [part["part"] for part in result.json[0]["differs"]] == ["outside"]
+    assert "variable:MODEL_TAG" in run("explain", served, "--store", filled).out

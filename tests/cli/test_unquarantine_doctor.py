@@ -71,8 +71,9 @@ def test_failed_builds_are_listed_shown_and_lifted(run: Run, filled: Path) -> No
 
 
 def test_several_keys_are_not_lifted_at_once(run: Run, filled: Path) -> None:
-    quarantine(filled)
-    result = run("unquarantine", "", "--store", filled)
+    for key in ("ab" * 16, "ac" * 16):
+        remember_failure(filled, key, "linear", "inductor", "BuildError: no way", "deterministic", 1.0)
+    result = run("unquarantine", "a", "--store", filled)
     assert (result.code, "2 quarantined keys" in result.err) == (ExitCode.USAGE, True)
     assert len(run("ls", "--store", filled, "--json").json["quarantined"]) == 2
 
@@ -102,3 +103,30 @@ def test_doctor_prints_findings_and_ends_by_the_worst(run: Run, filled: Path, tm
     failed = run("doctor", "--store", filled, "--config", config, "--model", "linear", "--json")
     assert (failed.code, failed.json["status"]) == (ExitCode.FAILED, "fail")
     assert "building linear took" in failed.json["findings"][-1]["found"]
+
+
+def test_an_empty_key_lifts_nothing(run: Run, filled: Path) -> None:
+    """Also where there is one key alone, which it would name."""
+    remember_failure(filled, "ab" * 16, "linear", "inductor", "BuildError: no way", "deterministic", 1.0)
+    refused = run("unquarantine", "", "--store", filled)
+    assert (refused.code, "found nothing" in refused.err) == (ExitCode.USAGE, True)
+    assert len(list((filled / "quarantine").iterdir())) == 1
+
+
+def test_no_control_character_reaches_a_terminal(run: Run, filled: Path) -> None:
+    """A model's name and a reason are anybody's text: here they set the window's title and clear the screen."""
+    evil = "\x1b]0;title\x07\x1b[2J\x9b2J\u202e"
+    key = "ab" * 16
+    assert remember_failure(filled, key, f"model{evil}", "inductor", f"reason{evil}\r\nok", "deterministic", 1.0)
+    for arguments in (
+        ("ls", "--store", filled),
+        ("show", key, "--store", filled),
+        ("pin", evil, "--store", filled),
+        ("push", f"file:///nowhere{evil}", "--store", filled),
+        ("unquarantine", key, "--store", filled),
+    ):
+        result = run(*arguments)
+        shown = result.out + result.err
+        assert [repr(char) for char in shown if not char.isprintable() and char not in "\n\t"] == [], arguments
+        if arguments[0] in ("ls", "show", "unquarantine"):
+            assert "title" in shown

@@ -301,3 +301,11 @@ def test_settings_are_checked(tmp_path: Path) -> None:
     path.write_text("minWorkers: 1")
     finding = ask(doctor.store.check_model_config, model_config=path)[-1]
     assert (finding.status, finding.remedy) == ("warn", "set startupTimeout: 600 for the first build")
+
+
+def test_torchserve_without_security_fixes_belongs_behind_a_proxy() -> None:
+    pytest.importorskip("ts", reason="TorchServe is not installed")
+    found = by_check(ask(server.check_torchserve))["torchserve"]
+    assert "no security fixes any more" in found.found
+    assert "on loopback" in found.remedy
+    assert "behind a proxy" in found.remedy

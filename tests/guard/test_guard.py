@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import json
 import os
 import resource
 import signal
+import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +20,14 @@ from typing import Any
 import pytest
 
 from tests.support.costs import costs
+from tests.support.marks import needs_root
 from ts_handlers import Settings
-from ts_handlers.errors import QuarantinedError
+from ts_handlers.errors import FailedBeforeError, QuarantinedError
 from ts_handlers.guard import guard as guard_module
 from ts_handlers.guard import markers as markers_module
 from ts_handlers.guard.guard import FORGIVEN, Guard
 from ts_handlers.guard.quarantine import lift_quarantine, read_quarantines
+from ts_handlers.guard.records import Quarantine
 from ts_handlers.guard.state_directory import fallback_directory
 from ts_handlers.key.cache_key import CacheKey
 from ts_handlers.settings import CanarySettings
@@ -87,7 +92,7 @@ def fork(function: Callable[[], None]) -> int:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         function()
         os._exit(0)
-    except QuarantinedError:
+    except (QuarantinedError, FailedBeforeError):
         os._exit(42)
     finally:
         os._exit(1)
@@ -347,10 +352,194 @@ def test_kills_by_the_kernel_are_counted(group: str, file: str, text: str, tmp_p
     assert oom_kills(tmp_path / "nothing", tmp_path / "mount") is None
 
 
-def test_a_kill_by_the_kernel_is_a_reason_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def kills(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets how many processes the kernel has killed in this control group, 3 before."""
     monkeypatch.setattr(guard_module, "oom_kills", lambda: 3)
+    for module in (guard_module, markers_module):
+        monkeypatch.setattr(module, "memory_group", lambda: "this container")
+    monkeypatch.setattr(markers_module, "oom_kills", lambda: 3)
+    return lambda count: monkeypatch.setattr(markers_module, "oom_kills", lambda: count)
+
+
+def test_a_kill_by_the_kernel_is_a_reason_at_once(root: Path, kills: Callable[[int], None]) -> None:
     assert die(root, "killed") == -signal.SIGKILL
     guard_of(root).refuse(DIGEST)
-    monkeypatch.setattr(markers_module, "oom_kills", lambda: 4)
+    kills(4)
     with pytest.raises(QuarantinedError, match="killed by the kernel for lack of memory while loading"):
         guard_of(root).refuse(DIGEST)
+
+
+def test_a_kill_by_the_kernel_of_somebody_else_is_none(
+    root: Path, kills: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older death, one in another container, one of another boot, and one kill for two deaths."""
+    assert die(root, "killed") == -signal.SIGKILL
+    kills(4)
+    (marker,) = markers(root)
+    now = time.time()
+    os.utime(marker, (now - 3600,) * 2)
+    guard_of(root).refuse(DIGEST)
+    os.utime(marker, (now,) * 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(markers_module, "memory_group", lambda: "another container")
+        guard_of(root).refuse(DIGEST)
+    with monkeypatch.context() as patch:
+        patch.setattr(markers_module, "boot_id", lambda: "another boot")
+        guard_of(root).refuse(DIGEST)
+    other = marker.with_name(f"{'0' * 32}.other")
+    other.write_bytes(marker.read_bytes().replace(KEY.digest.encode(), b"0" * 32))
+    guard_of(root).refuse(DIGEST)
+    assert read_quarantines(root) == []
+    other.unlink()
+    with pytest.raises(QuarantinedError, match="lack of memory"):
+        guard_of(root).refuse(DIGEST)
+
+
+def test_a_marker_of_an_older_version_is_read_and_blames_nobody_for_memory(
+    root: Path, kills: Callable[[int], None]
+) -> None:
+    assert die(root, "killed") == -signal.SIGKILL
+    kills(4)
+    (marker,) = markers(root)
+    facts = json.loads(marker.read_bytes())
+    for name in ("thread", "boot", "group", "free"):
+        del facts[name]
+    marker.write_text(json.dumps(facts) + "\n")
+    guard_of(root).refuse(DIGEST)
+    assert read_quarantines(root) == []
+    kills(3)
+    assert die(root, "killed") == -signal.SIGKILL
+    with pytest.raises(QuarantinedError, match="2 times in a row"):
+        guard_of(root).refuse(DIGEST)
+
+
+def quarantine_without_a_trace(root: Path) -> Quarantine:
+    for _ in range(FORGIVEN["load"] + 1):
+        assert die(root, "killed") == -signal.SIGKILL
+    with pytest.raises(QuarantinedError, match="without a trace"):
+        guard_of(root).refuse(DIGEST)
+    (record,) = read_quarantines(root)
+    assert isinstance(record, Quarantine)
+    return record
+
+
+def change(root: Path, **fields: Any) -> None:
+    """Rewrite the only record."""
+    (path,) = (root / "quarantine").iterdir()
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_a_quarantine_without_a_trace_ends_after_a_day_and_then_after_two(root: Path) -> None:
+    assert quarantine_without_a_trace(root).held_seconds == 86400
+    change(root, failed_at=time.time() - 86401)
+    guard_of(root).refuse(DIGEST)
+    again = quarantine_without_a_trace(root)
+    assert (again.count, again.held_seconds) == (2, 2 * 86400)
+    change(root, failed_at=time.time() - 86401)
+    with pytest.raises(QuarantinedError):
+        guard_of(root).refuse(DIGEST)
+    change(root, failed_at=time.time() - 2 * 86401)
+    attempt(root, lambda: None)
+    assert read_quarantines(root) == []  # it loads: the next one begins with a day again
+
+
+@pytest.mark.parametrize("years", [-30, 30])
+def test_a_wrong_clock_keeps_no_death_without_a_trace_alive(years: int, root: Path) -> None:
+    wrong = time.time() + years * 365.25 * 86400
+    quarantine_without_a_trace(root)
+    change(root, failed_at=wrong)
+    guard_of(root).refuse(DIGEST)
+    lift_quarantine(root, KEY.digest)
+    assert die(root, "killed") == -signal.SIGKILL
+    (marker,) = markers(root)
+    os.utime(marker, (wrong,) * 2)
+    guard_of(root).refuse(DIGEST)
+    assert markers(root) == []
+
+
+def test_a_record_without_a_trace_of_an_older_version_ends_too(root: Path) -> None:
+    quarantine_without_a_trace(root)
+    old = {"count": 1, "failed_at": 0.0, "held_seconds": 0.0}
+    change(root, **old)
+    with pytest.raises(QuarantinedError):
+        guard_of(root).refuse(DIGEST)
+    change(root, **old, time="2024-01-01T00:00:00Z")
+    guard_of(root).refuse(DIGEST)
+    assert die(root, "segmentation fault") == -signal.SIGSEGV
+    change(root, **old)  # a cause is no matter of time
+    with pytest.raises(QuarantinedError, match="Segmentation fault"):
+        guard_of(root).refuse(DIGEST)
+
+
+def test_a_crash_in_another_thread_is_not_the_artifacts(root: Path) -> None:
+    def crash_elsewhere() -> None:
+        threading.Thread(target=ctypes.string_at, args=(0,)).start()
+        time.sleep(1000)
+
+    assert status_of(fork(lambda: attempt(root, crash_elsewhere))) == -signal.SIGSEGV
+    guard_of(root).refuse(DIGEST)
+    assert read_quarantines(root) == []
+    assert status_of(fork(lambda: attempt(root, crash_elsewhere))) == -signal.SIGSEGV  # bounded all the same
+    with pytest.raises(QuarantinedError, match="2 times in a row"):
+        guard_of(root).refuse(DIGEST)
+
+
+@pytest.mark.parametrize("reused", [False, True])
+def test_native_code_that_closes_descriptors_fails_no_load(reused: bool, root: Path, tmp_path: Path) -> None:
+    """As daemonizing code does, which closes everything above 2."""
+    guard = guard_of(root)
+    with guard.marked("load", DIGEST):
+        descriptor = guard._descriptor
+        assert descriptor is not None
+        with guard.limited():
+            os.close(descriptor)
+        if reused:
+            foreign = os.open(tmp_path / "foreign", os.O_RDWR | os.O_CREAT)
+            if foreign != descriptor:
+                os.dup2(foreign, descriptor)
+                os.close(foreign)
+    assert markers(root) == []
+    if reused:
+        os.write(descriptor, b"still open")
+        os.close(descriptor)
+        assert (tmp_path / "foreign").read_bytes() == b"still open"
+
+
+def test_a_crash_after_native_code_has_closed_descriptors_is_still_seen(root: Path) -> None:
+    def attempt_twice() -> None:
+        guard = guard_of(root)
+        with guard.marked("load", DIGEST):
+            with guard.limited():
+                os.closerange(3, 200)
+            with guard.limited():
+                ctypes.string_at(0)
+
+    assert status_of(fork(attempt_twice)) == -signal.SIGSEGV
+    with pytest.raises(QuarantinedError, match="Segmentation fault"):
+        guard_of(root).refuse(DIGEST)
+
+
+@needs_root
+@pytest.mark.parametrize("how", ["abort", "killed"])
+def test_a_build_that_dies_on_a_full_disk_is_tried_again_when_there_is_room(
+    how: str, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    root = small_disk / "store"
+    root.mkdir()
+
+    def build() -> None:
+        with guard_of(root).marked("build"):
+            DEATHS[how]()
+
+    for times in (1, 2):
+        assert status_of(fork(build)) == {"abort": -signal.SIGABRT, "killed": -signal.SIGKILL}[how]
+        with pytest.raises(FailedBeforeError, match=rf"no space left, \d+ bytes in {root}: .*while building"):
+            guard_of(root).refuse()
+        (record,) = read_quarantines(root)
+        assert (record.phase, record.count) == ("build", times)
+    for size, full in (("8m", False), ("64k", True)):
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(small_disk)], check=True)
+        with pytest.raises(FailedBeforeError) if full else contextlib.nullcontext():
+            guard_of(root).refuse()

@@ -260,3 +260,18 @@ def test_compiled_package_is_refused(tmp_path: Path) -> None:
         archive.writestr("model/data/aotinductor/model/x.so", b"")
     with pytest.raises(ModelError, match="compiled AOTInductor package"):
         ExportedSource("m", tmp_path / "model.pt2")
+
+
+def test_an_archive_without_weights_is_told_apart_from_a_model_without_any(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tests.support.models import settings_of
+    from ts_handlers import start_model
+
+    constant = "import torch\n\n\nclass Model(torch.nn.Module):\n    def forward(self, x):\n        return x\n"
+    filled = LINEAR.replace("torch.nn.Linear(4, 3)", "torch.nn.LayerNorm(4)")
+    for index, (code, random) in enumerate(((LINEAR, True), (constant, False), (filled, False))):
+        source = archive_source(write_archive(tmp_path / str(index), code, seed=None), None)
+        notes = start_model(source, settings_of(backends=["eager"])).describe()["notes"]
+        assert any("no weights" in note and "--serialized-file" in note for note in notes) == random
+    assert caplog.text.count("the archive has no weights") == 1

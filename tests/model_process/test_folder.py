@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from ts_handlers.errors import StoreError
-from ts_handlers.model_process.folder import Failure, Folder, Status, folder_of, sweep
+from ts_handlers.model_process.folder import Failure, Folder, Holder, Status, folder_of, sweep, write_holder
 
 
 @pytest.fixture(autouse=True)
@@ -98,16 +100,87 @@ def test_what_a_process_says_is_read_and_damage_is_nothing() -> None:
     folder.forget_status()
 
 
-def test_a_folder_that_others_can_write_to_is_refused(temporary: Path) -> None:
-    folder_of({})
-    (private,) = temporary.iterdir()
-    private.chmod(0o770)
-    with pytest.raises(StoreError, match=r"mode 0700.*found.*0770.*TMPDIR"):
-        folder_of({})
-    private.rmdir()
-    private.symlink_to(temporary)
-    with pytest.raises(StoreError, match="must be a folder"):
-        folder_of({})
+def open_folder(path: Path) -> None:
+    path.mkdir()
+    path.chmod(0o770)
+
+
+def others_folder(path: Path) -> None:
+    path.mkdir()
+    os.chown(path, 12345, 12345)
+
+
+TAKEN: dict[str, Callable[[Path], None]] = {
+    "open to others": open_folder,
+    "a link": lambda path: path.symlink_to(path.parent),
+    "a dangling link": lambda path: path.symlink_to("nowhere"),
+    "a file": lambda path: path.touch(),
+    "another user's": others_folder,
+}
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_a_name_that_was_taken_does_not_stop_the_start(case: str, temporary: Path) -> None:
+    if case == "another user's" and os.geteuid() != 0:
+        pytest.skip("only root gives folders away")
+    usual = temporary / f"ts_handlers-{os.geteuid()}"
+    TAKEN[case](usual)
+    others = temporary / f"{usual.name}-00000000000000000000-forged"
+    if os.geteuid() == 0:
+        others_folder(others)  # the next name, too
+    one, two = folder_of({}), folder_of({})
+    assert one.path == two.path
+    assert one.path.parent not in (usual, others)
+    assert one.path.parent.parent == temporary
+    assert one.path.parent.stat().st_mode & 0o777 == 0o700
+    lock = one.take_lock()
+    assert lock is not None
+    assert two.take_lock() is None
+    os.close(lock)
+
+
+def test_processes_that_find_the_name_taken_at_once_meet(temporary: Path) -> None:
+    (temporary / f"ts_handlers-{os.geteuid()}").touch()
+    with ThreadPoolExecutor(8) as pool:
+        found = {folder.path for folder in pool.map(lambda _: folder_of({}), range(32))}
+    assert len(found) == 1
+
+
+def test_a_folder_that_was_replaced_by_another_users_is_not_used(temporary: Path) -> None:
+    folder = folder_of({})
+    folder.path.parent.rmdir()
+    folder.path.parent.symlink_to(temporary)
+    with pytest.raises(StoreError, match="was replaced by another user's"):
+        folder.take_lock()
+
+
+def test_a_lock_is_given_up_only_for_the_holder_that_it_names() -> None:
+    folder = folder_of({})
+    lock = folder.take_lock()
+    assert lock is not None
+    assert folder.sign() is None
+    write_holder(lock, Holder(17, 123456))
+    sign = folder.sign()
+    assert sign is not None
+    assert sign[0] == (17, 123456)
+    os.utime(lock, ns=(5, 5))
+    assert folder.sign() == ((17, 123456), 5)
+    folder.give_up(Holder(17, 123457))
+    assert not folder.is_free()
+    folder.give_up(Holder(17, 123456))
+    assert folder.is_free()
+    os.close(lock)
+
+
+def test_how_a_process_ended_is_told_of_that_process_alone() -> None:
+    folder = folder_of({})
+    lock = folder.take_lock()
+    assert lock is not None
+    os.close(lock)
+    folder.write_ended(Holder(3, 4), -9)
+    folder.write_killed(Holder(3, 5), "silent")
+    assert (folder.ended(Holder(3, 4)), folder.ended(Holder(3, 5))) == (-9, None)
+    assert (folder.killed(Holder(3, 4)), folder.killed(Holder(3, 5))) == (None, "silent")
 
 
 def test_a_temporary_folder_that_was_emptied_is_made_again(temporary: Path) -> None:

@@ -159,3 +159,13 @@ def test_files_that_do_not_shape_the_model_do_not_part_the_workers(start: Start,
         path.write_bytes(b"x")
     second = start(key_files_ignored=["scratch/*"])
     assert second.ready() == process
+
+
+def test_what_the_settings_name_outside_the_archive_parts_the_workers(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "outside"
+    path.write_text("1")
+    first = start(key_files=[str(path)])
+    process = first.ready()
+    assert start(key_files=[str(path)]).ready() == process
+    path.write_text("2")
+    assert start(key_files=[str(path)]).ready() != process

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,3 +107,21 @@ def test_layouts_of_many_sizes_do_not_pile_up() -> None:
     for size in range(1, 300):
         assert transfer(outbox, inbox, [torch.full((size,), float(size))])[0].sum() == size * size
     assert max(len(outbox._views), len(inbox._views)) <= 64
+
+
+def test_memory_whose_size_is_not_sealed_is_refused_and_closed(tmp_path: Path) -> None:
+    before = descriptors()
+    loose = os.memfd_create("loose", os.MFD_ALLOW_SEALING)
+    os.ftruncate(loose, SMALLEST)
+    file = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    os.ftruncate(file, SMALLEST)
+    for descriptor in (loose, file):
+        with pytest.raises(ValueError, match="not sealed"):
+            Inbox().replace(descriptor)
+    assert descriptors() == before
+    _, descriptor = Outbox().write([torch.ones(3)])
+    assert descriptor is not None
+    for size in (0, 2 * SMALLEST):
+        with pytest.raises(PermissionError):
+            os.ftruncate(descriptor, size)
+    os.close(descriptor)

@@ -133,8 +133,7 @@ def test_a_failed_batch_keeps_no_tensors(config: dict[str, Any], tmp_path: Path)
     gc.disable()
     try:
         for _ in range(5):
-            with pytest.raises(RuntimeError, match="broken"):
-                ask(handler, context, *[ROWS] * 8)
+            assert [status for status, _ in ask(handler, context, *[ROWS] * 8)] == [503] * 8
         alive = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.shape == (37, 41)]
     finally:
         gc.enable()

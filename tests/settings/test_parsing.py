@@ -80,7 +80,10 @@ def test_unknown_keys_are_named_at_every_level(section: dict[str, Any], parts: l
         ({"on_miss": "ignore"}, ["handler.ts_handlers.on_miss", "'ignore'", "compile, background, fail, eager"]),
         ({"inputs": [{**INPUT, "dtype": "float31"}]}, ["handler.ts_handlers.inputs[0].dtype", "'float31'", "bfloat16"]),
         ({"inputs": [{**INPUT, "shape": [1.5]}]}, ["handler.ts_handlers.inputs[0].shape[0]", "1.5"]),
-        ({"inputs": [{**INPUT, "limits": [1]}]}, ["handler.ts_handlers.inputs[0].limits", "array", "2"]),
+        (
+            {"inputs": [{**INPUT, "shape": [4], "limits": [1]}]},
+            ["handler.ts_handlers.inputs[0].limits", "two numbers", "[1]"],
+        ),
         ({"inputs": [{**INPUT, "limits": [0, "x"]}]}, ["handler.ts_handlers.inputs[0].limits[1]", "'x'"]),
         ({"inputs": [{"name": "x", "dtype": "int64"}]}, ["handler.ts_handlers.inputs[0]", "shape"]),
         ({"dimensions": {"batch": 3}}, ["handler.ts_handlers.dimensions.batch", "object", "3"]),
@@ -117,6 +120,8 @@ def test_wrong_types_and_values_are_named(section: Any, parts: list[str]) -> Non
         ({"guard": {"load_memory_mb": 0}}, ["guard.load_memory_mb", "found 0"]),
         ({"contexts": {"count": 0}}, ["contexts.count", "1 to 1024", "0"]),
         ({"contexts": {"wait_seconds": -1}}, ["contexts.wait_seconds", "-1", "503"]),
+        ({"contexts": {"silent_seconds": 1}}, ["contexts.silent_seconds", "from 2", "found 1"]),
+        ({"contexts": {"call_seconds": float("inf")}}, ["contexts.call_seconds", "from 1", "found inf"]),
         ({"dimensions": {"batch": {"min": 0, "max": 8}}, "inputs": [INPUT]}, ["dimensions.batch.min", "0"]),
         ({"dimensions": {"batch": {"min": 9, "max": 8}}, "inputs": [INPUT]}, ["dimensions.batch", "9", "8"]),
         ({"dimensions": DIMENSIONS}, ["dimensions.batch", "no input uses"]),
@@ -387,3 +392,26 @@ def test_secrets_of_the_remote_store_are_not_repeated(remote: Any) -> None:
     text = message({**SECTION, "remote": remote})
     assert "remote" in text
     assert "hunter2" not in text
+
+
+@pytest.mark.parametrize(
+    ("config", "place"),
+    [
+        ({"handler": {"ts_handler": {}}}, "handler.ts_handler"),
+        ({"handler": {"ts-handlers": {}}}, "handler.ts-handlers"),
+        ({"handler": {"TsHandlers": {}}}, "handler.TsHandlers"),
+        ({"ts_handlers": {}}, "ts_handlers"),
+        ({"handlers": {"ts_handlers": {}}}, "handlers.ts_handlers"),
+    ],
+)
+def test_a_misspelt_section_is_noticed(config: Any, place: str, caplog: pytest.LogCaptureFixture) -> None:
+    parse_settings(config)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message == (
+        f"model-config.yaml: the section {place} is not read; settings of ts_handlers stand in handler.ts_handlers"
+    )
+
+
+def test_sections_of_others_are_not_mistaken(caplog: pytest.LogCaptureFixture) -> None:
+    parse_settings({"handler": {"ts_handlers": {}, "handlers": 1, "profile": {}, 3: 4}, "minWorkers": 1, "ts": {}})
+    assert caplog.records == []

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tests.soak import faults, flip, fuzz, race
+from tests.soak import faults, flip, fuzz, race, requests
 from tests.soak.subject import workplace
 from tests.soak.tally import Tally
 
@@ -53,6 +53,7 @@ PARTS: dict[str, tuple[Part, float]] = {
     "fuzz": (fuzz.run, 0.18),
     "faults": (faults.run, 0.09),
     "clocks": (_clocks, 0.01),
+    "requests": (requests.run, 0.20),
 }
 """What each part runs, and its share of the trials of ``all``."""
 PRELOADED = ("faults", "clocks")

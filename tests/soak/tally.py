@@ -12,6 +12,9 @@ MUST_BE_ZERO = {
     "crash": "crashes",
     "escaped": "escaped errors",
     "stuck": "stuck stores",
+    "blamed": "blamed without cause",
+    "neighbour": "requests failed by a neighbour",
+    "unbounded": "refusals above a kilobyte",
 }
 """What must not happen, and how the summary line calls it."""
 

@@ -99,7 +99,7 @@ def use_constants(monkeypatch: pytest.MonkeyPatch, fingerprint: Any, library: An
     monkeypatch.setattr(fingerprint, "_libc", lambda: "glibc-2.36")
     monkeypatch.setattr(fingerprint, "python_identity", lambda: "cpython-3.11")
     monkeypatch.setattr(fingerprint, "compiler_identity", lambda: "g++ 12.2.0")
-    monkeypatch.setattr(fingerprint, "_is_editable", lambda name: False)
+    monkeypatch.setattr(fingerprint, "is_editable", lambda name: False)
     for module in (fingerprint, library):
         monkeypatch.setattr(module, "distribution_version", lambda name: "1.2.3")
     monkeypatch.setattr(library, "installed_flavours", lambda: ("tensorrt_rtx",))

@@ -18,6 +18,7 @@ from tests.support.models import eager_model
 from tests.support.subprocesses import start_python
 
 MODEL = """
+import ctypes
 import os
 import time
 
@@ -38,6 +39,10 @@ class Model(torch.nn.Module):
         if first == 888 and os.fork() == 0:
             time.sleep(30)
             os._exit(0)
+        if first == 444:  # as native code does that does not release the interpreter's lock
+            ctypes.PyDLL(None).sleep(600)
+        if first == 333:
+            time.sleep(600)
         if first == 500:
             raise RuntimeError("five hundred")
         if first == 777:  # out of range: on a GPU an assertion, after which the process's CUDA context is broken
@@ -47,8 +52,9 @@ class Model(torch.nn.Module):
         rows = {-0.001: True, -0.002: 1.0, -0.003: -0.0, -0.004: 0}.get(round(first, 3), x.shape[0])
         return {"y": self.layer(x), "rows": rows, "both": (x, None)}
 """
-"""Some inputs do what goes wrong: 666 ends the process, 888 forks it, 500 raises, 777 breaks a GPU's context, negative
-ones take so many seconds, and last for as long as there is the file that the environment's HOLD names."""
+"""Some inputs do what goes wrong: 444 keeps the interpreter's lock and 333 does not, both for ten minutes, 666 ends the
+process, 888 forks it, 500 raises, 777 breaks a GPU's context, negative ones take so many seconds, and last for as long
+as there is the file that the environment's HOLD names."""
 
 WORKER = """
 import json, sys, threading, logging

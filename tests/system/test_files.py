@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 import pytest
 
 from ts_handlers.system.files import atomic_file, is_at, is_temporary, lock, open_locked, write_atomically
+from ts_handlers.system.locked_directory import make_locked_directory
 
 
 @pytest.mark.parametrize("durable", [False, True])
@@ -94,3 +96,21 @@ def test_a_file_that_went_before_it_was_locked_is_not_locked(replaced: bool, tmp
     with pytest.raises(FileNotFoundError):
         lock(descriptor, path, wait=True)
     os.close(descriptor)
+
+
+def test_two_containers_with_one_pid_never_share_a_temporary_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):
+            stack.enter_context(atomic_file(tmp_path / "facts"))
+        assert len(list(tmp_path.iterdir())) == 20
+    directories = {make_locked_directory(tmp_path, "key-")[0] for _ in range(20)}
+    assert len(directories) == 20
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "名" * 85])
+def test_a_long_name_leaves_room_for_the_temporary_one(name: str, tmp_path: Path) -> None:
+    write_atomically(tmp_path / name, b"facts")
+    assert [path.name for path in tmp_path.iterdir()] == [name]

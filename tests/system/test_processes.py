@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 
-from ts_handlers.system.processes import boot_id, parent_of, process_age_ms, process_start
+import pytest
+
+from tests.support.workers import wait_until
+from ts_handlers.system.processes import boot_id, end_process, is_stopped, parent_of, process_age_ms, process_start
 
 
 def test_this_process_and_one_that_does_not_exist() -> None:
@@ -15,3 +21,24 @@ def test_this_process_and_one_that_does_not_exist() -> None:
     age = process_age_ms()
     assert age is not None
     assert 0 < age < 86_400_000
+
+
+@pytest.mark.processes
+def test_a_process_is_ended_only_if_it_is_the_one_that_was_meant() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        start = process_start(process.pid)
+        assert not is_stopped(process.pid)
+        os.kill(process.pid, signal.SIGSTOP)
+        assert wait_until(lambda: is_stopped(process.pid))
+        assert not end_process(process.pid, start + 1)
+        assert is_stopped(process.pid)
+        assert end_process(process.pid, start)
+        assert process.wait(60) == -signal.SIGKILL
+        assert not end_process(process.pid, start)
+        assert not is_stopped(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdin is not None
+        process.stdin.close()

@@ -134,3 +134,29 @@ def test_handlers_with_a_way_of_their_own_are_shared_too(
         assert facts["backend"] == "aot_inductor", facts["fallbacks"]
         assert facts["across_workers"]["workers"] == server.worker_pids("custom")
         assert server.predict("custom", ROWS).json() == [pytest.approx(row, abs=1e-5) for row in expected(1, ROWS)]
+
+
+def test_a_stopped_process_is_replaced_and_no_request_fails(
+    archives: ArchiveFactory, tmp_path: Path, make_server: ServerFactory
+) -> None:
+    config, changed = shared(2)
+    changed = changed.replace("across_workers: true", "across_workers: true, silent_seconds: 5, wait_seconds: 300")
+    archives.tiny("stopped", replace={"model-config.yaml": (config, changed)})
+    with make_server(["stopped"], tmp_path / "store") as server:
+        server.wait_ready("stopped", 2)
+        workers = server.worker_pids("stopped")
+        first = process_of(server, "stopped")
+
+        def ask(number: int) -> Response:
+            if number == 20:
+                os.kill(first, signal.SIGSTOP)
+            return server.predict("stopped", rows_of(number))
+
+        with ThreadPoolExecutor(8) as clients:
+            answers = list(clients.map(ask, range(60)))
+        assert {answer.status for answer in answers} == {200}
+        for number, answer in enumerate(answers):
+            assert answer.json() == [pytest.approx(row, abs=1e-5) for row in expected(1, rows_of(number))], number
+        assert not runs(first)
+        assert process_of(server, "stopped") != first
+        assert server.worker_pids("stopped") == workers

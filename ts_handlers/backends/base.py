@@ -59,15 +59,48 @@ from typing import Any, Protocol
 
 import torch
 
+from ts_handlers.backends.calling import Passing as Passing
+from ts_handlers.backends.calling import call_module as call_module
+from ts_handlers.backends.calling import takes_names as takes_names
 from ts_handlers.errors import SettingsError
 from ts_handlers.execution.base import Loaded
+from ts_handlers.model.archive_files import Tensors
 from ts_handlers.model.base import ModelSource
+from ts_handlers.model.module_state import ModuleState, put_back
 from ts_handlers.model.signature import Signature
 from ts_handlers.settings import SECTION, Settings
 
 Description = dict[str, Any]
 """What an artifact's manifest says for its backend: JSON-compatible, written by `build` and read by `load`."""
 Phase = Callable[[str], AbstractContextManager[None]]
+
+
+class KeptState:
+    """The state of a target's eager module from before its first run, until the start has put it back.
+
+    Attributes
+    ----------
+    wanted:
+        Whether the module's state is to be kept; not once it serves.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = True
+        self._state: ModuleState | None = None
+
+    def keep(self, module: torch.nn.Module) -> None:
+        """Remember the state of a module that is handed out the first time."""
+        if self.wanted and (self._state is None or self._state.module is not module):
+            self._state = ModuleState(module)
+
+    def changes(self) -> list[str]:
+        """Names of what has changed in the module since."""
+        return [] if self._state is None else self._state.changes()
+
+    def put_back(self, weights: Callable[[], Tensors]) -> None:
+        """Restore the module, and forget the state."""
+        put_back(self._state, weights)
+        self._state = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +118,8 @@ class Target:
     placed_weights:
         A cache of the archive's weights as an artifact takes them, by name, dtype, shape and strides, on `device`. A
         start that builds loads what it has built several times, and torch never frees the weights of a load.
+    kept:
+        What the checks of a start are to leave unchanged in the eager module.
     """
 
     source: ModelSource
@@ -93,6 +128,7 @@ class Target:
     placed_weights: dict[tuple[object, ...], torch.Tensor] = dataclasses.field(
         default_factory=dict, compare=False, repr=False
     )
+    kept: KeptState = dataclasses.field(default_factory=KeptState, compare=False, repr=False)
 
     @functools.cached_property
     def signature(self) -> Signature | None:
@@ -140,7 +176,19 @@ class Target:
         dtype = None if wanted is None else getattr(torch, wanted)
         with torch.inference_mode(False):  # parameters made or moved in a caller's inference mode never have gradients
             module = self.source.eager()
-            return module.to(device=self.device, dtype=dtype) if dtype is not None else module.to(self.device)
+            module = module.to(device=self.device, dtype=dtype) if dtype is not None else module.to(self.device)
+            self.kept.keep(module)
+        return module
+
+    def release(self) -> None:
+        """Forget the eager module, and put back what its runs have changed: others may hold it."""
+        self.kept.put_back(self.source.weights)
+        self.source.release()
+
+    def begin_serving(self) -> None:
+        """Put back what the checks have changed in the eager module, which requests change from now on."""
+        self.kept.put_back(self.source.weights)
+        self.kept.wanted = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,21 +252,8 @@ class Backend(Protocol):
         """Load what `build` left in `directory`, whose bytes have been verified."""
 
     def substitute(self, settings: Settings, error: Exception) -> Backend | None:
-        """The backend to try after `error`, before the next one of the fallback order; None for that one."""
+        """The backend to try after `error`, before the next one of the fallback order; None for that one.
 
-
-def call_module(module: Callable[..., Any], names: tuple[str, ...], tensors: list[torch.Tensor], by_name: bool) -> Any:
-    """Call a module with tensors in declared order, by keyword where its signature has those names."""
-    return module(**dict(zip(names, tensors, strict=True))) if by_name else module(*tensors)
-
-
-def takes_names(module: torch.nn.Module, names: tuple[str, ...]) -> bool:
-    """Whether `module.forward` has parameters of all these names."""
-    import inspect
-
-    try:
-        parameters = inspect.signature(module.forward).parameters
-    except (TypeError, ValueError):
-        return False
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return all(name in parameters and parameters[name].kind in kinds for name in names)
+        A substitute with an attribute `follows`, the name of a later backend of the order, is tried after that one.
+        Its artifact has the key of the backend that it is for.
+        """

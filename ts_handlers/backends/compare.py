@@ -66,17 +66,26 @@ class Case:
     constants: list[str]
 
 
+def copies(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """The tensors as a run's own, on `device`: a model may change its inputs in place."""
+    return [tensor.to(device, copy=True) for tensor in tensors]
+
+
 def eager_case(eager: Run, signature: Signature, sizes: Sizes, seed: int, device: torch.device) -> Case:
     """Draw an input of these sizes and ask the eager model, which is on `device`."""
-    inputs = signature.generate(sizes, seed=seed)
-    outputs, structure = flatten(eager([tensor.to(device) for tensor in inputs]))
+    return case_of(eager, sizes, signature.generate(sizes, seed=seed), device)
+
+
+def case_of(eager: Run, sizes: Sizes, inputs: list[torch.Tensor], device: torch.device) -> Case:
+    """Ask the eager model, which is on `device`, about inputs that are on the CPU."""
+    outputs, structure = flatten(eager(copies(inputs, device)))
     kept = [tensor.detach().cpu().clone() for tensor in outputs]  # an output may share memory with an input
     return Case(dict(sizes), inputs, kept, constants_of(structure))
 
 
 def compare_case(run: Run, case: Case, device: torch.device, tolerance: float | None) -> float:
     """Run an artifact on a case's input and compare the answers; returns and raises as `compare_outputs`."""
-    leaves, structure = flatten(run([tensor.to(device) for tensor in case.inputs]))
+    leaves, structure = flatten(run(copies(case.inputs, device)))
     _compare_constants(constants_of(structure), case.constants)
     return _compare_tensors(leaves, case.outputs, tolerance)
 
@@ -157,8 +166,11 @@ def compare_sizes(
         With the sizes at which it differs or does not run.
     """
     eager = eager or eager_run(target, loaded.signature.names)
+    signature = loaded.signature
+    if target.signature is not None and target.signature.names == signature.names:
+        signature = signature.with_values_of(target.signature)  # an artifact does not know what the model accepts
     for sizes in wanted:
-        case = eager_case(eager, loaded.signature, sizes, seed=2, device=target.device)
+        case = eager_case(eager, signature, sizes, seed=2, device=target.device)
         try:
             compare_case(loaded.run, case, target.device, target.settings.canary.tolerance)
         except (CanaryError, RuntimeError, InputError) as error:

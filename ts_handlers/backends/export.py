@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ts_handlers.backends.base import Target, call_module, takes_names
-from ts_handlers.errors import BuildError
+from ts_handlers.errors import BuildError, ChangedInputError, one_line
 from ts_handlers.model.signature import Signature, Sizes
 from ts_handlers.model.structure import OutputStructure, flatten
 
@@ -20,16 +20,24 @@ PREFIX = "model."
 
 
 class FlatModel(torch.nn.Module):
-    """The model with flat lists of tensors in and out."""
+    """The model with flat lists of tensors in and out.
+
+    Attributes
+    ----------
+    copies_inputs:
+        Whether the model gets copies: it changes its inputs in place, and a compiled graph must not.
+    """
 
     def __init__(self, model: torch.nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
         self.model = model
+        self.copies_inputs = False
         self._names = names
         self._by_name = takes_names(model, names)
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(flatten(call_module(self.model, self._names, list(tensors), self._by_name))[0])
+        inputs = [tensor.clone() for tensor in tensors] if self.copies_inputs else list(tensors)
+        return tuple(flatten(call_module(self.model, self._names, inputs, self._by_name))[0])
 
 
 def output_structure(
@@ -45,7 +53,7 @@ def output_structure(
     Raises
     ------
     BuildError
-        The structure depends on the input.
+        The structure depends on the input, or the model changes its attributes or tensors while it runs.
     """
     smallest = {name: dimension.min for name, dimension in signature.dimensions.items()}
     by_name = takes_names(module, signature.names)
@@ -54,6 +62,9 @@ def output_structure(
         tensors = [tensor.to(target.device) for tensor in signature.generate(sizes, seed=1)]
         with torch.no_grad():
             structures.append(flatten(call_module(module, signature.names, tensors, by_name))[1])
+    changed = target.kept.changes()
+    if changed:  # a graph has the values of the moment when it was traced
+        raise BuildError(f"the model changes its own state while it runs: {one_line(', '.join(changed), 200)}")
     if any(structure != structures[0] for structure in structures):
         raise BuildError("the structure of the model's output changes with its input, which an artifact cannot do")
     return structures[0]
@@ -66,7 +77,7 @@ def export_program(
     ranges: dict[str, tuple[int, int]],
     oblivious: bool,
 ) -> Any:
-    """Export a model with the dimensions in `ranges` dynamic.
+    """Export a model with the dimensions in `ranges` dynamic; one that changes its inputs works on copies of them.
 
     Parameters
     ----------
@@ -84,7 +95,7 @@ def export_program(
     Raises
     ------
     BuildError
-        The model changes its state or its inputs.
+        The model changes its state.
     Exception
         torch.export raises many kinds when it cannot export the model with these ranges.
     """
@@ -99,9 +110,18 @@ def export_program(
         {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str) and size in dims}
         for spec in signature.inputs
     )
-    with symbolic_config.patch(backed_size_oblivious=oblivious), torch.no_grad():
-        program = torch.export.export(flat, inputs, dynamic_shapes=(shapes,), strict=False)
-    refuse_mutations(program)
+
+    def export() -> Any:
+        with symbolic_config.patch(backed_size_oblivious=oblivious), torch.no_grad():
+            exported = torch.export.export(flat, inputs, dynamic_shapes=(shapes,), strict=False)
+        refuse_mutations(exported)
+        return exported
+
+    try:
+        program = export()
+    except ChangedInputError:
+        flat.copies_inputs = True
+        program = export()
     _name_constants(program)
     return program
 

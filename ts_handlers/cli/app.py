@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 import pkgutil
 import sys
 import traceback
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ts_handlers.cli.exit_codes import ExitCode, exit_code_of
+from ts_handlers.cli.output import PrintableFormatter, say
 
 if TYPE_CHECKING:
     import typer
@@ -27,6 +29,8 @@ def main() -> None:
             raise
         print(NEEDS, file=sys.stderr)
         raise SystemExit(ExitCode.USAGE) from None
+    if logging.lastResort is not None:  # warnings of the package
+        logging.lastResort.setFormatter(PrintableFormatter("%(message)s"))
     app(prog_name="ts-handlers")
 
 
@@ -89,9 +93,9 @@ def _with_exit_codes(command: Callable[..., ExitCode | None]) -> Callable[..., N
                 raise  # a wrong argument, or an exit that was asked for
             code = exit_code_of(error)
             if code is ExitCode.BUG:
-                traceback.print_exc()
+                say(traceback.format_exc().rstrip(), file=sys.stderr)
             else:
-                print(f"ts-handlers: {error}", file=sys.stderr)
+                say(f"ts-handlers: {error}", file=sys.stderr)
         raise typer.Exit(int(code))
 
     return run

@@ -113,6 +113,8 @@ def one_key(keys: Iterable[str], prefix: str, none: str, kind: str = "keys") -> 
     >>> one_key(["ab01", "cd23", "ab01"], "AB", "no key")
     'ab01'
     """
+    if not prefix:
+        raise typer.BadParameter(f"expected the first digits of one of the {kind}, found nothing")
     found = sorted({key for key in keys if key.startswith(prefix.lower())})
     if not found:
         raise typer.BadParameter(none)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,37 @@ from ts_handlers.system.durations import span
 
 if TYPE_CHECKING:
     from ts_handlers.guard.records import Record
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """A text in which control characters are written as escapes: names and reasons may come from anybody.
+
+    Parameters
+    ----------
+    keep:
+        Control characters that stay.
+
+    Examples
+    --------
+    >>> print(printable("model" + chr(27) + "]0;title" + chr(7)))
+    model\\x1b]0;title\\x07
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(text: str, **options: Any) -> None:
+    """Print a line without control characters; the options are those of `print`."""
+    print(printable(text), **options)
+
+
+class PrintableFormatter(logging.Formatter):
+    """Log lines without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See `logging.Formatter`."""
+        return printable(super().format(record))
 
 
 def print_json(value: Any) -> None:
@@ -47,7 +79,7 @@ def print_quarantines(records: Iterable[Record]) -> None:
 def _plain(value: object) -> Any:
     from rich.text import Text
 
-    return Text("" if value is None else str(value))  # a text: brackets in names are no markup
+    return Text("" if value is None else printable(str(value), keep=""))  # a text: brackets in names are no markup
 
 
 def human_bytes(count: int | float) -> str:

@@ -94,8 +94,10 @@ class EntryFilter(OptionGroup):
 
     def accepts(self, subject: str) -> bool:
         """Whether an address ``<model>/.../<key>`` is of the model and of one of the keys."""
+        from ts_handlers.store.address import safe_name
+
         parts = subject.split("/")
-        return self.model in (None, parts[0]) and (
+        return (self.model is None or parts[0] in (self.model, safe_name(self.model))) and (
             not self.key or any(parts[-1].startswith(key.lower()) for key in self.key)
         )
 
@@ -117,7 +119,8 @@ def open_keyring(public_keys: list[Path], signing_key: Path | None = None) -> Ke
     from ts_handlers.settings.sections import TrustSettings
     from ts_handlers.store.remote.signing import load_keyring
 
-    return load_keyring(TrustSettings(tuple(map(str, public_keys)), None if signing_key is None else str(signing_key)))
+    signing = None if signing_key is None else str(signing_key)
+    return load_keyring(TrustSettings(tuple(map(str, public_keys)) or None, signing))
 
 
 def report(moved: Iterable[Moved], as_json: bool) -> ExitCode:

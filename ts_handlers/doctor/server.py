@@ -53,6 +53,9 @@ def check_torchserve(question: Question) -> Iterator[Finding]:
             yield Finding(name, "warn", found, SERVE)
         elif not version.startswith(TORCHSERVE):
             yield Finding(name, "warn", f"{version}; tested with {TORCHSERVE}x", f"pip install '{name}=={TORCHSERVE}*'")
+        elif name == "torchserve":
+            found = f"{version}; its repository is archived since August 2025, and there are no security fixes any more"
+            yield Finding(name, "ok", found, "keep its addresses on loopback (config.properties), behind a proxy")
         else:
             yield Finding(name, "ok", version)
     missing = [package for module, package in WORKER_MODULES.items() if importlib.util.find_spec(module) is None]

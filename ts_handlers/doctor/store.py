@@ -13,12 +13,12 @@ from pathlib import Path
 from ts_handlers.doctor.base import Finding, Question
 from ts_handlers.errors import SettingsError
 from ts_handlers.guard.failures import build_runtime
-from ts_handlers.guard.guard import WITHOUT_A_TRACE
 from ts_handlers.guard.markers import read_crash_records
 from ts_handlers.guard.quarantine import read_quarantines
-from ts_handlers.guard.records import FailedBuild
+from ts_handlers.guard.records import WITHOUT_A_TRACE, FailedBuild
 from ts_handlers.key.fingerprint import runtime_identity
 from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS
+from ts_handlers.store.address import safe_name
 from ts_handlers.store.entry import Manifest
 from ts_handlers.store.local.layout import EVICTED
 from ts_handlers.store.upkeep.scan import scan_entries, scan_trash
@@ -149,7 +149,7 @@ def check_model_config(question: Question) -> Iterator[Finding]:
     builds = {
         name: sum(manifest.build_ms.values()) / 1000
         for name, manifest in _manifests(question.store)
-        if question.model in (None, name) and manifest.backend in settings.backends
+        if (question.model is None or safe_name(question.model) == name) and manifest.backend in settings.backends
     }
     slowest = max(builds, key=builds.__getitem__, default=None)
     if slowest is None:

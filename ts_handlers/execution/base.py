@@ -16,6 +16,28 @@ Run = Callable[[list[torch.Tensor]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
+class Held:
+    """What an artifact holds of its model's values; names are the eager module's.
+
+    Attributes
+    ----------
+    constants:
+        Tensors beside the archive's weights, as `run` uses them: what is written into one is what `run` computes with.
+    folded:
+        Tensors, on the CPU, whose values the code holds.
+    weights:
+        Names of the archive's weights that `run` uses as they are.
+    numbers:
+        Reads the numbers among the module's attributes when it was built, as texts; empty where nobody knows.
+    """
+
+    constants: dict[str, torch.Tensor]
+    folded: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    weights: tuple[str, ...] = ()
+    numbers: Callable[[], dict[str, str]] = dict
+
+
+@dataclasses.dataclass(frozen=True)
 class Loaded:
     """An artifact in this process.
 
@@ -44,6 +66,8 @@ class Loaded:
         before they reach `run` (see `ts_handlers.execution.slots`).
     reentrant:
         Whether several threads may be in `run` at once; if not, one call at a time whatever `contexts.count` says.
+    held:
+        What it holds of its model's values; None where `run` uses the eager module, or one set of weights only.
     """
 
     run: Run
@@ -57,3 +81,4 @@ class Loaded:
     end_warmup: Callable[[], None] = lambda: None
     pool: ContextPool[Any] | None = None
     reentrant: bool = True
+    held: Held | None = None

@@ -20,14 +20,16 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
 
 from ts_handlers.guard.quarantine import read_quarantines, record_files, write_record
 from ts_handlers.guard.records import LONGEST_HOLD_SECONDS, FailedBuild
+from ts_handlers.key.digests import digest_text
 from ts_handlers.key.fingerprint import compiler_identity, runtime_identity
+from ts_handlers.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +37,13 @@ DETERMINISTIC, CIRCUMSTANTIAL = "deterministic", "circumstantial"
 HOLD_SECONDS = {DETERMINISTIC: (3600.0, LONGEST_HOLD_SECONDS), CIRCUMSTANTIAL: (60.0, 3600.0)}
 """How long the first failure of a kind holds, and the longest that any does."""
 
-_NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded", re.IGNORECASE)
+_NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded|errno 28\b", re.IGNORECASE)
+_PASSING = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE)
+_PASSING_TEXT = re.compile("|".join(map(os.strerror, _PASSING)) + "|failed to map segment", re.IGNORECASE)
 # A compiler is a child process, whose errors come as text.
 _CIRCUMSTANCES = re.compile(
     r"out of memory|Cannot allocate memory|std::bad_alloc|Input/output error|Killed signal|Too many open files"
-    r"|Resource temporarily unavailable|CUDA error|timed out",
+    r"|Resource temporarily unavailable|CUDA error|timed out|terminated with signal",
     re.IGNORECASE,
 )
 
@@ -74,6 +78,20 @@ def is_disk_full(error: BaseException) -> bool:
     )
 
 
+def is_passing(error: BaseException) -> bool:
+    """Whether an error, or one that it came from, is one of the system that says nothing about the files at hand.
+
+    Examples
+    --------
+    >>> is_passing(OSError(5, "Input/output error")), is_passing(FileNotFoundError(2, "No such file or directory"))
+    (True, False)
+    """
+    return any(
+        (isinstance(cause, OSError) and cause.errno in _PASSING) or _PASSING_TEXT.search(str(cause)) is not None
+        for cause in _causes(error)
+    )
+
+
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error and what it came from."""
     seen: set[int] = set()
@@ -88,6 +106,29 @@ def build_runtime() -> dict[str, str]:
     return {**runtime_identity(), "compiler": compiler_identity()}
 
 
+def circumstances(settings: Settings) -> str:
+    """Digest of the settings and variables on which a build's success depends, and which are not in the key.
+
+    With others a build that failed is tried at once: they are what a user changes after a failure.
+    """
+    contexts = settings.contexts
+    facts = {
+        **{name: getattr(settings, name) for name in _SETTINGS},
+        "contexts": [contexts.count, contexts.scratch, contexts.cuda_graphs],
+        "environment": {name: os.environ.get(name) for name in _ENVIRONMENT},
+    }
+    return digest_text(msgspec.json.encode(facts, order="deterministic").decode())[:16]
+
+
+_SETTINGS = ("inputs", "warmup", "canary", "guard", "background", "tensorrt", "compile")
+_ENVIRONMENT = ("CC", "CXX", "CUDA_HOME", "CUDA_PATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "TMPDIR")
+
+
+def is_hopeless(record: FailedBuild) -> bool:
+    """Whether another attempt will hardly end otherwise: the model is at fault, or the machine was so repeatedly."""
+    return record.kind == DETERMINISTIC or record.count > 1
+
+
 def remember_failure(
     store: Path,
     key: str,
@@ -98,6 +139,8 @@ def remember_failure(
     seconds: float,
     *,
     unbuildable: bool = True,
+    free: Mapping[str, int] | None = None,
+    depends: str = "",
 ) -> FailedBuild | None:
     """Keep a record of a build that failed.
 
@@ -115,6 +158,10 @@ def remember_failure(
         What the attempt took.
     unbuildable:
         Whether the backend said that it cannot build the model, as by `BuildError`.
+    free:
+        Free bytes of the folders in which there was no room.
+    depends:
+        See `circumstances`; with others than last time the count begins again.
 
     Returns
     -------
@@ -133,11 +180,13 @@ def remember_failure(
         kind=kind,
         failed_at=now,
         unbuildable=unbuildable,
+        free=dict(free or {}),
+        depends=depends,
     )
     before = [
         old.count
         for old in read_quarantines(store, key)
-        if isinstance(old, FailedBuild) and (old.kind, old.file_name) == (kind, new.file_name)
+        if isinstance(old, FailedBuild) and (old.kind, old.file_name, old.depends) == (kind, new.file_name, depends)
     ]
     count = max(before, default=0) + 1
     first, longest = HOLD_SECONDS[kind]

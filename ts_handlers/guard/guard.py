@@ -4,12 +4,15 @@ A process that builds or loads writes a marker (`ts_handlers.guard.markers`) and
 the kernel releases when it dies, however it dies; leaving the block removes the marker. What a dead process left is
 judged by the next start of the same key:
 
-- a crash, the time limit, or a kill by the kernel for lack of memory: quarantined at once;
+- a crash or the time limit: quarantined at once, until it is lifted;
+- a crash of a build on a full disk: a failed build, which is tried again when there is room;
 - SIGTERM: somebody ended it on purpose; forgotten;
-- no trace: SIGKILL, which is what TorchServe sends when it scales down, stops, or has waited for startupTimeout. One
-  such crash is forgiven (two for a build). Processes that die together count as one, because their markers bear the
-  same number of an attempt. An attempt that succeeds, and a day, forgive them all. After more it is quarantined:
-  whatever kills it, it is not tried for ever.
+- a kill by the kernel for lack of memory, of this boot and control group and a moment ago: quarantined at once, for a
+  day, because the kernel chooses its victims by size and not by guilt; the next time for two days, and so on;
+- no trace: SIGKILL, which is what TorchServe sends when it scales down, stops, or has waited for startupTimeout; or a
+  crash in another Python thread of the process. One such death is forgiven (two for a build). Processes that die
+  together count as one, because their markers bear the same number of an attempt. An attempt that succeeds, and a day,
+  forgive them all. After more it is quarantined for a day, and then for twice as long each time.
 
 A build that ends with an exception is remembered too, for a while: see `ts_handlers.guard.failures`.
 
@@ -22,6 +25,7 @@ import contextlib
 import logging
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,16 +33,43 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ts_handlers.errors import FINAL, BuildError, CanaryError, FailedBeforeError, QuarantinedError, one_line
+from ts_handlers.errors import (
+    FINAL,
+    BuildError,
+    CanaryError,
+    DiskFullError,
+    FailedBeforeError,
+    QuarantinedError,
+    SampleError,
+    one_line,
+)
 from ts_handlers.guard.markers import CrashRecord, Marker, read_crash_records, write_marker
-from ts_handlers.guard.quarantine import read_quarantines, write_record
-from ts_handlers.guard.records import FailedBuild, Quarantine
+from ts_handlers.guard.quarantine import read_quarantines, record_files, write_record
+from ts_handlers.guard.records import (
+    FOR_MEMORY,
+    LONGEST_UNCERTAIN_SECONDS,
+    UNCERTAIN_SECONDS,
+    WITHOUT_A_TRACE,
+    FailedBuild,
+    Quarantine,
+    Record,
+)
 from ts_handlers.guard.state_directory import MARKERS, writable_directories
 from ts_handlers.key.cache_key import CacheKey
 from ts_handlers.key.fingerprint import runtime_identity
 from ts_handlers.settings import Settings
 from ts_handlers.system.durations import span
-from ts_handlers.system.process_limits import bounded_memory, crash_report_to, oom_kills, time_limit
+from ts_handlers.system.files import close_if_same, is_at, open_locked
+from ts_handlers.system.free_space import free_bytes, full_folder
+from ts_handlers.system.process_limits import (
+    bounded_memory,
+    crash_report_to,
+    memory_group,
+    oom_kills,
+    redirect_crash_report,
+    time_limit,
+)
+from ts_handlers.system.processes import boot_id
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +81,6 @@ logger = logging.getLogger(__name__)
 FORGIVEN = {"build": 2, "load": 1}
 """Crashes without a trace, one after the other, that are not yet a reason."""
 AUTO_SECONDS = 120.0
-WITHOUT_A_TRACE = "ended without a trace"
 
 
 class Guard:
@@ -88,6 +118,8 @@ class Guard:
         self._weights = weights
         self._retry_since = retry_since
         self._descriptor: int | None = None
+        self._path: Path | None = None
+        self._has_lapsed = False
         self._seconds: float | None = None
         self.problem: str | None = None
 
@@ -110,6 +142,7 @@ class Guard:
         """
         judged = self._judge()
         for record in [*read_quarantines(self._store, self._key.digest, builds=not digest), *judged]:
+            self._has_lapsed |= isinstance(record, Quarantine) and record.is_over
             if isinstance(record, FailedBuild):
                 if not digest:
                     self._refuse_failed_build(record)
@@ -117,13 +150,11 @@ class Guard:
                 what = f"entry {self._key.digest}" if digest else f"building key {self._key.digest}"
                 raise QuarantinedError(
                     f"{what} is quarantined since {record.time}: {record.reason}; it is tried again with another "
-                    f"torch, C or C++ library or driver, with a rebuilt entry, or after {self._lift}"
+                    f"torch, C or C++ library or driver, with a rebuilt entry, {record.retry}, or after {self._lift}"
                 )
 
     def _refuse_failed_build(self, record: FailedBuild) -> None:
-        from ts_handlers.guard.failures import build_runtime
-
-        if record.is_over or record.runtime != build_runtime():
+        if record.is_over or not self._is_the_same(record):
             return
         if self._retry_since is None or record.failed_at >= self._retry_since:
             times = f", {record.count} times in a row" if record.count > 1 else ""
@@ -134,6 +165,23 @@ class Guard:
             error.unbuildable = record.unbuildable
             raise error
 
+    def _is_the_same(self, record: FailedBuild) -> bool:
+        """Whether a build now would meet what it met then."""
+        from ts_handlers.guard.failures import build_runtime, circumstances
+
+        return record.runtime == build_runtime() and record.depends in ("", circumstances(self._settings))
+
+    def hopeless_build(self) -> FailedBuild | None:
+        """The record of a failed build whose time to be tried again has come, and which will hardly end otherwise."""
+        from ts_handlers.guard.failures import is_hopeless
+
+        if self._retry_since is not None:
+            return None
+        for record in read_quarantines(self._store, self._key.digest):
+            if isinstance(record, FailedBuild) and is_hopeless(record) and self._is_the_same(record):
+                return record
+        return None
+
     @property
     def _lift(self) -> str:
         """The command after which what is refused is tried again."""
@@ -142,15 +190,16 @@ class Guard:
     @contextlib.contextmanager
     def remembered(self) -> Iterator[None]:
         """Run a build: an exception that ends the block is kept for later starts, a good end removes what was kept."""
-        from ts_handlers.guard.failures import forget_failures, kind_of, remember_failure
+        from ts_handlers.guard.failures import circumstances, forget_failures, kind_of, remember_failure
 
+        depends = circumstances(self._settings)  # before the build changes variables
         began = time.monotonic()
         try:
             yield
         except FINAL:
             raise
         except Exception as error:
-            if not isinstance(error, CanaryError):  # a quarantine of its own
+            if not isinstance(error, (CanaryError, SampleError)):  # a quarantine of its own; nobody's fault
                 reason = f"{type(error).__name__}: {one_line(error)}"
                 took = time.monotonic() - began
                 remember_failure(
@@ -162,6 +211,8 @@ class Guard:
                     kind_of(error),
                     took,
                     unbuildable=isinstance(error, BuildError),
+                    free=error.free if isinstance(error, DiskFullError) else None,
+                    depends=depends,
                 )
             raise
         forget_failures(self._store, self._key.digest)
@@ -205,19 +256,46 @@ class Guard:
         if made is None:
             yield
             return
-        path, self._descriptor, marker = made
+        self._path, self._descriptor, marker = made
+        identity = os.fstat(self._descriptor)
         try:
             with crash_report_to(self._descriptor):
                 yield
-            for crash in self._crashes():
-                if crash.marker.same_work(marker) and crash.cause is None:
-                    with contextlib.suppress(OSError):
-                        crash.path.unlink()
+            self._forgive(marker)
         finally:
             with contextlib.suppress(OSError):
-                path.unlink()
-            os.close(self._descriptor)
-            self._descriptor = None
+                self._path.unlink()
+            close_if_same(self._descriptor, identity)
+            self._descriptor = self._path = None
+
+    def _forgive(self, marker: Marker) -> None:
+        """What was tried went well: forget that it had ended processes without a certain cause."""
+        for crash in self._crashes():
+            if crash.marker.same_work(marker) and crash.cause is None:
+                with contextlib.suppress(OSError):
+                    crash.path.unlink()
+        if not self._has_lapsed:
+            return
+        for path, record in record_files(self._store, self._key.digest):
+            same = (record.phase, record.digest, record.runtime) == (marker.phase, marker.digest, marker.runtime)
+            if isinstance(record, Quarantine) and record.is_over and same:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    def _open_again(self) -> int | None:
+        """The descriptor of the marker; a new one if native code has closed it, and None if there is none any more.
+
+        Native code that closes descriptors which are not its own, all above 2 for example, gives up the marker's lock.
+        The number may be somebody else's file meanwhile.
+        """
+        if self._descriptor is None or self._path is None or is_at(self._descriptor, self._path):
+            return self._descriptor
+        try:
+            self._descriptor = open_locked(self._path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+        except OSError:  # another process has taken it for the marker of a dead one
+            return None
+        redirect_crash_report(self._descriptor)
+        return self._descriptor
 
     @contextlib.contextmanager
     def limited(self) -> Iterator[None]:
@@ -225,7 +303,7 @@ class Guard:
 
         Without a marker there are no limits, because nothing would keep the next start from running into them.
         """
-        descriptor = self._descriptor
+        descriptor = self._open_again()
         if descriptor is None:
             yield
             return
@@ -256,6 +334,10 @@ class Guard:
             time=_now(),
             host=platform.node(),
             pid=os.getpid(),
+            thread=threading.get_ident(),
+            boot=boot_id(),
+            group=memory_group(),
+            free=free_bytes(self._store) if phase == "build" else {},
         )
         before = [crash.marker.attempt + 1 for crash in self._crashes() if crash.marker.same_work(marker)]
         marker = msgspec.structs.replace(marker, attempt=max(before, default=0))
@@ -271,12 +353,19 @@ class Guard:
     def _crashes(self) -> list[CrashRecord]:
         return read_crash_records(self._store, self._key.digest)
 
-    def _judge(self) -> list[Quarantine]:
+    def _judge(self) -> list[Record]:
         """Turn what dead processes left into records, and remove it; returns the records."""
-        records: list[Quarantine] = []
+        records: list[Record] = []
         crashes = self._crashes()
         for crash in crashes:
             marker, cause = crash.marker, crash.cause
+            if marker.phase == "build" and not (cause and not cause[0]) and not crash.is_forgotten:
+                failed = self._failed_on_a_full_disk(crash)
+                if failed is not None:
+                    records.append(failed)
+                    with contextlib.suppress(OSError):
+                        crash.path.unlink()
+                    continue
             if cause is None:
                 alike = [other for other in crashes if other.cause is None and other.marker.same_work(marker)]
                 times = len({other.marker.attempt for other in alike if not other.is_forgotten})
@@ -286,21 +375,8 @@ class Guard:
                     continue
                 else:
                     cause = _without_a_trace(times, marker.phase), ""
-            reason, details = cause
-            if reason:
-                record = Quarantine(
-                    key=marker.key,
-                    model=marker.model,
-                    backend=marker.backend,
-                    phase=marker.phase,
-                    digest=marker.digest,
-                    runtime=marker.runtime,
-                    reason=reason,
-                    details=details,
-                    time=marker.time,
-                    host=marker.host,
-                    pid=marker.pid,
-                )
+            if cause[0]:
+                record = self._quarantine(marker, *cause)
                 records.append(record)
                 if not write_record(self._store, record):
                     continue  # the marker is then what later starts find
@@ -308,25 +384,70 @@ class Guard:
                 crash.path.unlink()
         return records
 
+    def _quarantine(self, marker: Marker, reason: str, details: str) -> Quarantine:
+        """The record of what a marker is about; without a certain cause it holds for a while only."""
+        record = Quarantine(
+            key=marker.key,
+            model=marker.model,
+            backend=marker.backend,
+            phase=marker.phase,
+            digest=marker.digest,
+            runtime=marker.runtime,
+            reason=reason,
+            details=details,
+            time=marker.time,
+            host=marker.host,
+            pid=marker.pid,
+        )
+        if WITHOUT_A_TRACE not in reason and FOR_MEMORY not in reason:
+            return record
+        count, failed_at = 1, time.time()
+        for old in read_quarantines(self._store, marker.key):
+            if isinstance(old, Quarantine) and old.file_name == record.file_name:
+                if old.is_over:
+                    count = max(count, old.count + 1)
+                else:  # of a process that died together with this one
+                    count, failed_at = old.count, old.failed_at
+        held = min(LONGEST_UNCERTAIN_SECONDS, UNCERTAIN_SECONDS * 2.0 ** min(count - 1, 20))
+        return msgspec.structs.replace(record, count=count, failed_at=failed_at, held_seconds=held)
 
-def remember_crash(store: Path, pid: int, reason: str) -> None:
+    def _failed_on_a_full_disk(self, crash: CrashRecord) -> FailedBuild | None:
+        """The record of a build that ended its process on a full disk; None where no disk is full."""
+        from ts_handlers.guard.failures import CIRCUMSTANTIAL, remember_failure
+
+        full = full_folder(free_bytes(self._store), crash.marker.free)
+        if full is None:
+            return None
+        folder, free = full
+        what = crash.cause[0] if crash.cause else "the process ended while building"
+        reason = f"no space left, {free} bytes in {folder}: {what}"
+        marker = crash.marker
+        return remember_failure(
+            self._store, marker.key, marker.model, marker.backend, reason, CIRCUMSTANTIAL, 0.0, free={folder: free}
+        )
+
+
+def remember_crash(store: Path, pid: int, reason: str, settings: Settings | None = None) -> None:
     """Keep, as a failed build, what a process of this host was building when its limits or the kernel ended it.
 
     A crash whose cause its marker tells is left to the next start, which quarantines it.
     """
-    from ts_handlers.guard.failures import CIRCUMSTANTIAL, remember_failure
+    from ts_handlers.guard.failures import CIRCUMSTANTIAL, circumstances, remember_failure
 
+    depends = "" if settings is None else circumstances(settings)
     for crash in read_crash_records(store):
         marker, cause = crash.marker, crash.cause
         if (marker.pid, marker.host, marker.digest) == (pid, platform.node(), "") and not (cause and cause[0]):
             took = time.time() - crash.began
-            remember_failure(store, marker.key, marker.model, marker.backend, one_line(reason), CIRCUMSTANTIAL, took)
+            remember_failure(
+                store, marker.key, marker.model, marker.backend, one_line(reason), CIRCUMSTANTIAL, took, depends=depends
+            )
 
 
 def _without_a_trace(times: int, phase: str) -> str:
     return (
         f"the process {WITHOUT_A_TRACE} {times} times in a row in the phase {phase}, as by "
-        "SIGKILL (out of memory, or startupTimeout too short) or by exit() in native code"
+        "SIGKILL (out of memory, or startupTimeout too short), by exit() in native code, or in another thread"
     )
 
 

@@ -14,6 +14,7 @@ See `ts_handlers.guard.state_directory` for the state directory.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import errno
@@ -28,12 +29,16 @@ import msgspec
 
 from ts_handlers.errors import UNDECODABLE
 from ts_handlers.guard.quarantine import open_dead_marker
+from ts_handlers.guard.records import CLOCK_SECONDS, FOR_MEMORY
 from ts_handlers.guard.state_directory import MARKERS, files_in
 from ts_handlers.system.files import lock
-from ts_handlers.system.process_limits import oom_kills
+from ts_handlers.system.process_limits import memory_group, oom_kills
+from ts_handlers.system.processes import boot_id
 
 FORGOTTEN_SECONDS = 24 * 3600.0
 """After this long a crash without a trace counts no more."""
+FRESH_SECONDS = 900.0
+"""A kill for lack of memory is looked for while the marker is younger than this."""
 
 
 class Marker(msgspec.Struct, frozen=True):
@@ -52,6 +57,13 @@ class Marker(msgspec.Struct, frozen=True):
         As of `ts_handlers.system.process_limits.oom_kills`, before.
     time, host, pid:
         When (UTC), where, and which process.
+    thread:
+        Of the process: the one that runs the native code, as `threading.get_ident` names it; 0 when unknown.
+    boot, group:
+        As of `ts_handlers.system.processes.boot_id` and `ts_handlers.system.process_limits.memory_group`: what
+        `oom_kills` can be compared within. Empty when unknown, and then it is not compared.
+    free:
+        Free bytes, before, of the folders whose disks a build fills: the store's and the temporary one.
     """
 
     key: str
@@ -67,6 +79,10 @@ class Marker(msgspec.Struct, frozen=True):
     time: str
     host: str
     pid: int
+    thread: int = 0
+    boot: str = ""
+    group: str = ""
+    free: dict[str, int] = msgspec.field(default_factory=dict)
 
     def same_work(self, other: Marker) -> bool:
         """Whether two processes tried the same thing in the same runtime."""
@@ -88,34 +104,64 @@ class CrashRecord:
         What `faulthandler` wrote when the process ended; empty when it left no trace.
     began:
         When the marker was written last, in seconds since the epoch.
+    silent:
+        How many dead processes, this one among them, left as little as this one.
     """
 
     path: Path
     marker: Marker
     report: str
     began: float
+    silent: int = 1
 
     @property
     def is_forgotten(self) -> bool:
-        """Whether it was so long ago that, without a reason, it says nothing."""
-        return time.time() - self.began > FORGOTTEN_SECONDS
+        """Whether it was so long ago that, without a reason, it says nothing; so is one from the future."""
+        return not self._is_younger_than(FORGOTTEN_SECONDS)
+
+    def _is_younger_than(self, seconds: float) -> bool:
+        return -CLOCK_SECONDS <= time.time() - self.began <= seconds
 
     @property
     def cause(self) -> tuple[str, str] | None:
-        """Reason and stack; the reason is empty when it was asked to end. None when it left no trace."""
+        """Reason and stack; the reason is empty when it was asked to end. None when it left no trace.
+
+        What ended in another of its Python threads, a request's for example, is no trace of what this marker is about.
+        Threads that native code has started are nobody's, and what happens in them counts.
+        """
         memory = self.marker.memory_mb
         bounded = f", allocations bounded to {memory} MiB" if memory is not None and self.marker.phase == "load" else ""
         doing = {"build": "building", "load": "loading or warming up"}.get(self.marker.phase, self.marker.phase)
         if fatal := re.search(r"^Fatal Python error: ([^\n]*)\n*", self.report, re.MULTILINE):
+            if self._ended_in_another_thread:
+                return None
             return f"{fatal[1]} while {doing}{bounded}", self.report[fatal.end() :]
         if timeout := re.search(r"^Timeout \([^)]*\)!\n*", self.report, re.MULTILINE):
             return f"{doing} took longer than {self.marker.seconds or 0:g} s", self.report[timeout.end() :]
         if self.report:
             return "", self.report
-        before, now = self.marker.oom_kills, oom_kills()
-        if before is not None and now is not None and now > before and self.marker.host == platform.node():
-            return f"killed by the kernel for lack of memory while {doing}", ""
-        return None
+        return (f"{FOR_MEMORY} while {doing}", "") if self._was_killed_for_memory else None
+
+    @property
+    def _ended_in_another_thread(self) -> bool:
+        current = re.search(r"^Current thread (0x[0-9a-f]+)", self.report, re.MULTILINE)
+        return bool(self.marker.thread and current and int(current[1], 16) != self.marker.thread)
+
+    @property
+    def _was_killed_for_memory(self) -> bool:
+        """Whether the kernel has killed, in this control group and since then, as many processes as ended silently.
+
+        Only for a death of a moment ago: later kills are more likely those of others.
+        """
+        marker = self.marker
+        if marker.oom_kills is None or not marker.boot or not marker.group or marker.host != platform.node():
+            return False
+        if not self._is_younger_than(FRESH_SECONDS):
+            return False
+        if (marker.boot, marker.group) != (boot_id(), memory_group()):
+            return False
+        now = oom_kills()
+        return now is not None and now - marker.oom_kills >= self.silent
 
 
 def read_crash_records(store: Path, key: str = "") -> list[CrashRecord]:
@@ -130,11 +176,15 @@ def read_crash_records(store: Path, key: str = "") -> list[CrashRecord]:
             except UNDECODABLE:  # its process died, or is at this moment, between making and writing it
                 marker = None
             if marker is None or marker.key != path.name.partition(".")[0]:
-                if time.time() - began > FORGOTTEN_SECONDS:
+                if not -CLOCK_SECONDS <= time.time() - began <= FORGOTTEN_SECONDS:
                     path.unlink()
                 continue
             found.append(CrashRecord(path, marker, report.decode(errors="replace").strip()[:4000], began))
-    return found
+    if all(crash.report for crash in found):
+        return found
+    others = read_crash_records(store) if key else found
+    groups = collections.Counter(crash.marker.group for crash in others if not crash.report)
+    return [dataclasses.replace(crash, silent=groups[crash.marker.group]) for crash in found]
 
 
 def write_marker(directory: Path, key: str, header: bytes) -> tuple[Path, int]:

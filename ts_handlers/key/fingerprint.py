@@ -29,15 +29,44 @@ def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach()
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        raw = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(memoryview(raw.numpy()))  # type: ignore[arg-type]
+        digest.update(f"{name}:{_kind(tensor)}{tuple(tensor.shape)};".encode())
+        for part in dense_parts(tensor):
+            if part is not tensor:
+                digest.update(f"{part.dtype}:{tuple(part.shape)};".encode())
+            raw = part.cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(memoryview(raw.numpy()))  # type: ignore[arg-type]
     return digest.hexdigest()
+
+
+def dense_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The dense tensors that hold a tensor's content: itself, or the indices and values of a sparse one.
+
+    Examples
+    --------
+    >>> [part.tolist() for part in dense_parts(torch.tensor([0.0, 0.0, 7.0]).to_sparse())]
+    [[[2]], [7.0]]
+    """
+    if tensor.layout == torch.strided and not tensor.is_quantized:
+        return [tensor]
+    if tensor.layout == torch.sparse_coo:
+        together = tensor.coalesce()
+        return [together.indices(), together.values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    if tensor.is_quantized:
+        return [tensor.int_repr(), tensor.dequantize()]  # which holds the scales and zero points
+    return [tensor.to_dense()]
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype}:" if tensor.layout == torch.strided else f"{tensor.dtype}:{tensor.layout}:"
 
 
 def tensor_specification(tensors: Mapping[str, torch.Tensor]) -> str:
     """Digest of the names, shapes and dtypes, not of the values."""
-    lines = (f"{name}:{tensors[name].dtype}:{tuple(tensors[name].shape)}" for name in sorted(tensors))
+    lines = (f"{name}:{_kind(tensors[name])}{tuple(tensors[name].shape)}" for name in sorted(tensors))
     return digest_text("\n".join(lines))
 
 
@@ -159,9 +188,13 @@ def compiler_identity() -> str:
 def distribution_version(name: str) -> str | None:
     """Version of an installed distribution, or None; reads metadata and imports nothing."""
     try:
-        return importlib.metadata.version(name)
+        found = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+    # Parsing all of the metadata, which holds the project's description, takes several times as long.
+    headers = (found.read_text("METADATA") or "").partition("\n\n")[0]
+    match = re.search(r"^Version:[ \t]*(\S+)[ \t]*$", headers, re.MULTILINE)
+    return match[1] if match else found.version
 
 
 def libraries(modules: Iterable[str], search: Path | None = None) -> str:
@@ -183,14 +216,15 @@ def libraries(modules: Iterable[str], search: Path | None = None) -> str:
         if version is None:
             names = importlib.metadata.packages_distributions().get(module, [])
             version = ",".join(f"{name}-{distribution_version(name)}" for name in sorted(set(names))) or None
-        if version is None or _is_editable(module):
+        if version is None or is_editable(module):
             spec = importlib.util.find_spec(module)
-            version = _digest_module(spec.origin) if spec is not None and spec.origin else "absent"
+            version = digest_module(spec.origin) if spec is not None and spec.origin else "absent"
         facts.append(f"{module}={version}")
     return " ".join(facts)
 
 
-def _is_editable(name: str) -> bool:
+def is_editable(name: str) -> bool:
+    """Whether a distribution is installed in editable mode: its files change and its version does not."""
     try:
         text = importlib.metadata.distribution(name).read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
@@ -198,7 +232,8 @@ def _is_editable(name: str) -> bool:
     return bool(text and '"editable": true' in text)
 
 
-def _digest_module(origin: str) -> str:
+def digest_module(origin: str) -> str:
+    """Digest of a module's file, or of every Python file of a package whose ``__init__.py`` is given."""
     path = Path(origin)
     files = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
     digest = hashlib.sha256()

@@ -4,7 +4,8 @@
 by part, so a miss can say which part missed.
 
 Driver, host name, time and this package's version are recorded in the manifest, not keyed. The device's index is never
-keyed. Environment variables enter by the allow-list `ENVIRONMENT`.
+keyed. Environment variables enter by the allow-list `ENVIRONMENT`, and by what making the model was seen to read
+(`ts_handlers.key.outside`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Any, Protocol
 import torch
 
 from ts_handlers.key import fingerprint
-from ts_handlers.key.cache_key import FORMAT, CacheKey
+from ts_handlers.key.cache_key import FORMAT, OUTSIDE, CacheKey
+from ts_handlers.key.names import NO_NAMES, Names
+from ts_handlers.key.outside import Surroundings, declared_names, outside_part
 from ts_handlers.settings import Settings
 
 # Variables that change what the compiler generates; everything else in the environment is ignored.
@@ -36,6 +39,7 @@ class KeyedSource(Protocol):
     """What a key asks of a source; `ts_handlers.model.base.ModelSource` is one."""
 
     weights_by_name: bool
+    surroundings: Surroundings
 
     def weights_digest(self) -> str:
         """Digest of the weights' values."""
@@ -105,6 +109,16 @@ PARTS: tuple[tuple[str, Callable[[KeyedBackend, KeyedModel], str]], ...] = (
 )
 
 
-def compute_key(backend: KeyedBackend, target: KeyedModel) -> CacheKey:
-    """The key under which `backend`'s artifact for `target` is stored."""
-    return CacheKey(tuple((name, part(backend, target)) for name, part in PARTS))
+def compute_key(backend: KeyedBackend, target: KeyedModel, names: Names = NO_NAMES) -> CacheKey:
+    """The key under which `backend`'s artifact for `target` is stored.
+
+    Parameters
+    ----------
+    names:
+        What making the eager model is known to read (`ts_handlers.key.outside`). They, and those that the settings
+        declare, enter with their values as the last part; without any there is no such part.
+    """
+    parts = tuple((name, part(backend, target)) for name, part in PARTS)
+    surroundings, settings = target.source.surroundings, target.settings
+    names |= declared_names(surroundings, settings.key_environment, settings.key_files)
+    return CacheKey((*parts, (OUTSIDE, outside_part(surroundings, names))) if names else parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from ts_handlers.key import fingerprint
 from ts_handlers.model.archive_files import Tensors, imported_modules, load_model_class, read_weights
 from ts_handlers.model.base import BaseSource, Recipe
 from ts_handlers.model.initialization import skip_random_initialization
+
+logger = logging.getLogger(__name__)
 
 # Archive files that shape requests and answers, not the model.
 IGNORED_FILES = (
@@ -94,7 +97,7 @@ class ArchiveSource(BaseSource):
         self._directory = Path(directory)
         self._model_path = self._directory / model_file
         self._weights_path = None if weights_file is None else self._directory / weights_file
-        super().__init__(recipe, self._weights_path)
+        super().__init__(recipe, self._weights_path, self._directory)
         self.name = name
         self.weights_by_name = True
         self._build_hook = build
@@ -116,18 +119,31 @@ class ArchiveSource(BaseSource):
     def digest(self) -> str:
         """Digest over the archive's model-shaping files, the imported libraries' versions and the tensor names."""
         facts = []
-        modules: set[str] = set()
         for path in self._source_files():
             relative = path.relative_to(self._directory).as_posix()
             facts.append(f"{relative}={fingerprint.digest_file(path)}")
-            if path.suffix == ".py":
-                modules |= imported_modules(path)
-        facts.append(fingerprint.libraries(modules, search=self._directory))
+        facts.append(fingerprint.libraries(self._imports(), search=self._directory))
         facts.append(fingerprint.tensor_specification(self.weights()))
         return fingerprint.digest_text("\n".join(facts))
 
     def _source_files(self) -> list[Path]:
         return [path for path in files_of_model(self._directory, self._ignored) if path != self._weights_path]
+
+    def _python_files(self) -> list[Path]:
+        return [path for path in self._source_files() if path.suffix == ".py"]
+
+    def _imports(self) -> set[str]:
+        """Top-level modules that the digest names."""
+        return {name for path in self._python_files() for name in imported_modules(path)}
+
+    def _recorded(self) -> contextlib.AbstractContextManager[None]:
+        from ts_handlers.model.recording import recording  # which a warm start does not need
+
+        return recording(self.surroundings, self._is_keyed, lambda: map(str, self._python_files()), self._imports)
+
+    def _is_keyed(self, relative: str) -> bool:
+        weights = self._weights_path is not None and self._directory / relative == self._weights_path
+        return weights or not any(fnmatch.fnmatch(relative, pattern) for pattern in self._ignored)
 
     def weights(self) -> Tensors:
         """The state dict's tensors by name, on the CPU."""
@@ -142,7 +158,8 @@ class ArchiveSource(BaseSource):
     def prepare(self) -> None:
         """Import the model file; the next `eager` takes its class."""
         if self._build_hook is None:
-            self._model_class = load_model_class(self._model_path)
+            with self._recorded():
+                self._model_class = load_model_class(self._model_path)
 
     def _build(self) -> torch.nn.Module:
         if self._build_hook is not None:
@@ -150,15 +167,28 @@ class ArchiveSource(BaseSource):
         model_class, self._model_class = self._model_class or load_model_class(self._model_path), None
         if self._weights_path is not None:
             # A constructor may also fail because its weights were not drawn; it is then run in the ordinary way.
-            size = sum(tensor.nbytes for tensor in self.weights().values())
-            with _build_lock, contextlib.suppress(ModelError), skip_random_initialization(size) as skipped:
+            size = sum(part.nbytes for tensor in self.weights().values() for part in fingerprint.dense_parts(tensor))
+            with _build_lock, contextlib.suppress(Exception), skip_random_initialization(size) as skipped:
                 module = _construct(model_class, self._model_path)
                 self._load_state(module)
                 if skipped.was_sound(module):
                     return module
+        generator = torch.get_rng_state()
         module = _construct(model_class, self._model_path)
+        if self._weights_path is None and module.state_dict() and not torch.equal(generator, torch.get_rng_state()):
+            self._say_that_weights_are_random()
         self._load_state(module)
         return module
+
+    def _say_that_weights_are_random(self) -> None:
+        note = (
+            f"the archive has no weights and the class in {self._model_path.name} draws random numbers, so its answers "
+            "may be random, and others in each worker; name its state dict with --serialized-file when the archive is "
+            "built"
+        )
+        if note not in self.notes:
+            self.notes.append(note)
+            logger.warning("%s: %s", self.name, note)
 
     def _load_state(self, module: torch.nn.Module) -> None:
         if self._weights_path is None:

@@ -7,8 +7,10 @@ import importlib.util
 import inspect
 import os
 import sys
+import threading
 import zipfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -61,24 +63,13 @@ def load_model_class(path: Path) -> type[torch.nn.Module]:
 
     TorchServe's rule: exactly one class. Helper classes that are not modules, and modules that the file merely
     imports, do not count; of several module classes the one marked ``__model__ = True`` is taken.
+
+    A file is executed once in a process as long as its content stays the same: executed twice it would define its
+    operators again, under libraries that hold the first ones, which ends the process.
     """
-    directory = str(path.parent)
-    added = directory not in sys.path
-    if added:
-        sys.path.insert(0, directory)
-    try:
-        name = f"ts_handlers_model_{fingerprint.digest_text(str(path))[:12]}"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ModelError(f"{path.name} cannot be imported: {type(error).__name__}: {error}") from error
-    finally:
-        if added:
-            sys.path.remove(directory)
+    with _executing:
+        module = _execute(path)
+    name = module.__name__
     classes = [
         value
         for value in vars(module).values()
@@ -94,6 +85,37 @@ def load_model_class(path: Path) -> type[torch.nn.Module]:
             "another file, or mark the model's class with `__model__ = True`"
         )
     return classes[0]
+
+
+_executing = threading.RLock()
+_DIGEST = "__ts_handlers_digest__"
+
+
+def _execute(path: Path) -> ModuleType:
+    """The module of a model file, executed unless it is already there with this content."""
+    name = f"ts_handlers_model_{fingerprint.digest_text(str(path))[:12]}"
+    directory = str(path.parent)
+    added = directory not in sys.path
+    if added:
+        sys.path.insert(0, directory)
+    try:
+        digest = fingerprint.digest_file(path)
+        known = sys.modules.get(name)
+        if known is not None and getattr(known, _DIGEST, None) == digest:
+            return known
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        setattr(module, _DIGEST, digest)
+    except Exception as error:
+        raise ModelError(f"{path.name} cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        if added:
+            sys.path.remove(directory)
+    return module
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -6,6 +6,7 @@ files and the libraries behind them are then not imported at all.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from ts_handlers.key.digests import DigestFile, FileDigest
+from ts_handlers.key.outside import Surroundings
 from ts_handlers.model.archive_files import Tensors
 from ts_handlers.settings import Settings
 
@@ -25,11 +27,15 @@ class ModelSource(Protocol):
     """What the rest of the package needs to know of a model.
 
     `name` is the model's name in the store's paths. `weights_by_name` says that `weights` holds the parameters under
-    the names of the eager module's state_dict, so that an artifact can take them without building the module.
+    the names of the eager module's state_dict, so that an artifact can take them without building the module. `notes`
+    is what users shall know of it, as far as it is known by now. `surroundings` knows what making the eager module
+    reads from elsewhere, and whether that is recorded at all.
     """
 
     name: str
     weights_by_name: bool
+    notes: list[str]
+    surroundings: Surroundings
 
     def begin_digest(self, digest_file: DigestFile) -> None:
         """Digest the file of the weights on a thread; does nothing when that has begun or there is no file.
@@ -71,13 +77,18 @@ class ModelSource(Protocol):
 
 
 class BaseSource:
-    """What all sources have: a recipe, an eager module that is built at most once, and perhaps a file of weights."""
+    """What all sources have: a recipe, an eager module that is built at most once, and perhaps a file of weights.
 
-    def __init__(self, recipe: Recipe | None, file: Path | None = None) -> None:
+    A source with a `directory`, an unpacked archive, overrides `_recorded`.
+    """
+
+    def __init__(self, recipe: Recipe | None, file: Path | None = None, directory: Path | None = None) -> None:
+        self.surroundings = Surroundings(directory)
         self._recipe = recipe
         self._file_digest = None if file is None else FileDigest(file)
         self._eager: torch.nn.Module | None = None
         self._lock = threading.Lock()
+        self.notes: list[str] = []
 
     def recipe(self) -> Recipe | None:
         """How another process makes this source; None when it cannot."""
@@ -93,7 +104,8 @@ class BaseSource:
         """The eager module on the CPU in eval mode; raises `ModelError` when it cannot be built."""
         with self._lock:
             if self._eager is None:
-                self._eager = self._build().eval()
+                with self._recorded():
+                    self._eager = self._build().eval()
             return self._eager
 
     def built(self) -> torch.nn.Module | None:
@@ -104,8 +116,13 @@ class BaseSource:
         """Forget the eager module."""
         self._eager = None
 
+    def _recorded(self) -> contextlib.AbstractContextManager[None]:
+        """Records what the block reads; nothing here."""
+        return contextlib.nullcontext()
+
     def begin_digest(self, digest_file: DigestFile) -> None:
         """Digest the file of the weights on a thread; does nothing when that has begun or there is no file."""
+        self.surroundings.digest_file = digest_file
         if self._file_digest is not None:
             self._file_digest.begin(digest_file)
 

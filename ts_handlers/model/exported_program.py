@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-from ts_handlers.errors import BuildError
+from ts_handlers.errors import BuildError, ChangedInputError
 from ts_handlers.model.exported_declaration import compare_inputs
 from ts_handlers.model.signature import Signature
 from ts_handlers.model.structure import OutputStructure, flatten
@@ -94,8 +94,8 @@ def refuse_mutations(program: Any) -> None:
 
     Raises
     ------
-    BuildError
-        With the names of what is changed.
+    BuildError, ChangedInputError
+        With the names of what is changed: of state, or of inputs alone.
     """
     signature = program.graph_signature
     if _has_mutable_operations(program.graph_module):
@@ -106,7 +106,7 @@ def refuse_mutations(program: Any) -> None:
         raise BuildError(f"the model changes its own state while it runs ({', '.join(sorted(set(state)))})")
     if signature.user_inputs_to_mutate:
         inputs = ", ".join(sorted(set(signature.user_inputs_to_mutate.values())))
-        raise BuildError(f"the model changes its inputs in place ({inputs})")
+        raise ChangedInputError(f"the model changes its inputs in place ({inputs})")
 
 
 def _has_mutable_operations(graph_module: Any) -> bool:

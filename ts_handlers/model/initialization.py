@@ -55,7 +55,8 @@ class SkippedInitialization:
         """
         if not torch.equal(self._state, torch.get_rng_state()):
             return False
-        loaded = [_memory(tensor) for tensor in module.state_dict().values() if tensor.is_contiguous()]
+        dense = [tensor for tensor in module.state_dict().values() if tensor.layout == torch.strided]
+        loaded = [_memory(tensor) for tensor in dense if tensor.is_contiguous()]
         starts: dict[int, int] = {}
         for start, end in loaded:
             starts[start] = max(end, starts.get(start, end))

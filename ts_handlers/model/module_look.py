@@ -34,8 +34,7 @@ class ModuleLook:
         return torch.nn.Module if module is None else type(module)
 
     def __getattr__(self, name: str) -> Any:
-        # Python looks names with two underscores up to find out what an object can do; `__init__` may not have run.
-        if (name.startswith("__") and name.endswith("__")) or "_target" not in self.__dict__:
+        if name.startswith("__") and name.endswith("__"):  # Python asks for them to find out what an object can do
             raise AttributeError(name)
         return getattr(self._eager_module(), name)
 

@@ -73,9 +73,16 @@ def restore(spec: Mapping[str, Any]) -> Restored:
         - ``settings``: the whole settings, or None to take the handler's own
         - ``overrides``: settings to change, by name
         - ``device``: where to start, or None to take the handler's device
+        - ``environment``: variables that the model reads, as they were before its own code could change them, None for
+          one that was not set; may be missing
         - ``threads``, ``float32_matmul``: state of torch that is part of keys, or None for torch's defaults
     """
     os.chdir(spec["directory"])
+    for name, value in spec.get("environment", {}).items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     made = make_source(spec["source"])
     settings = made.settings if spec["settings"] is None else msgspec.convert(spec["settings"], Settings)
     assert settings is not None

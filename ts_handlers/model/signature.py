@@ -8,21 +8,23 @@ declared names, dtypes, shapes, ranges and limits, and what does not fit is refu
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
 import torch
 
-from ts_handlers.errors import InputError, LoadError
-from ts_handlers.settings import DTYPES, Dimension, InputSpec
-from ts_handlers.settings.values import values_to_draw
+from ts_handlers.errors import InputError, LoadError, shown
+from ts_handlers.model.limits import check_values
+from ts_handlers.model.sampling import RANDOM, draw
+from ts_handlers.settings import Dimension, InputSpec
+from ts_handlers.settings.values import column_limits, values_to_draw
 
 Sizes = dict[str, int]
 _REMEMBERED = 1000
 """Combinations of dtypes and shapes that `Signature.check` has accepted and need not look at again."""
-_ORDERED = {getattr(torch, name) for name in DTYPES}
+_SHOWN = 16
+"""Dimensions of a shape that a message shows."""
 
 
 class Signature:
@@ -34,13 +36,26 @@ class Signature:
         The inputs in the order in which positional arguments are taken.
     dimensions:
         Inclusive ranges, by the names that the shapes use.
+    kind:
+        Which inputs `generate` draws, one of `ts_handlers.model.sampling.KINDS`; None, which draws random ones, until
+        the model was seen to accept a kind.
+    found:
+        The inputs whose limits a build has found, and nobody declared.
     """
 
-    def __init__(self, inputs: Sequence[InputSpec], dimensions: Mapping[str, Dimension]) -> None:
+    def __init__(
+        self,
+        inputs: Sequence[InputSpec],
+        dimensions: Mapping[str, Dimension],
+        kind: str | None = None,
+        found: Collection[str] = (),
+    ) -> None:
+        self.kind = kind
+        self._found = found
         self.inputs = tuple(_with_values(spec) for spec in inputs)
         self.dimensions = dict(dimensions)
         self.names = tuple(spec.name for spec in self.inputs)
-        self._limits = tuple(spec.limits for spec in self.inputs)
+        self._has_limits = tuple(spec.limits is not None or bool(spec.excludes) for spec in self.inputs)
         self._dtypes = tuple(getattr(torch, spec.dtype) for spec in self.inputs)
         self._ranges = {name: (d.min, d.max) for name, d in self.dimensions.items()}
         self._accepted: dict[tuple[tuple[torch.dtype, torch.Size], ...], Sizes] = {}
@@ -81,9 +96,8 @@ class Signature:
                 raise InputError(f"input {name!r}: expected a tensor, found {type(value).__name__}")
             if value.layout != torch.strided:
                 raise InputError(f"input {name!r}: expected a dense tensor, found layout {str(value.layout)[6:]}")
-            limits = self._limits[index]
-            if limits is not None:  # looked at where the tensor lies: on a GPU it would take a synchronisation
-                _check_limits(name, value, *limits)
+            if self._has_limits[index]:  # looked at where the tensor lies: on a GPU it would take a synchronisation
+                check_values(self.inputs[index], value)
             if value.device != device:
                 value = value.to(device, non_blocking=True)
             # An artifact reads the memory as it lies, so pending negations (imag of a conjugate) are carried out here.
@@ -91,10 +105,10 @@ class Signature:
                 value = value.resolve_neg().contiguous()
             values.append(value)
         if len(args) + len(kwargs) > len(self.names):
-            unknown = sorted(set(kwargs) - set(self.names))
+            unknown = set(kwargs) - set(self.names)
             raise InputError(
-                f"unknown input {', '.join(map(repr, unknown))}; declared are {', '.join(self.names)} "
-                "(handler.ts_handlers.inputs in model-config.yaml)"
+                f"unknown input {shown(min(unknown))}{_and_more(len(unknown) - 1)}; declared are "
+                f"{', '.join(self.names)} (handler.ts_handlers.inputs in model-config.yaml)"
             )
         return values
 
@@ -130,7 +144,7 @@ class Signature:
             if len(shape) != len(spec.shape):
                 raise InputError(
                     f"input {spec.name!r}: expected {len(spec.shape)} dimensions {_show(spec.shape)}, "
-                    f"found {len(shape)}: {list(shape)}"
+                    f"found {len(shape)}: {_show(shape)}"
                 )
             for axis, expected in enumerate(spec.shape):
                 found = shape[axis]
@@ -138,7 +152,7 @@ class Signature:
                     if found != expected:
                         raise InputError(
                             f"input {spec.name!r}: expected size {expected} in dimension {axis} of "
-                            f"{_show(spec.shape)}, found {found}: {list(shape)}"
+                            f"{_show(spec.shape)}, found {found}: {_show(shape)}"
                         )
                 elif sizes.setdefault(expected, found) != found:
                     raise InputError(
@@ -155,10 +169,10 @@ class Signature:
 
     def check_limits(self, values: Mapping[str, Any]) -> None:
         """Raise `InputError` where a tensor, given by its input's name, holds a value outside its limits."""
-        for spec, limits in zip(self.inputs, self._limits, strict=True):
+        for spec, has_limits in zip(self.inputs, self._has_limits, strict=True):
             value = values.get(spec.name)
-            if limits is not None and isinstance(value, torch.Tensor) and value.layout == torch.strided:
-                _check_limits(spec.name, value, *limits)
+            if has_limits and isinstance(value, torch.Tensor) and value.layout == torch.strided:
+                check_values(spec, value)
 
     def sizes(self, tensors: Sequence[torch.Tensor]) -> Sizes:
         """The sizes of the dynamic dimensions of tensors that `check` has accepted."""
@@ -180,16 +194,9 @@ class Signature:
         """
         generator = torch.Generator().manual_seed(seed)
         tensors = []
-        for spec, dtype in zip(self.inputs, self._dtypes, strict=True):
+        for spec in self.inputs:
             shape = [size if isinstance(size, int) else sizes[size] for size in spec.shape]
-            drawn_from = values_to_draw(spec)
-            if drawn_from is None:
-                tensors.append(torch.randn(shape, generator=generator).to(dtype))
-            elif dtype.is_floating_point:
-                tensors.append(_draw(shape, *drawn_from, dtype, generator))
-            else:
-                low, high = map(int, drawn_from)
-                tensors.append(torch.randint(low, high, shape, generator=generator).to(dtype))
+            tensors.append(draw(spec, shape, generator, self.kind or RANDOM))
         return tensors
 
     def example_sizes(self, wanted: Mapping[str, int] | None = None) -> Sizes:
@@ -231,12 +238,13 @@ class Signature:
             name: Dimension(*ranges[name]) if name in ranges else dimension
             for name, dimension in self.dimensions.items()
         }
-        return Signature(self.inputs, dimensions)
+        return Signature(self.inputs, dimensions, self.kind)
 
     def with_values_of(self, declared: Signature) -> Signature:
         """The same signature with the values and limits that `declared` has for its inputs.
 
-        No artifact depends on them, so an entry may have been built with other ones than are declared now.
+        No artifact depends on them, so an entry may have been built with other ones than are declared now. Limits that
+        the build has found hold where none are declared.
 
         Raises
         ------
@@ -244,16 +252,12 @@ class Signature:
             Limits are declared for an input that this signature does not have.
         """
         specs = {spec.name: spec for spec in declared.inputs}
-        unknown = [name for name, spec in specs.items() if spec.limits is not None and name not in self.names]
+        limited = [name for name, spec in specs.items() if spec.limits is not None or spec.excludes]
+        unknown = [name for name in limited if name not in self.names]
         if unknown:
             raise LoadError(f"the artifact has no input {unknown[0]!r}, for which limits are declared")
-        inputs = [
-            msgspec.structs.replace(spec, values=specs[spec.name].values, limits=specs[spec.name].limits)
-            if spec.name in specs
-            else spec
-            for spec in self.inputs
-        ]
-        return Signature(inputs, self.dimensions)
+        inputs = [_declared_for(spec, specs.get(spec.name), spec.name in self._found) for spec in self.inputs]
+        return Signature(inputs, self.dimensions, declared.kind)
 
     def canonical(self) -> str:
         """One line that is equal for signatures of equal names, dtypes, shapes and ranges; a part of the cache key."""
@@ -262,45 +266,41 @@ class Signature:
         return f"{inputs}|{ranges}"
 
 
+def row_dimension(inputs: Sequence[InputSpec]) -> str | None:
+    """The dynamic dimension that counts rows: dimension 0 of every input, and no other one; None without one.
+
+    Examples
+    --------
+    >>> row_dimension([InputSpec("ids", "int64", ("batch", "sequence")), InputSpec("age", "float32", ("batch",))])
+    'batch'
+    """
+    leading = {spec.shape[0] if spec.shape else None for spec in inputs}
+    name = leading.pop() if len(leading) == 1 else None
+    if not isinstance(name, str) or any(name in spec.shape[1:] for spec in inputs):
+        return None
+    return name
+
+
 def _with_values(spec: InputSpec) -> InputSpec:
     """An input that has limits with the range in them from which it is drawn; an artifact's manifest keeps that one."""
-    if spec.limits is None or spec.values is not None:
+    if spec.limits is None or spec.values is not None or column_limits(spec) is not None:
         return spec
     return msgspec.structs.replace(spec, values=values_to_draw(spec))
 
 
-def _check_limits(name: str, tensor: torch.Tensor, low: float | None, high: float | None) -> None:
-    """Refuse values below `low` or from `high` on, and those that are not a number."""
-    if tensor.dtype not in _ORDERED:
-        raise InputError(f"input {name!r}: expected real numbers, found {str(tensor.dtype)[6:]}")
-    if not tensor.numel():
-        return
-    ends = tensor.aminmax()
-    least, most = torch.stack(ends).tolist() if tensor.is_cuda else (ends[0].item(), ends[1].item())
-    # NaN, which `aminmax` hands on, fails every comparison.
-    if (low is None or low <= least) and (high is None or most < high):
-        return
-    found = most if low is None or low <= least else least
-    shown = ", ".join("null" if bound is None else f"{bound}" for bound in (low, high))
-    raise InputError(
-        f"input {name!r}: expected values inside its limits [{shown}), found {found}; the limits are declared in "
-        f"handler.ts_handlers.inputs of model-config.yaml"
-    )
-
-
-def _draw(
-    shape: Sequence[int], low: float, high: float, dtype: torch.dtype, generator: torch.Generator
-) -> torch.Tensor:
-    """Uniform values of ``[low, high)`` as far as the dtype has them: rounding would reach the end of the range."""
-    share = torch.rand(shape, generator=generator).double()
-    value = (share * high + (1 - share) * low).to(dtype)
-    first, last = torch.tensor(low, dtype=dtype), torch.tensor(high, dtype=dtype)
-    if first.item() < low:
-        first = torch.nextafter(first, torch.full_like(first, math.inf))
-    if last.item() >= high:
-        last = torch.nextafter(last, torch.full_like(last, -math.inf))
-    return value.clamp(first, last)
+def _declared_for(spec: InputSpec, declared: InputSpec | None, found: bool) -> InputSpec:
+    """An artifact's input with the values and limits that are declared for it."""
+    if declared is None:
+        return spec
+    values, limits = declared.values, declared.limits
+    if limits is None and found:
+        limits, values = spec.limits, spec.values if values is None else values
+    return msgspec.structs.replace(spec, values=values, limits=limits, excludes=declared.excludes)
 
 
 def _show(shape: Sequence[int | str]) -> str:
-    return "[" + ", ".join(map(str, shape)) + "]"
+    return "[" + ", ".join([*map(str, shape[:_SHOWN]), *(["..."] if len(shape) > _SHOWN else [])]) + "]"
+
+
+def _and_more(count: int) -> str:
+    return f" and {count} more" if count else ""

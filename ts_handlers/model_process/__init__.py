@@ -10,5 +10,6 @@ The first worker that needs the model process starts it, and a worker that finds
 other one, `shared_model` what a worker's handler has as its model.
 
 Requests survive the process: a call that it did not answer is sent again to the next one. Retried calls run one at a
-time there. So a call that ends the process each time is told from those that were under way beside it, and fails alone.
+time there. So a call that ends the process each time is told from those that were under way beside it, and fails alone;
+`blame` says what counts as evidence against it. `watch` ends a process that gives no sign of life.
 """

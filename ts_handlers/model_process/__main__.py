@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ts_handlers.errors import bounded
 from ts_handlers.system.child_process import read_specification
 
 WATCH_SECONDS = 1.0
@@ -37,7 +38,12 @@ def main() -> int:
     spec = read_specification()
     os.set_inheritable(int(spec["lock"]), False)
     os.register_at_fork(after_in_child=functools.partial(os.close, int(spec["lock"])))  # it is this process's alone
-    from ts_handlers.model_process.folder import Failure, Folder, Status
+    from ts_handlers.model_process.folder import Failure, Folder, Holder, Status, write_holder
+    from ts_handlers.model_process.watch import start_beating
+    from ts_handlers.system.processes import process_start
+
+    write_holder(int(spec["lock"]), Holder(os.getpid(), process_start(os.getpid())))
+    start_beating(int(spec["lock"]))
 
     folder = Folder(Path(spec["folder"]))
     server_lives = _server_watch(spec["server"])
@@ -49,21 +55,21 @@ def main() -> int:
 
     threading.Thread(target=watch.run, daemon=True, name="ts_handlers-start").start()
     try:
-        model, wait_seconds = _start(spec, progress)
+        model, contexts = _start(spec, progress)
     except Exception as error:
         logging.getLogger(__name__).warning("%s: the model's process fails: %s", spec["name"], error, exc_info=True)
-        folder.write_status(Status(os.getpid(), "failed", error=Failure(type(error).__name__, str(error))))
+        folder.write_status(Status(os.getpid(), "failed", error=Failure(type(error).__name__, bounded(error, 20_000))))
         return 1
     from ts_handlers.model_process.server import Server
 
     watch.started.set()
     folder.write_status(Status(os.getpid(), "serving"))
-    Server(model, folder, _is_wanted, server_lives, wait_seconds).run()
+    Server(model, folder, _is_wanted, server_lives, contexts).run()
     return 0
 
 
-def _start(spec: Mapping[str, Any], progress: Callable[[str, float | None], None]) -> tuple[Any, float]:
-    """The model, and for how long its calls may wait for a context."""
+def _start(spec: Mapping[str, Any], progress: Callable[[str, float | None], None]) -> tuple[Any, Any]:
+    """The model, and the settings of its contexts."""
     from ts_handlers.model.recipes import restore
     from ts_handlers.model_process.server import refuse_without_inputs
     from ts_handlers.startup.fallback import start_here
@@ -84,7 +90,7 @@ def _start(spec: Mapping[str, Any], progress: Callable[[str, float | None], None
             exempt_from_collection(background.left_module)
 
         background.when_done(after_swap)
-    return model, made.settings.contexts.wait_seconds
+    return model, made.settings.contexts
 
 
 def _server_watch(server: tuple[int, int]) -> Callable[[], bool]:

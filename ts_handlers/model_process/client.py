@@ -1,8 +1,9 @@
 """The worker's side of a call to the model's process, and what happens when that process ends.
 
-One thread waits on the connection that stands for this worker. When the process is gone it joins the next one, or
-starts it. Calls that were under way are sent again, marked as retried: retried calls run one at a time, so one whose
-process ends again has ended it, and is answered with an error.
+One thread waits on the connection that stands for this worker, and watches for signs of life. When the process is gone
+it joins the next one, or starts it. Calls that were under way are sent again, marked as retried: retried calls run one
+at a time. One that ran when its process ended again is answered with an error if it can have been the cause, see
+`ts_handlers.model_process.blame`; if somebody has killed or stopped the process, it is sent again.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ import torch
 from ts_handlers import errors
 from ts_handlers.errors import BusyError, WarmStartError
 from ts_handlers.model.structure import unflatten
+from ts_handlers.model_process.blame import what_ended_it
+from ts_handlers.model_process.folder import Holder
 from ts_handlers.model_process.launch import Launcher
 from ts_handlers.model_process.segments import Inbox, Outbox, copy_bytes
+from ts_handlers.model_process.watch import LOOK_SECONDS
 from ts_handlers.model_process.wire import (
     Answer,
     Call,
@@ -30,14 +34,19 @@ from ts_handlers.model_process.wire import (
     ConnectionLost,
     Describe,
     ModelDescription,
+    NoAnswer,
     Refusal,
     Started,
 )
+from ts_handlers.system.process_limits import oom_kills
+from ts_handlers.system.processes import process_start
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.02
 RETRY_SECONDS = 5.0
+MOST_LOSSES, MOST_LOSSES_ALONE = 100, 10
+"""How often a call may lose its process, and how often while it ran alone, before it is answered with HTTP 503."""
 
 OnCounted = Callable[[Mapping[str, float]], None]
 
@@ -119,25 +128,28 @@ class ModelProcess:
 
     def _exchange(self, use: Callable[[_CallConnection, bool], Any]) -> Any:
         deadline = time.monotonic() + self._wait_seconds
-        retried = False
+        losses, losses_alone = 0, 0
         while True:
             if self._closed:
                 raise BusyError("the model is being closed; send the request again")
             connection = self._borrow(deadline)
+            killed = oom_kills() if losses else None
             try:
-                answer = use(connection, retried)
+                answer = use(connection, losses > 0)
+            except NoAnswer as error:  # it may still be running; the process ends it in time
+                connection.close()
+                raise BusyError("the model's process has not answered in time; send the request again later") from error
             except ConnectionLost as error:
                 connection.close()
                 if connection.alone:
-                    raise ModelProcessError(
-                        "the model's process has ended while it answered this request, and again while it answered "
-                        "nothing else; the reason stands in the log"
-                    ) from error
-                if time.monotonic() >= deadline:
+                    losses_alone += 1
+                    self._blame(connection, killed, error)
+                losses += 1
+                if losses >= MOST_LOSSES or losses_alone >= MOST_LOSSES_ALONE:
                     raise BusyError(
                         f"the connection to the model's process breaks again and again ({error}); send it again later"
                     ) from error
-                retried = True
+                deadline = time.monotonic() + self._wait_seconds  # of the time before, the request is not the cause
                 time.sleep(POLL_SECONDS)
                 continue
             except BaseException:
@@ -146,6 +158,15 @@ class ModelProcess:
                 raise
             self._idle.append(connection)
             return answer
+
+    def _blame(self, connection: _CallConnection, oom_kills_before: int | None, error: ConnectionLost) -> None:
+        """Raise if the call that ran alone can have ended its process."""
+        reason = what_ended_it(self._launcher.folder, connection.holder, oom_kills_before)
+        if reason is not None:
+            raise ModelProcessError(
+                "the model's process has ended while it answered this request, and again while it answered nothing "
+                f"else: it {reason}"
+            ) from error
 
     def _borrow(self, deadline: float) -> _CallConnection:
         while True:
@@ -163,11 +184,18 @@ class ModelProcess:
                 )
             time.sleep(POLL_SECONDS)
 
+    def _wait_for_end(self, connection: Connection) -> None:
+        """Wait until the process has ended; end it if it gives no sign of life."""
+        while not connection.ends_within(LOOK_SECONDS):
+            if self._launcher.watch.is_silent():
+                self._launcher.watch.end()
+                return
+
     def _follow(self) -> None:
         """Wait for the end of the process, and join the next one, again and again."""
         while not self._closed:
             assert self._connection is not None
-            self._connection.wait_for_end()
+            self._wait_for_end(self._connection)
             self._connection.close()
             self._close_idle()
             if not self._closed:
@@ -191,6 +219,8 @@ class _CallConnection:
 
     Attributes
     ----------
+    holder:
+        The process at the other side.
     alone:
         Whether the call under way is a retried one that runs now, beside no other.
     under_way:
@@ -202,6 +232,8 @@ class _CallConnection:
         self._on_counted = on_counted
         self._outbox, self._inbox = Outbox(), Inbox()
         self._structure: dict[str, Any] = {}
+        pid, _ = connection.peer()
+        self.holder = Holder(pid, process_start(pid))
         self.alone = False
         self.under_way = False
 

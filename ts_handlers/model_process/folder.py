@@ -1,11 +1,14 @@
 """The folder in which the workers of one model find its process: socket, lock and status.
 
-``<temporary folder>/ts_handlers-<uid>/<digest>/``, private to the user, where the digest tells apart models, devices,
+``<private folder>/<digest>/``, in the folder of `private_folder`, where the digest tells apart models, devices,
 settings, and the servers whose workers share::
 
     socket    the model process listens here while it serves
-    lock      held by `flock` from before the process starts until it has ended, however it ends
+    lock      held by `flock` from before the process starts until it has ended, however it ends. Its text is the
+              holder's number and start; the holder touches it while it is alive, see `ts_handlers.model_process.watch`
     status    JSON: {"pid", "phase", "estimate", "error": {"type", "message"} | null}
+    ended     JSON: {"pid", "start", "code"}: how the last process has ended, written by the worker that started it
+    killed    JSON: {"pid", "start", "cause"}: the last process that a worker has ended, and why
 
 The lock is a file that only its holder removes, so it is taken as `flock` on the file that is there afterwards.
 """
@@ -13,25 +16,29 @@ The lock is a file that only its holder removes, so it is taken as `flock` on th
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import socket
-import stat
-import tempfile
+import struct
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from ts_handlers.errors import UNDECODABLE, StoreError
+from ts_handlers.model_process.private_folder import is_closed_to_others, private_folder
 from ts_handlers.system.files import open_locked, write_atomically
-from ts_handlers.system.ownership import is_private_folder
 
 SWEPT_AFTER_SECONDS = 600.0
+CONNECT_SECONDS = 5
+
+
+_Facts = TypeVar("_Facts", bound=msgspec.Struct)
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -50,6 +57,29 @@ class Status(msgspec.Struct, frozen=True):
     error: Failure | None = None
 
 
+class Holder(NamedTuple):
+    """A process that holds the lock: its number, and its `ts_handlers.system.processes.process_start`."""
+
+    pid: int
+    start: int
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """How a process has ended: `subprocess.Popen.returncode`."""
+
+    pid: int
+    start: int
+    code: int
+
+
+class Killed(msgspec.Struct, frozen=True):
+    """Why a worker has ended a process: it was ``stopped``, or ``silent`` though nobody had stopped it."""
+
+    pid: int
+    start: int
+    cause: str
+
+
 class Folder:
     """One model process's folder.
 
@@ -65,9 +95,10 @@ class Folder:
     def take_lock(self) -> int | None:
         """The descriptor of the lock, or None while a process holds it that starts, serves or ends."""
         while True:
-            with contextlib.suppress(FileExistsError):
-                if not self.path.parent.is_dir():  # something has emptied the temporary folder
-                    _private_folder()
+            with contextlib.suppress(FileExistsError):  # also the folder above: something empties temporary folders
+                self.path.parent.mkdir(mode=0o700, exist_ok=True)
+                if not is_closed_to_others(self.path.parent):
+                    raise StoreError(f"{self.path.parent} was replaced by another user's folder; restart the server")
                 self.path.mkdir(mode=0o700)
             try:
                 return _take_lock(self.path)
@@ -79,6 +110,8 @@ class Folder:
     def connect(self) -> socket.socket | None:
         """A connection to the process that serves here, or None when there is none."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # A process that takes no connections any more lets them wait when its queue is full.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", CONNECT_SECONDS, 0))
         try:
             with _short_path(self.path) as path:
                 connection.connect(path)
@@ -103,15 +136,11 @@ class Folder:
 
     def write_status(self, status: Status) -> None:
         """Replace what is said of the process; a full disk only costs the others the news."""
-        with contextlib.suppress(OSError):
-            write_atomically(self.path / "status", msgspec.json.encode(status))
+        self._write("status", status)
 
     def read_status(self) -> Status | None:
         """What the last process said of itself."""
-        try:
-            return msgspec.json.decode((self.path / "status").read_bytes(), type=Status)
-        except (OSError, *UNDECODABLE):
-            return None
+        return self._read("status", Status)
 
     def status_time(self) -> float:
         """When that was, in seconds since the epoch; 0 when there is nothing."""
@@ -125,6 +154,66 @@ class Folder:
         with contextlib.suppress(OSError):
             (self.path / "status").unlink(missing_ok=True)
 
+    def is_free(self) -> bool:
+        """Whether no process holds the lock."""
+        lock = self.take_lock()
+        if lock is not None:
+            os.close(lock)
+        return lock is not None
+
+    def sign(self) -> tuple[Holder, int] | None:
+        """The lock's holder, and when it was touched last, in nanoseconds; None where no holder stands in it."""
+        with contextlib.suppress(OSError, ValueError), (self.path / "lock").open("rb") as file:
+            pid, start = file.read(64).split()
+            return Holder(int(pid), int(start)), os.fstat(file.fileno()).st_mtime_ns
+        return None
+
+    def give_up(self, holder: Holder) -> None:
+        """Let another process take the place of one that was killed and does not end, if it still is the holder."""
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # of several workers one removes it
+                sign = self.sign()
+                if sign is not None and sign[0] == holder:
+                    (self.path / "lock").unlink()
+            finally:
+                os.close(descriptor)
+
+    def write_ended(self, holder: Holder, code: int) -> None:
+        """Leave for the others how a process has ended."""
+        self._write("ended", Ended(*holder, code))
+
+    def write_killed(self, holder: Holder, cause: str) -> None:
+        """Leave for the others that a worker ends a process, and why."""
+        self._write("killed", Killed(*holder, cause))
+
+    def ended(self, holder: Holder) -> int | None:
+        """What `write_ended` has left of this process."""
+        found = self._read("ended", Ended)
+        return found.code if found is not None and (found.pid, found.start) == holder else None
+
+    def killed(self, holder: Holder) -> str | None:
+        """What `write_killed` has left of this process."""
+        found = self._read("killed", Killed)
+        return found.cause if found is not None and (found.pid, found.start) == holder else None
+
+    def _write(self, name: str, facts: Any) -> None:
+        with contextlib.suppress(OSError):
+            write_atomically(self.path / name, msgspec.json.encode(facts))
+
+    def _read(self, name: str, kind: type[_Facts]) -> _Facts | None:
+        try:
+            return msgspec.json.decode((self.path / name).read_bytes(), type=kind)
+        except (OSError, *UNDECODABLE):
+            return None
+
+
+def write_holder(lock: int, holder: Holder) -> None:
+    """Write into an open lock who holds it; on a full disk nobody can end the holder later."""
+    with contextlib.suppress(OSError):
+        os.ftruncate(lock, os.pwrite(lock, b"%d %d" % holder, 0))
+
 
 def folder_of(identity: Mapping[str, Any]) -> Folder:
     """The folder of the process that is started from `identity`, JSON-compatible; equal ones share a process.
@@ -132,35 +221,22 @@ def folder_of(identity: Mapping[str, Any]) -> Folder:
     Raises
     ------
     StoreError
-        The folder above it cannot be trusted: somebody else could reach the process or take its place.
+        The temporary folder takes no folder.
     """
     text = json.dumps(identity, sort_keys=True)
-    return Folder(_private_folder() / hashlib.sha256(text.encode()).hexdigest()[:16])
+    return Folder(private_folder() / hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
 def sweep() -> None:
     """Remove the folders of processes that have ended, unless they were used a short time ago."""
     with contextlib.suppress(OSError, StoreError):
-        for path in _private_folder().iterdir():
+        for path in private_folder().iterdir():
             if time.time() - path.lstat().st_mtime < SWEPT_AFTER_SECONDS:
                 continue
             with contextlib.suppress(OSError):
                 descriptor = _take_lock(path)
                 shutil.rmtree(path, ignore_errors=True)
                 os.close(descriptor)
-
-
-def _private_folder() -> Path:
-    path = Path(tempfile.gettempdir()) / f"ts_handlers-{os.geteuid()}"
-    path.mkdir(mode=0o700, exist_ok=True)
-    status = path.lstat()
-    if not is_private_folder(path) or status.st_mode & 0o077:
-        raise StoreError(
-            f"{path} must be a folder of uid {os.geteuid()} with mode 0700, found uid {status.st_uid} and mode "
-            f"{stat.S_IMODE(status.st_mode):04o}: whoever can write there could take the model process's place; remove "
-            "it, or set TMPDIR to another folder"
-        )
-    return path
 
 
 def _take_lock(folder: Path) -> int:

@@ -19,8 +19,10 @@ from typing import Any
 
 from ts_handlers import errors
 from ts_handlers.errors import ModelError, WarmStartError
-from ts_handlers.model_process.folder import folder_of, sweep
+from ts_handlers.model_process.folder import Holder, folder_of, sweep, write_holder
+from ts_handlers.model_process.watch import LOOK_SECONDS, Watch
 from ts_handlers.model_process.wire import Connection, ConnectionLost, Hello, ModelDescription
+from ts_handlers.settings.sections import ContextSettings
 from ts_handlers.system.child_process import how_it_ended, start_child
 from ts_handlers.system.processes import parent_of, process_start
 
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.02
 LOG_SECONDS = 10.0
+GREETING_SECONDS = 10.0
+CALL_MARGIN_SECONDS = 60.0
 CLOCK_SECONDS = 0.02
 """By how much a file's time may lag behind the clock."""
 CPU_LAUNCHER = b"torch.backends.xeon.run_cpu"
@@ -49,12 +53,23 @@ class Launcher:
         The model's name, for the log.
     spec:
         What the process starts from, JSON-compatible; workers with equal ones share it.
+    contexts:
+        How long the process may keep silent, and how long a call may take.
+
+    Attributes
+    ----------
+    folder:
+        The process's.
+    watch:
+        Sees whether the process is alive.
     """
 
-    def __init__(self, name: str, spec: Mapping[str, Any]) -> None:
+    def __init__(self, name: str, spec: Mapping[str, Any], contexts: ContextSettings) -> None:
         self._name = name
         self._spec = dict(spec)
-        self._folder = folder_of(spec)
+        self._contexts = contexts
+        self.folder = folder_of(spec)
+        self.watch = Watch(self.folder, contexts.silent_seconds)
 
     def join(self, deadline: float | None = None) -> tuple[Connection, ModelDescription]:
         """A connection that stands for this worker, and what the process says of its model; starts it if need be.
@@ -80,7 +95,7 @@ class Launcher:
                 joined = self._greet()
                 if joined is not None:
                     return joined
-                lock = self._folder.take_lock()
+                lock = self.folder.take_lock()
                 if lock is not None:
                     try:
                         self._raise_failure(began - CLOCK_SECONDS)
@@ -94,6 +109,8 @@ class Launcher:
                         started = self._start(lock)
                     finally:
                         os.close(lock)
+                elif self.watch.is_silent():
+                    self.watch.end()
                 now = time.monotonic()
                 if deadline is not None and now >= deadline:
                     raise TimeoutError
@@ -112,32 +129,42 @@ class Launcher:
         ConnectionLost
             Nothing serves now.
         """
-        channel = self._folder.connect()
+        channel = self.folder.connect()
         if channel is None:
             raise ConnectionLost("no process serves the model")
         connection = Connection(channel)
+        # A call waits for a context, and for the calls that are retried one by one, before it runs.
+        connection.limit(self._contexts.call_seconds + self._contexts.wait_seconds + CALL_MARGIN_SECONDS)
         connection.send(Hello(os.getpid()))
         return connection
 
     def _greet(self) -> tuple[Connection, ModelDescription] | None:
-        channel = self._folder.connect()
+        channel = self.folder.connect()
         if channel is None:
             return None
         connection = Connection(channel)
         try:
             connection.send(Hello(os.getpid(), worker=True), (1, 2))
+            deadline = time.monotonic() + GREETING_SECONDS
+            while not connection.has_message(LOOK_SECONDS):
+                if self.watch.is_silent():
+                    self.watch.end()
+                    raise ConnectionLost("it gave no sign of life")
+                if time.monotonic() >= deadline:
+                    raise ConnectionLost("it has not answered a greeting in time")
             message, _ = connection.receive()
+            connection.limit(0)
             if isinstance(message, ModelDescription):
                 return connection, message
-        except ConnectionLost:  # it ends just now
+        except ConnectionLost:  # it ends just now, or another attempt is made
             pass
         connection.close()
         return None
 
     def _raise_failure(self, since: float) -> None:
         """Raise what another worker's process failed with while this one waited for it."""
-        status = self._folder.read_status()
-        if status is None or status.error is None or self._folder.status_time() < since:
+        status = self.folder.read_status()
+        if status is None or status.error is None or self.folder.status_time() < since:
             return
         kind = getattr(errors, status.error.type, None)
         if isinstance(kind, type) and issubclass(kind, WarmStartError):
@@ -146,18 +173,27 @@ class Launcher:
 
     def _start(self, lock: int) -> subprocess.Popen[bytes]:
         sweep()
-        self._folder.forget_status()
-        self._folder.stop_listening()
-        spec = {**self._spec, "folder": str(self._folder.path), "lock": lock}
+        self.folder.forget_status()
+        self.folder.stop_listening()
+        spec = {**self._spec, "folder": str(self.folder.path), "lock": lock}
         try:
             process = start_child("ts_handlers.model_process.__main__", spec, close_input=False, pass_fds=(lock,))
         except OSError as error:
             raise LaunchError(f"{self._name}: the model's process cannot be started: {error}") from error
-        threading.Thread(target=_reap, args=(process, self._name), daemon=True, name="ts_handlers-reap").start()
+        holder = Holder(process.pid, process_start(process.pid))
+        write_holder(lock, holder)
+        reap = threading.Thread(target=self._reap, args=(process, holder), daemon=True, name="ts_handlers-reap")
+        reap.start()
         return process
 
+    def _reap(self, process: subprocess.Popen[bytes], holder: Holder) -> None:
+        code = process.wait()
+        self.folder.write_ended(holder, code)
+        if code:
+            logger.warning("%s: the model's process %d %s", self._name, process.pid, how_it_ended(code))
+
     def _log_progress(self, seconds: float) -> None:
-        status = self._folder.read_status()
+        status = self.folder.read_status()
         if status is None:
             logger.info("%s: waiting for the model's process since %.0f s", self._name, seconds)
             return
@@ -166,12 +202,6 @@ class Launcher:
             *(self._name, status.pid, seconds, status.phase),
             "" if status.estimate is None else f" (the latest build took {status.estimate:.0f} s)",
         )
-
-
-def _reap(process: subprocess.Popen[bytes], name: str) -> None:
-    code = process.wait()
-    if code:
-        logger.warning("%s: the model's process %d %s", name, process.pid, how_it_ended(code))
 
 
 def _end_of(process: subprocess.Popen[bytes] | None) -> str:

@@ -2,12 +2,14 @@
 
 The memory is a ``memfd`` without a name: it goes when both processes have closed it, however they ended. An outbox that
 is too small for the next tensors makes a larger one, whose descriptor travels with the message that speaks of them.
+Its size is sealed: memory that the other side has made smaller would end a process that reads it (SIGBUS).
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import math
 import mmap
 import os
@@ -20,6 +22,7 @@ from ts_handlers.model_process.wire import TensorSpec
 
 ALIGNMENT = 64
 SMALLEST = 1 << 16
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _REMEMBERED = 64
 """Layouts of tensors whose views are kept, so that a call need not make them again."""
 
@@ -41,10 +44,17 @@ class Segment:
         Of the memfd; closed by this.
     on_memory:
         Prepares the memory for a device.
+
+    Raises
+    ------
+    ValueError
+        Its size is not sealed, or it is empty.
     """
 
     def __init__(self, descriptor: int, on_memory: OnMemory = _leave) -> None:
         try:
+            if not _is_sealed(descriptor):
+                raise ValueError("the size of the shared memory is not sealed")
             self.nbytes = os.fstat(descriptor).st_size
             self.memory = torch.frombuffer(mmap.mmap(descriptor, self.nbytes), dtype=torch.uint8)
         finally:
@@ -63,6 +73,13 @@ class Segment:
     def close(self) -> None:
         """Undo what was done for the device; the memory goes with the last view of it."""
         self._undo()
+
+
+def _is_sealed(descriptor: int) -> bool:
+    try:
+        return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & SEALS == SEALS
+    except OSError:  # it is no memfd
+        return False
 
 
 class Outbox:
@@ -101,9 +118,10 @@ class Outbox:
 
     def _grow(self, nbytes: int) -> int:
         self.close()
-        descriptor = os.memfd_create("ts_handlers")
+        descriptor = os.memfd_create("ts_handlers", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(descriptor, max(SMALLEST, 1 << (nbytes - 1).bit_length()))
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
             self._segment = Segment(os.dup(descriptor), self._on_memory)
         except BaseException:
             os.close(descriptor)
@@ -127,7 +145,7 @@ class Inbox:
         self._views: dict[tuple[TensorSpec, ...], list[torch.Tensor]] = {}
 
     def replace(self, descriptor: int) -> None:
-        """Take the other side's new memory; `descriptor` is closed."""
+        """Take the other side's new memory; `descriptor` is closed. Raises `ValueError` as `Segment` does."""
         self.close()
         self._segment = Segment(descriptor, self._on_memory)
 

@@ -6,20 +6,22 @@ execution contexts says how many run at once.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import torch
 
 from ts_handlers.compiled_model import ServedModel
-from ts_handlers.errors import ModelError
+from ts_handlers.errors import ModelError, bounded
 from ts_handlers.model.structure import flatten
+from ts_handlers.model_process.blame import HANGS_STATUS
 from ts_handlers.model_process.folder import Folder
 from ts_handlers.model_process.gate import Gate
 from ts_handlers.model_process.segments import Inbox, Outbox, pin
@@ -34,15 +36,22 @@ from ts_handlers.model_process.wire import (
     Refusal,
     Started,
 )
+from ts_handlers.settings.sections import ContextSettings
 
 logger = logging.getLogger(__name__)
 
 LINGER_SECONDS = 10.0
 """How long the process waits for another worker when the last one has gone; one that TorchServe restarts takes less."""
 POLL_SECONDS = 0.25
+GREETING_SECONDS = 30.0
+"""How long a connection may take to say what it is."""
+MOST_CONNECTIONS = 1024
+"""Of one process."""
+MOST_MESSAGE = 2000
+"""Characters of an exception's message that go to the worker."""
 ABANDONED_SECONDS = 30.0
 """How long a call may run whose worker has ended, as TorchServe ends one that does not answer in time."""
-DEVICE_LOST_STATUS, HANGS_STATUS = 70, 71
+DEVICE_LOST_STATUS = 70
 
 
 class Counted:
@@ -84,8 +93,8 @@ class Server:
         Whether somebody waits for this process who has not connected yet.
     server_lives:
         Whether the process still lives whose workers are served.
-    wait_seconds:
-        For how long a call may wait for a context.
+    contexts:
+        For how long a call may wait for a context, and how long it may take.
     """
 
     def __init__(
@@ -94,17 +103,18 @@ class Server:
         folder: Folder,
         wanted: Callable[[], bool],
         server_lives: Callable[[], bool],
-        wait_seconds: float,
+        contexts: ContextSettings,
     ) -> None:
         self._model = model
         self._folder = folder
         self._wanted = wanted
         self._server_lives = server_lives
-        self._wait_seconds = wait_seconds
+        self._contexts = contexts
         self._counted = Counted(model)
         self._gate = Gate(self._set_answering)
         self._lock = threading.Lock()
         self._connections: dict[Connection, _Calls | None] = {}
+        self._peers: dict[Connection, int] = {}
         self._workers: dict[Connection, tuple[int, list[int]]] = {}
         self._logs_to: Connection | None = None
         self._start_is_told = False
@@ -142,18 +152,25 @@ class Server:
         self._model.answering = running
 
     def _take(self, channel: socket.socket) -> None:
-        connection = Connection(channel)
-        if connection.peer_uid() != os.geteuid():  # the folder's mode rules that out
+        connection = Connection(channel, waits=False)
+        pid, uid = connection.peer()
+        with self._lock:
+            full = sum(each == pid for each in self._peers.values()) >= MOST_CONNECTIONS
+        if full or uid != os.geteuid():  # the folder's mode rules the latter out
             connection.close()
             return
         with self._lock:
             self._connections[connection] = None
+            self._peers[connection] = pid
         threading.Thread(target=self._converse, args=(connection,), daemon=True, name="ts_handlers-call").start()
 
     def _converse(self, connection: Connection) -> None:
         try:
+            connection.limit(GREETING_SECONDS)
             hello, descriptors = connection.receive()
-            if not isinstance(hello, Hello):
+            connection.limit(0)
+            if not isinstance(hello, Hello) or (descriptors and not hello.worker):
+                _close(descriptors)
                 raise ConnectionLost("expected a greeting")
             if hello.worker:
                 self._add_worker(connection, hello.pid, descriptors)
@@ -171,14 +188,26 @@ class Server:
         finally:
             with self._lock:
                 self._connections.pop(connection, None)
+                self._peers.pop(connection, None)
             self._remove_worker(connection)
             connection.close()
 
     def _leave_if_it_hangs(self) -> None:
-        """End a process in which a call goes on for which nobody waits: it keeps its context for ever."""
+        """End a process in which a call goes on for which nobody waits, or for too long: it keeps its context for ever.
+
+        A call that takes too long is told so. Of the others nobody knows anything bad: the next process answers them.
+        """
         with self._lock:
             running = [calls for calls in self._connections.values() if calls is not None]
-        seconds = ABANDONED_SECONDS + self._wait_seconds
+        seconds = ABANDONED_SECONDS + self._contexts.wait_seconds
+        slow = [calls for calls in running if calls.running_for() > self._contexts.call_seconds]
+        for calls in slow:
+            calls.give_up(f"the call took longer than contexts.call_seconds, {self._contexts.call_seconds:g} s")
+        if slow:
+            logger.error(
+                "a call has taken %g s (contexts.call_seconds); this process ends", self._contexts.call_seconds
+            )
+            os._exit(HANGS_STATUS)
         for calls in running:
             if calls.abandoned_for() > seconds:
                 logger.error("a call goes on %g s after its worker has ended; this process ends", seconds)
@@ -202,8 +231,7 @@ class Server:
             if self._logs_to is connection:
                 self._logs_to = None
                 self._choose_log()
-        for descriptor in descriptors:
-            os.close(descriptor)
+        _close(descriptors)
 
     def _choose_log(self) -> None:
         """Write to the log of some worker that lives: the pipe of one that has ended is read by nobody."""
@@ -239,6 +267,17 @@ class _Calls:
         self._structure: bytes | None = None
         self._answering = False
         self._abandoned: float | None = None
+        self._began: float | None = None
+
+    def running_for(self) -> float:
+        """For how many seconds the call under way has been running."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
+
+    def give_up(self, reason: str) -> None:
+        """Answer the call under way, from another thread than that in which it hangs."""
+        with contextlib.suppress(ConnectionLost):
+            self._connection.send(Refusal("TimeoutError", reason, self._counted.take()))
 
     def abandoned_for(self) -> float:
         """For how many seconds a call has been going on whose worker has ended."""
@@ -258,8 +297,7 @@ class _Calls:
         try:
             while True:
                 message, descriptors = self._connection.receive()
-                for descriptor in descriptors:
-                    self._inbox.replace(descriptor)
+                self._take_memory(descriptors)
                 if isinstance(message, Describe):
                     self._connection.send(self._description())
                 elif isinstance(message, Call):
@@ -269,6 +307,16 @@ class _Calls:
         finally:
             self._inbox.close()
             self._outbox.close()
+
+    def _take_memory(self, descriptors: list[int]) -> None:
+        left = list(descriptors)
+        try:
+            while left:
+                self._inbox.replace(left.pop(0))
+        except (OSError, ValueError) as error:
+            raise ConnectionLost(f"the other side's shared memory cannot be used: {error}") from error
+        finally:
+            _close(left)
 
     def _answer(self, call: Call) -> None:
         if not call.retried:
@@ -282,7 +330,7 @@ class _Calls:
     def _run(self, call: Call) -> None:
         if self._connection.is_abandoned():  # while it waited at the gate
             raise ConnectionLost("the worker has ended")
-        self._answering = True
+        self._answering, self._began = True, time.monotonic()
         try:
             output = self._model(*self._inbox.read(call.tensors))
             leaves, structure = flatten(output)
@@ -303,7 +351,7 @@ class _Calls:
         except Exception as error:
             self._refuse(call, error)
         finally:
-            self._answering = False
+            self._answering, self._began = False, None
 
     def _refuse(self, call: Call, error: Exception) -> None:
         logger.debug("details", exc_info=error)
@@ -312,7 +360,7 @@ class _Calls:
             os._exit(DEVICE_LOST_STATUS)  # without an answer: of the calls under way nobody knows which one it was
         self._structure = None  # the answer that was to bring it may not have gone
         self._outbox.close()  # the same for its memory
-        self._connection.send(Refusal(type(error).__name__, str(error)[:20_000], self._counted.take()))
+        self._connection.send(Refusal(type(error).__name__, bounded(error, MOST_MESSAGE), self._counted.take()))
         if lost:
             os._exit(DEVICE_LOST_STATUS)
 
@@ -326,6 +374,11 @@ class _Calls:
             logger.error("the GPU's context is lost, so the model's process ends: %s", broken)
             return True
         return False
+
+
+def _close(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def refuse_without_inputs(model: ServedModel) -> None:

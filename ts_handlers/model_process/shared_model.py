@@ -18,12 +18,14 @@ import msgspec
 import torch
 
 from ts_handlers.backends.base import Target
-from ts_handlers.compiled_model import Outcome, ServedModel, explanations_under_way
+from ts_handlers.compiled_model import Outcome, ServedModel
 from ts_handlers.errors import BusyError, InputError, SettingsError, WarmStartError
 from ts_handlers.execution.contexts import PoolStats
+from ts_handlers.key.outside import declared_names, outside_part
 from ts_handlers.metrics import COUNTERS, Metrics
 from ts_handlers.model.archive import IGNORED_FILES, files_of_model
 from ts_handlers.model.base import ModelSource, Recipe
+from ts_handlers.model.explanations import explanations_under_way
 from ts_handlers.model.signature import Signature
 from ts_handlers.model_process.client import ModelProcess
 from ts_handlers.model_process.launch import Launcher, parent_identity
@@ -158,7 +160,7 @@ def join_model(source: ModelSource, settings: Settings, device: torch.device) ->
     early: list[Mapping[str, float]] = []
     models: list[SharedModel] = []
     process = ModelProcess(
-        Launcher(source.name, spec),
+        Launcher(source.name, spec, settings.contexts),
         settings.contexts.wait_seconds,
         lambda counted: models[0].absorb(counted) if models else early.append(counted),
     )
@@ -187,6 +189,7 @@ def _specification(source: ModelSource, settings: Settings, device: torch.device
         "directory": os.getcwd(),
         "source": dict(recipe),
         "files": _stamps(recipe, settings.key_files_ignored),
+        "outside": _declared(source, settings),
         "settings": msgspec.to_builtins(settings),
         "overrides": {},
         "device": str(device),
@@ -194,6 +197,12 @@ def _specification(source: ModelSource, settings: Settings, device: torch.device
         "float32_matmul": torch.get_float32_matmul_precision(),
         "package": [__version__, str(Path(__file__).parent.parent), sys.executable],
     }
+
+
+def _declared(source: ModelSource, settings: Settings) -> str:
+    """What the settings name outside the archive, with its values; what is only seen when the model is made is not."""
+    names = declared_names(source.surroundings, settings.key_environment, settings.key_files)
+    return outside_part(source.surroundings, names)
 
 
 def _recipe(source: ModelSource) -> Recipe:

@@ -13,6 +13,7 @@ import errno
 import os
 import select
 import socket
+import struct
 from typing import Any
 
 import msgspec
@@ -98,20 +99,40 @@ class ConnectionLost(Exception):
     """The other side is gone, or what it says makes no sense."""
 
 
-class Connection:
-    """One side of a connection; for one thread at a time."""
+class NoAnswer(ConnectionLost):
+    """The other side has said nothing within the connection's limit."""
 
-    def __init__(self, channel: socket.socket) -> None:
+
+class Connection:
+    """One side of a connection; for one thread at a time.
+
+    Parameters
+    ----------
+    channel:
+        The socket.
+    waits:
+        Whether a message waits until the other side has read those before it. If not, a side that leaves its messages
+        unread loses the connection.
+    """
+
+    def __init__(self, channel: socket.socket, *, waits: bool = True) -> None:
         self._channel = channel
+        self._flags = 0 if waits else socket.MSG_DONTWAIT
         self._buffer: Any = None  # made when the first message comes; a waiting worker needs none
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             with contextlib.suppress(OSError):
                 channel.setsockopt(socket.SOL_SOCKET, option, 2 * MOST_BYTES)
 
-    def peer_uid(self) -> int:
-        """The user of the process at the other side."""
-        raw = self._channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return int(array.array("i", raw)[1])
+    def peer(self) -> tuple[int, int]:
+        """Process and user of the other side: who has connected, or who listened when this side connected."""
+        pid, uid, _ = struct.unpack("3i", self._channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return pid, uid
+
+    def limit(self, seconds: float) -> None:
+        """For how long `receive` and `send` wait before the connection counts as lost; 0 for ever."""
+        limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1_000_000))
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self._channel.setsockopt(socket.SOL_SOCKET, option, limit)
 
     def send(self, message: Message, descriptors: tuple[int, ...] = ()) -> None:
         """Send one message.
@@ -119,7 +140,7 @@ class Connection:
         Raises
         ------
         ConnectionLost
-            Nobody reads it any more.
+            Nobody reads it any more, or not in time.
         ValueError
             It is too large for one message.
         """
@@ -127,9 +148,9 @@ class Connection:
         try:
             if descriptors:
                 rights = array.array("i", descriptors)
-                self._channel.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+                self._channel.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)], self._flags)
             else:
-                self._channel.send(data)
+                self._channel.send(data, self._flags)
         except OSError as error:
             if error.errno == errno.EMSGSIZE:
                 raise ValueError(f"a message of {len(data)} bytes does not fit the socket") from error
@@ -148,6 +169,8 @@ class Connection:
         space = socket.CMSG_SPACE(4 * MOST_DESCRIPTORS)
         try:
             count, ancillary, flags, _ = self._channel.recvmsg_into([self._buffer], space, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError as error:
+            raise NoAnswer("no message has come in time") from error
         except OSError as error:
             raise ConnectionLost(str(error)) from error
         descriptors = array.array("i")
@@ -170,10 +193,27 @@ class Connection:
 
     def wait_for_end(self) -> None:
         """Wait until the other side has ended; what it says until then is not listened to."""
-        with contextlib.suppress(ConnectionLost):
-            while True:
+        while not self.ends_within(None):
+            pass
+
+    def ends_within(self, seconds: float | None) -> bool:
+        """Whether the other side ends in this time; a message that comes instead is not listened to."""
+        try:
+            if self.has_message(seconds):
                 for descriptor in self.receive()[1]:
                     os.close(descriptor)
+        except ConnectionLost:
+            return True
+        return False
+
+    def has_message(self, seconds: float | None) -> bool:
+        """Whether a message comes in this time, or the other side ends; None waits for ever."""
+        poll = select.poll()
+        try:
+            poll.register(self._channel, select.POLLIN)
+            return bool(poll.poll(None if seconds is None else seconds * 1000))
+        except (OSError, ValueError) as error:  # it was closed meanwhile
+            raise ConnectionLost(str(error)) from error
 
     def is_abandoned(self) -> bool:
         """Whether the other side has gone."""

@@ -7,15 +7,23 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ts_handlers.errors import InputError
+from ts_handlers.errors import InputError, bounded, shown
+from ts_handlers.model.signature import row_dimension
 from ts_handlers.settings import InputSpec
 
 NOT_BY_ROW = "the model's inputs or outputs do not have a row for each row of a request; it is answered alone"
+
+DEPENDENT_ROWS = "a row's answer is not known to be the same alone and among the rows of others; it is answered alone"
+NON_FINITE = (
+    "the model's answer holds NaN or infinity, which JSON does not have; send other values, or let the server answer "
+    "null with handler.ts_handlers.non_finite: null in model-config.yaml"
+)
 
 
 def read_tensors(body: Any, specs: Sequence[InputSpec]) -> dict[str, torch.Tensor]:
@@ -42,7 +50,7 @@ def read_tensors(body: Any, specs: Sequence[InputSpec]) -> dict[str, torch.Tenso
     """
     if isinstance(body, (bytes, bytearray, str)):
         try:
-            body = json.loads(body)
+            body = json.loads(body, parse_constant=_refuse_constant)
         except RecursionError as error:
             raise InputError("the request is nested too deeply") from error
     if not isinstance(body, dict):
@@ -50,9 +58,9 @@ def read_tensors(body: Any, specs: Sequence[InputSpec]) -> dict[str, torch.Tenso
             names = ", ".join(spec.name for spec in specs)
             raise InputError(f"expected a JSON object with the inputs {names}, found {type(body).__name__}")
         body = {specs[0].name: body}
-    unknown = sorted(set(body) - {spec.name for spec in specs})
+    unknown = set(body) - {spec.name for spec in specs}
     if unknown:
-        raise InputError(f"unknown input {unknown[0]!r}; expected {', '.join(spec.name for spec in specs)}")
+        raise InputError(f"unknown input {shown(min(unknown))}; expected {', '.join(spec.name for spec in specs)}")
     row = {}
     for spec in specs:
         if spec.name not in body:
@@ -61,20 +69,30 @@ def read_tensors(body: Any, specs: Sequence[InputSpec]) -> dict[str, torch.Tenso
     return row
 
 
+def _refuse_constant(text: str) -> Any:
+    raise InputError(f"the request holds {text}, which JSON does not have; send finite numbers")
+
+
 def _read_tensor(value: Any, spec: InputSpec) -> torch.Tensor:
-    """One input in its declared dtype; no value is rounded or wrapped to fit an integer dtype."""
+    """One input in its declared dtype; no value is rounded or wrapped to fit an integer dtype, or becomes infinite."""
     dtype = getattr(torch, spec.dtype)
     try:
         tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
         if dtype == torch.float64 and tensor.is_floating_point():
             tensor = torch.as_tensor(value, dtype=dtype)  # without a detour through float32
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"input {spec.name!r} is not a nested list of numbers: {error}") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # the last: an integer beyond every float
+        raise InputError(f"input {spec.name!r} is not a nested list of numbers: {bounded(error)}") from error
     if tensor.is_floating_point() and not dtype.is_floating_point and tensor.numel():
         raise InputError(f"input {spec.name!r}: expected {spec.dtype} values, found fractions")
     found: torch.Tensor = tensor.to(dtype)
     if not dtype.is_floating_point and not torch.equal(found.to(tensor.dtype), tensor):
         raise InputError(f"input {spec.name!r}: a value does not fit {spec.dtype}")
+    if dtype.is_floating_point and not found.isfinite().all():
+        exact = torch.as_tensor(value, dtype=torch.float64)  # float32, as which it was read, may have been too small
+        first = exact[~found.isfinite()].reshape(-1)[0].item()
+        if math.isfinite(first):
+            raise InputError(f"input {spec.name!r}: the value {first:.6g} does not fit {spec.dtype}")
+        raise InputError(f"input {spec.name!r}: expected finite numbers, found {first}, which JSON does not have")
     return found
 
 
@@ -90,7 +108,8 @@ def rows_of(value: Any, start: int | None = None, stop: int | None = None) -> An
 
     Returns
     -------
-    The same structure with nested lists in place of tensors, and lists in place of tuples.
+    The same structure with nested lists in place of tensors, lists in place of tuples, and None in place of NaN and
+    infinity, which JSON does not have.
 
     Examples
     --------
@@ -98,12 +117,41 @@ def rows_of(value: Any, start: int | None = None, stop: int | None = None) -> An
     {'y': [[0, 1], [2, 3]]}
     """
     if isinstance(value, torch.Tensor):
-        return value.tolist() if start is None else value[start:stop].tolist()
+        rows = value if start is None else value[start:stop]
+        finite = not rows.is_floating_point() or bool(rows.isfinite().all())
+        return rows.tolist() if finite else _without_non_finite(rows.tolist())
+    if isinstance(value, float):
+        return _without_non_finite(value)
     if hasattr(value, "keys"):
         return {key: rows_of(value[key], start, stop) for key in value}
     if isinstance(value, (tuple, list)):
         return [rows_of(item, start, stop) for item in value]
     return value
+
+
+def _without_non_finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_non_finite(item) for item in value]
+    return value if math.isfinite(value) else None
+
+
+def is_finite(value: Any) -> bool:
+    """Whether an output holds neither NaN nor infinity.
+
+    Examples
+    --------
+    >>> is_finite({"y": torch.zeros(2)}), is_finite((torch.zeros(2) / 0, "text"))
+    (True, False)
+    """
+    if isinstance(value, torch.Tensor):
+        return not value.is_floating_point() or bool(value.isfinite().all())
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if hasattr(value, "keys"):
+        return all(is_finite(value[key]) for key in value)
+    if isinstance(value, (tuple, list)):
+        return all(map(is_finite, value))
+    return True
 
 
 def is_by_row(value: Any, rows: int) -> bool:
@@ -119,8 +167,7 @@ def is_by_row(value: Any, rows: int) -> bool:
 
 def have_rows(specs: Sequence[InputSpec]) -> bool:
     """Whether dimension 0 is the same dynamic dimension in every input, so that requests can be joined along it."""
-    leading = {spec.shape[0] if spec.shape else None for spec in specs}
-    return len(leading) == 1 and isinstance(leading.pop(), str)
+    return row_dimension(specs) is not None
 
 
 def join_rows(

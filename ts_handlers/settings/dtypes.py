@@ -9,6 +9,8 @@ IntegerDtype = Literal["int64", "int32", "int16", "int8", "uint8", "bool"]
 DtypeName = FloatDtype | IntegerDtype
 """torch's name of a dtype: ``getattr(torch, name)``."""
 Number = int | float  # `float` alone would round large integers
+Range = tuple[Number | None, Number | None]
+"""``[low, high)``, None for an open end."""
 
 FLOATS: tuple[FloatDtype, ...] = get_args(FloatDtype)
 INTEGERS: tuple[IntegerDtype, ...] = get_args(IntegerDtype)

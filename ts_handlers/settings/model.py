@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from ts_handlers.settings.dtypes import DtypeName, FloatDtype, Number
+from ts_handlers.settings.dtypes import DtypeName, FloatDtype, Number, Range
 from ts_handlers.settings.registry import DEFAULT_BACKENDS
 from ts_handlers.settings.sections import (
     BackgroundSettings,
@@ -33,13 +33,16 @@ class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `limits` is the half-open range ``[low, high)`` outside which a request's values are refused, None for an open end.
     An index that a model looks up needs it: eager code raises where it is out of range, compiled code ends the process.
+    A list of such ranges, one for each column, limits the elements of the last dimension one by one. `excludes` are
+    single values that are refused too: integer division by 0 ends the process in compiled code.
     """
 
     name: str
     dtype: DtypeName
     shape: tuple[int | str, ...]
     values: tuple[float, float] | None = None
-    limits: tuple[Number | None, Number | None] | None = None
+    limits: tuple[Number | Range | None, ...] | None = None
+    excludes: tuple[Number, ...] = ()
 
 
 class Dimension(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -98,6 +101,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     warmup:
         Sizes to run before READY, one mapping of dimension name to size per run. The first one is also the size
         that the compiler optimises for.
+    non_finite:
+        What `ts_handlers.CompiledHandler` does with NaN and infinity in an answer, which JSON does not have: None
+        writes null, ``refuse`` refuses the request.
     dtype:
         Floating-point dtype to which the model is cast after loading; None keeps the model's own.
     mmap:
@@ -105,6 +111,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         reads files that somebody else may overwrite in place (``no-archive`` folders).
     key_files_ignored:
         Glob patterns of archive files that do not change the compiled model, beside the built-in list.
+    key_environment, key_files:
+        Environment variables, and files or folders, that shape the model in a way that is not seen when it is made.
+        Relative paths are below the archive's folder.
     verify:
         ``changed`` hashes entries and weights again only when they may have changed since they were last hashed;
         ``always`` hashes them at every start.
@@ -119,10 +128,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inputs: tuple[InputSpec, ...] = ()
     dimensions: dict[str, Dimension] = msgspec.field(default_factory=dict)
     outside: Literal["refuse", "eager"] = "refuse"
+    non_finite: Literal["refuse"] | None = None
     warmup: tuple[dict[str, int], ...] = ()
     dtype: FloatDtype | None = None
     mmap: Literal["auto", "always", "never"] = "auto"
     key_files_ignored: tuple[str, ...] = ()
+    key_environment: tuple[str, ...] = ()
+    key_files: tuple[str, ...] = ()
     verify: Literal["changed", "always"] = "changed"
     canary: CanarySettings = CanarySettings()
     compile: CompileSettings = CompileSettings()

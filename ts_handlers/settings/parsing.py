@@ -8,6 +8,7 @@ combination is a `SettingsError` that names the key's path, the value found and 
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 import typing
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from ts_handlers.settings.model import PT2_SECTION, SECTION, CompileSettings, Se
 from ts_handlers.settings.removed import without_removed
 from ts_handlers.settings.torch_compile import apply_compile
 from ts_handlers.settings.validation import validate
+
+logger = logging.getLogger(__name__)
 
 
 def parse_settings(model_yaml_config: Mapping[str, Any] | None) -> Settings:
@@ -55,6 +58,7 @@ def parse_settings(model_yaml_config: Mapping[str, Any] | None) -> Settings:
             f"handler: expected a mapping, found {type(handler).__name__} ({handler!r}); "
             "write the settings under `handler: ts_handlers:`"
         )
+    _warn_of_misspelt_sections(config, handler)
     section = handler.get("ts_handlers")
     section = {} if section is None else section
     if isinstance(section, Mapping) and "compile" in section:
@@ -71,6 +75,25 @@ def parse_settings(model_yaml_config: Mapping[str, Any] | None) -> Settings:
         settings = apply_compile(settings, compile_settings, section)
     validate(settings)
     return settings
+
+
+def _warn_of_misspelt_sections(config: Mapping[str, Any], handler: Mapping[str, Any]) -> None:
+    """Both levels belong to TorchServe and to handlers, so what stands there is not refused."""
+    places = {"": config, "handler.": handler}
+    places |= {f"{name}.": value for name, value in config.items() if name != "handler" and isinstance(value, Mapping)}
+    for place, mapping in places.items():
+        for name in mapping:
+            if f"{place}{name}" != SECTION and _is_like(str(name), "ts_handlers"):
+                logger.warning(
+                    "model-config.yaml: the section %.100s is not read; settings of ts_handlers stand in %s",
+                    *(f"{place}{name}", SECTION),
+                )
+
+
+def _is_like(name: str, wanted: str) -> bool:
+    plain = re.sub(r"[^a-z]", "", name.lower())
+    wanted = wanted.replace("_", "")
+    return plain[:2] == wanted[:2] and bool(difflib.get_close_matches(plain, [wanted], n=1, cutoff=0.85))
 
 
 def _compile_section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

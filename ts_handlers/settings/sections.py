@@ -58,13 +58,13 @@ class RemoteSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TrustSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Ed25519 keys for what comes from another host.
 
-    `public_keys` are paths of PEM files; with at least one of them, an entry from the remote store or a bundle is used
+    `public_keys` are paths of PEM files; with them, an entry from the remote store or a bundle is used
     only when one of these keys has signed it. `signing_key` is the path of the private key that signs what this host
     publishes. `folders` are folders above the store whose owner and mode are accepted as they are, such as a volume
     that only this container mounts.
     """
 
-    public_keys: tuple[str, ...] = ()
+    public_keys: tuple[str, ...] | None = None
     signing_key: str | None = None
     folders: tuple[str, ...] = ()
 
@@ -154,6 +154,10 @@ class ContextSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cuda_graphs:
         Record each context's launches for the sizes of warm-up and check and replay them (`tensorrt`, and
         `aot_inductor` on a GPU); nothing is recorded once the model serves.
+    silent_seconds:
+        ``across_workers``: how long the model's process may show no sign of life before a worker ends it.
+    call_seconds:
+        ``across_workers``: how long one call may take before the model's process gives it up and ends.
     across_workers:
         One process holds the model, and all workers of the server that serve it on this device call it there; see
         `ts_handlers.model_process`.
@@ -162,5 +166,7 @@ class ContextSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     count: int = 1
     scratch: Literal["private", "shared"] = "private"
     wait_seconds: float = 30.0
+    silent_seconds: float = 30.0
+    call_seconds: float = 600.0
     cuda_graphs: bool = False
     across_workers: bool = False

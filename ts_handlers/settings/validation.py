@@ -10,11 +10,12 @@ from urllib.parse import urlsplit
 import msgspec
 
 from ts_handlers.errors import SettingsError
+from ts_handlers.settings.dtypes import INTEGERS, VALUES
 from ts_handlers.settings.model import PT2_SECTION, SECTION, InputSpec, Settings
 from ts_handlers.settings.quantities import parse_bytes
 from ts_handlers.settings.registry import backend_location, backend_names
 from ts_handlers.settings.sections import Quota
-from ts_handlers.settings.values import values_to_draw
+from ts_handlers.settings.values import column_limits, values_to_draw, whole_limits
 
 _LONGEST_SECONDS = 7 * 24 * 3600
 _LARGEST_MB = 2**30
@@ -51,6 +52,17 @@ def _check_on_miss(settings: Settings) -> None:
             f"{SECTION}.on_miss: 'eager' falls back on a miss and {SECTION}.strict: true forbids falling back; "
             "set on_miss: fail, or strict: false"
         )
+
+
+def _check_key(settings: Settings) -> None:
+    for index, name in enumerate(settings.key_environment):
+        if not name or "=" in name or "\0" in name:
+            raise SettingsError(
+                f"{SECTION}.key_environment[{index}]: expected the name of an environment variable, found {name!r}"
+            )
+    for index, path in enumerate(settings.key_files):
+        if not path or "\0" in path:
+            raise SettingsError(f"{SECTION}.key_files[{index}]: expected the path of a file or folder, found {path!r}")
 
 
 def _check_background(settings: Settings) -> None:
@@ -130,7 +142,12 @@ def _shown(url: str) -> str:
 
 def _check_trust(settings: Settings) -> None:
     trust = settings.trust
-    paths = {f"public_keys[{index}]": path for index, path in enumerate(trust.public_keys)}
+    if trust.public_keys == ():
+        raise SettingsError(
+            f"{SECTION}.trust.public_keys: expected at least one PEM file, found an empty list; name the keys that you "
+            "trust, or leave public_keys out to accept what nobody has signed"
+        )
+    paths = {f"public_keys[{index}]": path for index, path in enumerate(trust.public_keys or ())}
     if trust.signing_key is not None:
         paths["signing_key"] = trust.signing_key
     for name, path in paths.items():
@@ -164,6 +181,13 @@ def _check_contexts(settings: Settings) -> None:
             f"{SECTION}.contexts.wait_seconds: expected seconds from 0, found {wait}; a call that waits longer gets "
             "HTTP 503"
         )
+    for name, least in (("silent_seconds", 2.0), ("call_seconds", 1.0)):
+        found = getattr(settings.contexts, name)
+        if not (math.isfinite(found) and found >= least):
+            raise SettingsError(
+                f"{SECTION}.contexts.{name}: expected seconds from {least:g}, found {found}; it says when the model's "
+                "process is taken to hang"
+            )
     if settings.contexts.across_workers and not hasattr(os, "memfd_create"):
         raise SettingsError(
             f"{SECTION}.contexts.across_workers: needs Linux, whose shared memory carries tensors between processes; "
@@ -208,6 +232,7 @@ def _check_inputs(settings: Settings) -> None:
                 f"{where}.values: {list(spec.values)} holds no {spec.dtype}; expected [low, high) with low below high"
             )
         _check_limits(where, spec)
+        _check_excludes(where, spec)
 
 
 def _has_values(spec: InputSpec) -> bool:
@@ -218,26 +243,64 @@ def _has_values(spec: InputSpec) -> bool:
 
 
 def _check_limits(where: str, spec: InputSpec) -> None:
-    if spec.limits is None:
-        return
-    bounds = [bound for bound in spec.limits if bound is not None]
-    if not bounds or any(isinstance(bound, float) and not math.isfinite(bound) for bound in bounds):
+    columns = column_limits(spec)
+    if columns is None:
+        if spec.limits is not None:
+            _check_one_range(f"{where}.limits", where, spec)
+    elif not spec.shape or spec.shape[-1] != len(columns):
+        last = spec.shape[-1] if spec.shape else "no dimension"
         raise SettingsError(
-            f"{where}.limits: expected two numbers, or a number and null for an open end, found {list(spec.limits)}; "
-            "remove it to accept every value"
+            f"{where}.limits: expected one range for each column of the last dimension ({last}), which must be an "
+            f"integer, found {len(columns)} ranges; write one range [low, high] for all columns, or complete the list"
+        )
+    else:
+        for index, limits in enumerate(columns):
+            column = msgspec.structs.replace(spec, limits=limits)
+            _check_one_range(f"{where}.limits[{index}]", where, column)
+
+
+def _check_one_range(path: str, where: str, spec: InputSpec) -> None:
+    found = spec.limits or ()
+    bounds = [bound for bound in found if bound is not None]
+    numbers = [bound for bound in bounds if not isinstance(bound, tuple)]
+    if len(found) != 2 or not bounds or numbers != bounds or not all(map(_is_finite, numbers)):
+        raise SettingsError(
+            f"{path}: expected two numbers, or a number and null for an open end, or a list of such pairs for the "
+            f"columns of the last dimension, found {list(found)}; remove it to accept every value"
         )
     if not _has_values(msgspec.structs.replace(spec, values=None)):
-        raise SettingsError(
-            f"{where}.limits: {list(spec.limits)} holds no {spec.dtype}; expected [low, high) with low below high"
-        )
-    low, high = spec.limits
+        raise SettingsError(f"{path}: {list(found)} holds no {spec.dtype}; expected [low, high) with low below high")
+    low, high = whole_limits(spec) or (None, None)
     if spec.values is not None and (
         (low is not None and spec.values[0] < low) or (high is not None and spec.values[1] > high)
     ):
         raise SettingsError(
-            f"{where}.values: {list(spec.values)} is not inside {where}.limits {list(spec.limits)}, so that warm-up "
+            f"{where}.values: {list(spec.values)} is not inside {path} {list(found)}, so that warm-up "
             "would run what a request may not hold; narrow it, or remove it to draw from the limits"
         )
+
+
+def _is_finite(value: float) -> bool:
+    return isinstance(value, int) or math.isfinite(value)  # integers may be too large for a float
+
+
+def _check_excludes(where: str, spec: InputSpec) -> None:
+    least, most = VALUES[spec.dtype]
+    for value in spec.excludes:
+        if not (_is_finite(value) and least <= value <= most):
+            raise SettingsError(
+                f"{where}.excludes: {value} is no value of {spec.dtype}; remove it, infinity and NaN are kept out by "
+                "limits"
+            )
+    for limits in column_limits(spec) or (whole_limits(spec),):
+        drawn = values_to_draw(msgspec.structs.replace(spec, limits=limits))
+        if spec.dtype not in INTEGERS or drawn is None or drawn[1] - drawn[0] > len(spec.excludes):
+            continue
+        if all(value in spec.excludes for value in range(int(drawn[0]), int(drawn[1]))):
+            raise SettingsError(
+                f"{where}.excludes: {list(spec.excludes)} leaves nothing of [{drawn[0]}, {drawn[1]}), from which "
+                f"the inputs of warm-up and canary are drawn; widen {where}.values or {where}.limits"
+            )
 
 
 def _check_tensorrt(settings: Settings) -> None:
@@ -294,6 +357,7 @@ def _check_dimensions_are_used(settings: Settings) -> None:
 CHECKS: tuple[Callable[[Settings], None], ...] = (
     _check_backends,
     _check_on_miss,
+    _check_key,
     _check_background,
     _check_canary,
     _check_guard,

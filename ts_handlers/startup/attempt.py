@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import re
 from pathlib import Path
 
 from ts_handlers.backends.base import Backend, Workspace
@@ -15,22 +16,32 @@ from ts_handlers.errors import (
     FINAL,
     CanaryError,
     FailedBeforeError,
+    MissingDependencyError,
     QuarantinedError,
     RefitError,
+    SampleError,
     StoreError,
     one_line,
 )
 from ts_handlers.execution.base import Loaded
 from ts_handlers.guard.guard import Guard
+from ts_handlers.key.cache_key import CacheKey
+from ts_handlers.startup.address import address_in_store, known_names
 from ts_handlers.startup.base import Served, Start
+from ts_handlers.startup.inputs import settle_inputs
 from ts_handlers.startup.loading import Loader
 from ts_handlers.store.address import Address
 from ts_handlers.store.base import Corrupt, Hit, Miss
 from ts_handlers.store.entry import Manifest, new_manifest, read_manifest
+from ts_handlers.store.local.layout import STAGING
 from ts_handlers.store.local.lease import Lease
 from ts_handlers.system.cycle_collector import collection_paused
+from ts_handlers.system.locked_directory import collect_directories
 
 logger = logging.getLogger(__name__)
+
+_MISSING = re.compile(r"Could not find schema for|cannot open shared object file|No module named")
+"""What torch and the C library say where an operator or a library is missing, which the entry cannot help."""
 
 
 @dataclasses.dataclass
@@ -58,6 +69,9 @@ class Attempt:
     ----------
     missed:
         The key parts that kept the nearest entry from being a hit.
+
+    Its key changes when more becomes known of what making the model reads: another host's record says it, or the eager
+    model is made (`_learn`).
     """
 
     def __init__(self, start: Start, backend: Backend, address: Address) -> None:
@@ -67,13 +81,54 @@ class Attempt:
         self._metrics = start.metrics
         self._store = start.store
         self._backend = backend
+        self._move(address)
+
+    @property
+    def key(self) -> CacheKey:
+        """The key of what is looked up and published."""
+        return self._address.key
+
+    def _move(self, address: Address) -> None:
         self._address = address
-        target = start.target
+        start, target = self._start, self._target
+        follows = getattr(self._backend, "follows", None)
+        # Under a key that is shared, its failures are its own: those of the first attempt must not refuse this one.
+        key = address.key if follows is None else CacheKey((*address.key.parts, ("after", follows)))
         digest = target.source.weights_digest
-        self._guard = Guard(
-            start.store.state_directory, target.settings, address.key, address.model, digest, start.retry_since
-        )
-        self._loader = Loader(start, backend, address, self._guard)
+        self._guard = Guard(start.store.state_directory, target.settings, key, address.model, digest, start.retry_since)
+        self._loader = Loader(start, self._backend, address, self._guard)
+
+    def _moved(self) -> bool:
+        """Go to the key of what is known by now; whether that is another one."""
+        address = address_in_store(self._backend, self._target, self._store)
+        if address.key == self._address.key:
+            return False
+        self._move(address)
+        return True
+
+    def _learn(self) -> None:
+        """Make the eager model, where that shows what the artifact depends on, and keep the names.
+
+        Not under the guard: a good end would say that the build is good. What fails here fails again in the build.
+        """
+        source = self._target.source
+        if source.surroundings.directory is None:
+            return
+        with self._metrics.phase("build"):
+            try:
+                self._target.check_source()
+                source.eager()
+            except FINAL:
+                self._metrics.count("build_failed")
+                raise
+            except Exception as error:
+                logger.debug("details", exc_info=error)
+        self._keep_names()
+
+    def _keep_names(self) -> None:
+        names = self._target.source.surroundings.names
+        if names:
+            self._store.write_outside(self._address.key.base.digest, names)
 
     def find(self) -> Served | None:
         """Serve the entry that is there; one that does not load although its bytes are right is moved aside.
@@ -85,6 +140,8 @@ class Attempt:
         """
         with self._metrics.phase("lookup"):
             found = self._store.lookup(self._address)
+            if isinstance(found, Miss) and self._moved():
+                found = self._store.lookup(self._address)
         return self._serve(found, "hit")
 
     def _serve(self, found: Hit | Miss | Corrupt, result: str) -> Served | None:
@@ -115,11 +172,53 @@ class Attempt:
             self._store.discard(self._address, f"{type(error).__name__}: {one_line(error)}")
             return Corrupt(one_line(error))
         self._metrics.count("hit")
+        self._keep_names()  # of the eager model, if the canary has made it
         return Served(loaded, result, canary)
 
+    def has_entry(self) -> bool:
+        """Whether there is an entry that would be tried."""
+        found = self._store.lookup(self._address)
+        if not isinstance(found, Hit):
+            return False
+        with contextlib.suppress(QuarantinedError):
+            self._guard.refuse(found.manifest.digest)
+            return True
+        return False
+
+    @property
+    def failed_before(self) -> bool:
+        """Whether a build failed before and will hardly end otherwise now."""
+        return self._guard.hopeless_build() is not None
+
+    def postpone_build(self, instead: str | None) -> None:
+        """Raise `FailedBeforeError` when a build failed before and another backend's entry can be served meanwhile.
+
+        Parameters
+        ----------
+        instead:
+            That backend, None when there is none.
+        """
+        record = self._guard.hopeless_build()
+        if record is None or instead is None:
+            return
+        self._metrics.count("build_skipped")
+        error = FailedBeforeError(
+            f"a build failed before, and the entry of {instead} is there; `ts-handlers prewarm` tries it again: "
+            f"{record.reason}"
+        )
+        error.unbuildable = record.unbuildable
+        raise error
+
     def refuse_build(self) -> None:
-        """Raise `QuarantinedError` or `FailedBeforeError` when this key is not to be built now."""
-        self._refuse("")
+        """Raise `QuarantinedError` or `FailedBeforeError` when this key is not to be built now.
+
+        What a process left that died while it built goes: on a full disk it is in the way of the next build.
+        """
+        try:
+            self._refuse("")
+        except (QuarantinedError, FailedBeforeError):
+            collect_directories(self._store.state_directory / STAGING)
+            raise
 
     def _refuse(self, digest: str) -> None:
         try:
@@ -142,16 +241,26 @@ class Attempt:
         with contextlib.ExitStack() as stack:
             with self._metrics.phase("wait"):
                 lease = stack.enter_context(self._store.lease(self._address, estimate))
-            found = self._store.lookup(self._address)  # somebody may have published while this process waited
-            if isinstance(found, Hit):
-                served = self._serve(found, "waited")
-                if served is not None:
-                    return served
-            self.refuse_build()
+            self._moved()  # by what others have seen while this process waited
+            served = self._waited()
+            if served is None:
+                self.refuse_build()
+                self._learn()
+                if self._moved():
+                    served = self._waited()
+                    if served is None:
+                        self.refuse_build()
+            if served is not None:
+                return served
             expected = f", about {estimate:.0f} s" if estimate else ""
             logger.info("%s: building with %s%s", self._target.source.name, self._backend.name, expected)
             with self._store.staging(self._address) as staging:
                 return self._publish(lease, staging, self._make(lease, staging))
+
+    def _waited(self) -> Served | None:
+        """What somebody has published while this process waited."""
+        found = self._store.lookup(self._address)
+        return self._serve(found, "waited") if isinstance(found, Hit) else None
 
     def _make(self, lease: Lease, staging: Path) -> _Made:
         """Build into `staging`, load and check; a failure is remembered for later starts."""
@@ -168,7 +277,7 @@ class Attempt:
 
                     space, model = self._target.settings.space, self._address.model
                     make_room_for_build(self._store.state_directory, staging, space, model, self._metrics, error)
-                self._target.source.release()
+                self._target.release()
                 return self._compile(lease, staging)
         except Exception:
             self._metrics.count("build_failed")
@@ -176,12 +285,14 @@ class Attempt:
 
     def _compile(self, lease: Lease, staging: Path) -> _Made:
         self._target.check_source()
+        settle_inputs(self._target, self._start.notes)
         lease.report(phase="build")
         with self._metrics.phase("build"), self._guard.marked("build"):
             workspace = Workspace(staging, self._metrics.build_phase, self._store.shared_directory)
             built = self._backend.build(self._target, workspace)
         self._metrics.count("build")
-        manifest = new_manifest(self._address.key, built.description, staging, self._metrics.build_ms)
+        names = known_names(self._store, self._target, self._address.key)
+        manifest = new_manifest(self._address.key, built.description, staging, self._metrics.build_ms, names)
         lease.report(phase="load")
         loaded, canary = self._loader.load(staging, manifest, live=built.loaded)
         return _Made(manifest, loaded, canary, live=built.loaded is not None)
@@ -206,5 +317,15 @@ class Attempt:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether an error while loading a verified entry says that the entry is at fault, not the model or the weights."""
-    return not isinstance(error, (CanaryError, MemoryError, RefitError))
+    """Whether an error while loading a verified entry says that the entry is at fault.
+
+    Others speak of the model, of the weights, or of what is missing or failing on this machine at this moment: the
+    bytes are right, and others load them.
+    """
+    if isinstance(error, (CanaryError, ImportError, MemoryError, MissingDependencyError, RefitError, SampleError)):
+        return False
+    from ts_handlers.guard.failures import CIRCUMSTANTIAL, is_passing, kind_of
+
+    if is_passing(error) or kind_of(error) == CIRCUMSTANTIAL:
+        return False
+    return _MISSING.search(str(error)) is None

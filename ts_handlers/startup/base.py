@@ -62,8 +62,18 @@ class Start:
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """An artifact that has loaded and answered rightly; `result` is as of `ts_handlers.compiled_model.Outcome`."""
+    """An artifact that has loaded and answered rightly; `result` is as of `ts_handlers.compiled_model.Outcome`.
+
+    `eager_rows` is what the eager model itself was found to do, where that is what serves.
+    """
 
     loaded: Loaded
     result: str
     canary: dict[str, object] | None
+    eager_rows: bool | None = None
+
+    @property
+    def independent_rows(self) -> bool | None:
+        """As of `ts_handlers.compiled_model.Outcome`."""
+        rows = self.eager_rows if self.canary is None else self.canary.get("rows")
+        return rows if isinstance(rows, bool) else None

@@ -107,17 +107,22 @@ def _build(spec: dict[str, Any], send: Send) -> dict[str, Any]:
 def _check_keys(target: Any, expected: dict[str, list[list[str]]]) -> None:
     from ts_handlers.backends import get_backend
     from ts_handlers.errors import BuildError
-    from ts_handlers.key.cache_key import CacheKey, explain
-    from ts_handlers.key.parts import compute_key
+    from ts_handlers.key.cache_key import CacheKey, explain, only_differing
+    from ts_handlers.metrics import Metrics
+    from ts_handlers.startup.address import key_in_store
+    from ts_handlers.store.opening import open_store
 
+    store, _ = open_store(target.settings, Metrics()) if expected else (None, None)
     for backend, parts in expected.items():
         theirs = CacheKey(tuple((name, value) for name, value in parts))
-        different = explain(theirs, compute_key(get_backend(backend), target))
+        assert store is not None
+        different = explain(theirs, key_in_store(get_backend(backend), target, store))
         if different:
-            found = "; ".join(f"{name}: {left!r} there, {right!r} here" for name, left, right in different)
+            values = [(name, *only_differing(left, right)) for name, left, right in different]
+            found = "; ".join(f"{name}: {left!r} there, {right!r} here" for name, left, right in values)
             raise BuildError(
                 f"the build process computes another key than the server ({found}), so its artifact would not be "
-                "found; the model or torch's state depends on something that only the server has set up"
+                "found; the model or torch's state depends on something that only the server has, such as a variable"
             )
 
 

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ts_handlers.errors import BuildError, one_line
+from ts_handlers.errors import DiskFullError, one_line
 from ts_handlers.metrics import Metrics
 from ts_handlers.settings.sections import SpaceSettings
 from ts_handlers.store.upkeep.eviction import Quotas
@@ -32,7 +32,7 @@ def make_room_for_build(
 
     Raises
     ------
-    BuildError
+    DiskFullError
         Nothing came of it; with the folders, their free bytes and the remedy.
     """
     empty_folder(staging)
@@ -46,7 +46,8 @@ def make_room_for_build(
             logger.info("%s: freed %d bytes in %s, building again", model, report.freed_bytes, root)
             return
     found = ", ".join(f"{count} bytes in {folder}" for folder, count in free.items())
-    raise BuildError(
+    raise DiskFullError(
         f"no space left: the build had {found}; free some, evict entries with `ts-handlers gc --max-bytes SIZE`, "
-        f"or move the store (TS_HANDLERS_CACHE) or the temporary folder (TMPDIR); {one_line(error)}"
+        f"or move the store (TS_HANDLERS_CACHE) or the temporary folder (TMPDIR); {one_line(error)}",
+        {str(full): free[full]},
     ) from error

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -25,14 +25,14 @@ from ts_handlers.compiled_model import CompiledModel, Outcome, log_outcome
 from ts_handlers.errors import FINAL, MissError, RefitError, one_line
 from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.execution.torch_device import begin_cuda
-from ts_handlers.key import fingerprint
-from ts_handlers.key.parts import compute_key
 from ts_handlers.metrics import Metrics, start_under_way
 from ts_handlers.model.base import ModelSource
 from ts_handlers.settings import SECTION, Settings
 from ts_handlers.settings.sections import GuardSettings
+from ts_handlers.startup.address import address_in_store
 from ts_handlers.startup.attempt import Attempt
 from ts_handlers.startup.base import IdleWindows, Served, Start
+from ts_handlers.startup.inputs import try_eager
 from ts_handlers.startup.preparation import prepare
 from ts_handlers.startup.target import new_target
 from ts_handlers.store.address import Address
@@ -71,6 +71,12 @@ def start_here(
     return model
 
 
+def _place(instead: Backend | None, remaining: list[Backend]) -> int:
+    """Where in the fallback order a substitute is tried: at once, or after the backend that it follows."""
+    follows = getattr(instead, "follows", None)
+    return next((index + 1 for index, each in enumerate(remaining) if each.name == follows), 0)
+
+
 class _Starter:
     """One start: tries one backend after the other and remembers what happened."""
 
@@ -101,26 +107,34 @@ class _Starter:
         if self._lacks_inputs(remaining):
             remaining = self._without_inputs(remaining)
         last: Exception | None = None
+        missed: MissError | None = None  # of a backend whose part others may cover: they are looked up too
         while remaining:
             backend = remaining.pop(0)
             try:
-                return self._try(backend)
+                return self._try(backend, remaining)
             except Exception as error:
-                # A miss is final with `on_miss: fail`, unless the backend substitutes a quarantined one.
-                substitutes = isinstance(error, MissError) and self._metrics.counters["quarantined"] > 0
+                instead = backend.substitute(self._settings, error)
+                later = _place(instead, remaining)
+                if later and isinstance(error, MissError):
+                    missed = MissError(str(error))
+                # A miss is final with `on_miss: fail`, unless the backend substitutes a quarantined one, or leaves
+                # sizes to others, whose entries are looked up then.
+                others = missed is not None and (later > 0 or any(each.persistent for each in remaining))
+                goes_on = isinstance(error, MissError) and (self._metrics.counters["quarantined"] > 0 or others)
                 strict = self._settings.strict and not isinstance(error, RefitError)  # which the same backend mends
-                if strict or (isinstance(error, FINAL) and not substitutes):
+                if strict or (isinstance(error, FINAL) and not goes_on):
+                    if missed is not None and isinstance(error, MissError):
+                        raise missed from None
                     raise
                 logger.debug("details", exc_info=error)
-                instead = backend.substitute(self._settings, error)
                 if instead is not None:
-                    remaining.insert(0, instead)
+                    remaining.insert(later, instead)
                 last = error.with_traceback(None)  # whose frames hold what failed
                 reason = f"{type(error).__name__}: {one_line(error)}"
                 logger.warning("%s: backend %s failed: %s", self._target.source.name, backend.name, reason)
                 self._fallbacks.append({"backend": backend.name, "reason": reason})
                 self._metrics.count("fallback")
-                self._target.source.release()  # a failed build may have run the module and changed its state
+                self._target.release()  # a failed build may have run the module and changed its state
         assert last is not None
         if "eager" in self._settings.backends:
             raise last
@@ -154,38 +168,51 @@ class _Starter:
                 self._metrics.count("fallback")
         return [backend for backend in backends if not backend.persistent] or [get_backend("eager")]
 
-    def _try(self, backend: Backend) -> CompiledModel:
+    def _try(self, backend: Backend, others: Sequence[Backend] = ()) -> CompiledModel:
         if not backend.persistent:
             with self._metrics.phase("load"):
                 loaded = backend.load(self._target, Path(), {})
-            return self._ready(backend, Served(loaded, "eager", None))
-        with self._metrics.phase("key"):
-            key = compute_key(backend, self._target)
-            address = Address(
-                model=self._target.source.name,
-                model_digest=self._target.model_digest,
-                device=fingerprint.device_slug(self._target.device),
-                key=key,
-            )
-        store = self._open_store()
-        start = Start(self._target, self._metrics, self._slots, store, self._notes, self._retry_since, self._windows)
-        attempt = Attempt(start, backend, address)
+            with self._metrics.phase("warmup"):
+                rows = try_eager(self._target, loaded, self._notes)
+            return self._ready(backend, Served(loaded, "eager", None, rows))
+        attempt, address, store = self._attempt(backend)
         served = attempt.find()
         if served is not None:
-            return self._ready(backend, served, key.digest)
+            return self._ready(backend, served, attempt.key.digest)
         if self._settings.on_miss == "fail":
             raise MissError(
-                f"no entry for {self._target.source.name} with backend {backend.name} (key {key.digest}) in "
+                f"no entry for {self._target.source.name} with backend {backend.name} (key {attempt.key.digest}) in "
                 f"{store.name}, and on_miss is 'fail'; missed: {', '.join(attempt.missed) or 'everything'}. Build it "
                 "where on_miss is 'compile' with the same archive, device and toolchain"
             )
         if self._settings.on_miss == "eager":
             return self._try(get_backend("eager"))
         attempt.refuse_build()
+        if attempt.failed_before:
+            lower = next((other.name for other in others if self._has_entry(other)), None)
+            attempt.postpone_build(lower)
         if self._settings.on_miss == "background":
-            return self._serve_eagerly_meanwhile(backend, store, address, attempt.missed)
+            return self._serve_eagerly_meanwhile(backend, store, attempt.missed)
         self.estimate = store.build_estimate(address)
-        return self._ready(backend, attempt.build(self.estimate), key.digest, attempt.missed)
+        served = attempt.build(self.estimate)
+        return self._ready(backend, served, attempt.key.digest, attempt.missed)
+
+    def _attempt(self, backend: Backend) -> tuple[Attempt, Address, Store]:
+        store = self._open_store()
+        with self._metrics.phase("key"):
+            address = address_in_store(backend, self._target, store)
+        start = Start(self._target, self._metrics, self._slots, store, self._notes, self._retry_since, self._windows)
+        return Attempt(start, backend, address), address, store
+
+    def _has_entry(self, backend: Backend) -> bool:
+        """Whether a backend further down has an entry, so that nobody need wait for a build that failed before."""
+        if not backend.persistent:
+            return False
+        try:
+            return self._attempt(backend)[0].has_entry()
+        except Exception as error:  # this backend's own attempt will tell
+            logger.debug("no look for the entry of %s: %s", backend.name, error)
+            return False
 
     def _open_store(self) -> Store:
         if self._store is None:
@@ -195,15 +222,17 @@ class _Starter:
                 self._fallbacks.append({"backend": "store", "reason": problem})
         return self._store
 
-    def _serve_eagerly_meanwhile(
-        self, backend: Backend, store: Store, address: Address, missed: tuple[str, ...]
-    ) -> CompiledModel:
+    def _serve_eagerly_meanwhile(self, backend: Backend, store: Store, missed: tuple[str, ...]) -> CompiledModel:
         """Serve eagerly while a child process builds, and then what it has built."""
         from ts_handlers.startup.background.build import BackgroundBuild
 
         self._target.source.prepare()
         model = self._try(get_backend("eager"))
         model.outcome = dataclasses.replace(model.outcome, result="background", missed=missed)
+        address = address_in_store(backend, self._target, store)  # of what making the eager model has read, too
+        names = self._target.source.surroundings.names
+        if names:
+            store.write_outside(address.key.base.digest, names)
         retry_failed = self._retry_since is not None
         model.background = BackgroundBuild(
             model, self._target, backend, store, address, self._load_beside, retry_failed
@@ -226,6 +255,7 @@ class _Starter:
             contexts=msgspec.structs.replace(self._settings.contexts, cuda_graphs=False),
         )
         target = new_target(self._target.source, settings, self._target.device)
+        target.kept.wanted = False  # the module that would be put back serves meanwhile
         start = _Starter(target, Metrics(), windows=windows)
         start._store = self._store
         if self._settings.contexts.cuda_graphs:
@@ -242,10 +272,14 @@ class _Starter:
             missed=missed,
             fallbacks=tuple(self._fallbacks),
             canary=served.canary,
-            notes=(*self._notes, *(self._store.notes if self._store is not None else ())),
+            notes=(*self._notes, *self._target.source.notes, *(self._store.notes if self._store is not None else ())),
+            independent_rows=served.independent_rows,
         )
-        if not backend.needs_eager_module:
-            self._target.source.release()
+        if backend.needs_eager_module:
+            self._target.begin_serving()
+        else:
+            self._target.release()
+            self._target.kept.wanted = False
             if served.result == "built" and self._target.device.type == "cuda":
                 torch.cuda.empty_cache()  # what the build leaves in torch's allocator
         loaded = prepare(served.loaded, None, self._slots).served

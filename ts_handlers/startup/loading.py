@@ -86,7 +86,10 @@ class Loader:
     def _check(self, prepared: Prepared, digest: str) -> dict[str, Any]:
         with self._start.metrics.phase("canary"):
             try:
-                return check_canary(self._start.store, self._address, self._start.target, prepared.checked)
+                start = self._start
+                return check_canary(
+                    start.store, self._address, start.target, prepared.checked, start.notes, thorough=not digest
+                )
             except CanaryError as error:
                 self._guard.quarantine_canary(digest, error)
                 raise

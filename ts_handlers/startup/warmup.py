@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ts_handlers.backends.base import Target
+from ts_handlers.backends.compare import copies
+from ts_handlers.errors import InputError
 from ts_handlers.execution.base import Loaded
 from ts_handlers.model.signature import Sizes
 from ts_handlers.system.processors import idle_processors
@@ -47,9 +49,13 @@ def run_warmup(target: Target, loaded: Loaded, done: Sequence[Sizes] = ()) -> in
     # A GPU's first run in each context allocates and may compile kernels. The pool lends one slot after the other.
     slots = loaded.pool.size if loaded.pool is not None and target.device.type == "cuda" else 1
     remaining = [sizes for sizes in wanted if slots > 1 or sizes not in done]
+    runs = 0
     with few_threads(loaded):
         for sizes in remaining:
-            tensors = [tensor.to(target.device) for tensor in loaded.signature.generate(sizes)]
-            for _ in range(slots):
-                loaded.run(tensors)
-    return len(remaining) * slots
+            drawn = loaded.signature.generate(sizes)
+            with contextlib.suppress(InputError):  # a declared size that is not compiled is answered eagerly
+                loaded.signature.check(drawn)
+                for _ in range(slots):
+                    loaded.run(copies(drawn, target.device))
+                    runs += 1
+    return runs

@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Protocol
 
+from ts_handlers.key.names import Names
 from ts_handlers.store.address import Address
 from ts_handlers.store.entry import Manifest
 
@@ -106,6 +107,18 @@ class Store(Protocol):
 
     def write_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> bool:
         """Record a canary; False when the store cannot be written."""
+
+    def read_outside(self, base: str) -> Names:
+        """What making the model of a key reads from outside its archive, as far as this host knows.
+
+        Parameters
+        ----------
+        base:
+            The digest of the key without its part for that.
+        """
+
+    def write_outside(self, base: str, names: Names) -> bool:
+        """Keep names, beside those that are known; False when the store cannot be written."""
 
     def close(self) -> None:
         """Send what is pending, for as long as the end of a process may take, and give up the locks on entries.

@@ -69,7 +69,9 @@ def push(store: LocalStore, entries: Iterable[EntryInfo], remote: Remote, trust:
             except (StoreError, ValueError) as error:
                 yield Moved(_subject(entry), "failed", str(error))
                 continue
-            subject = entry_path(address)
+            subject, base = entry_path(address), address.key.base.digest
+            if names := store.read_outside(base):
+                transfer.send_names(remote, names, base, trust)
             new = transfer.send(remote, entry_name(address), sealed, _entry_check(subject, trust))
             canaries = 0
             for weights in store.canaries(address):
@@ -176,33 +178,38 @@ def import_bundle(store: LocalStore, path: Path, trust: Keyring) -> list[Moved]:
     StoreError
         The store cannot be written.
     """
-    moved: dict[str, Moved] = {}
+    moved: dict[str, Moved] = {}  # by address: models with the same content share a key
     with _scratch(store) as folder, open(path, "rb") as stream:
         reader = SealedReader(stream, trust, _BUNDLE, _BUNDLE)
         inside = _fresh(folder / "bundle")
         reader.extract(inside)
         entries: dict[str, tuple[Address, Path, Manifest]] = {}
+        subjects: dict[str, str] = {}  # of the first entry of a key, which all of its canary records go with
         canaries: list[tuple[str, str, dict[str, Any]]] = []
         for name in sorted(reader.header.files, key=lambda name: (not name.startswith("entry-"), name)):
             with open(inside / name, "rb") as sealed:
                 if name.startswith("entry-"):
                     staging = _fresh(folder / f"unsealed-{len(entries)}")
                     address, manifest = transfer.unseal_entry(sealed, staging, None, trust)
-                    entries[address.key.digest] = address, staging, manifest
+                    if entry_path(address) in entries:
+                        raise RefusedError(f"{path} holds the entry {entry_path(address)} twice")
+                    entries[entry_path(address)] = address, staging, manifest
+                    subjects.setdefault(address.key.digest, entry_path(address))
                 elif name.startswith("canary-"):
                     canaries.append(transfer.unseal_canary(sealed, None, trust))
-                    if canaries[-1][0] not in entries:
+                    if canaries[-1][0] not in subjects:
                         raise RefusedError(f"{path} holds a canary record of {canaries[-1][0]}, but not its entry")
             (inside / name).unlink()  # room for the next one
-        for key, (address, staging, manifest) in entries.items():
+        for subject, (address, staging, manifest) in entries.items():
             present = store.has(address)
             if not present:
                 store.publish(address, staging, manifest)
-            moved[key] = Moved(entry_path(address), "present" if present else "done")
+            moved[subject] = Moved(subject, "present" if present else "done")
         for key, weights, record in canaries:
-            if store.read_canary(entries[key][0], weights) is None:
-                store.write_canary(entries[key][0], weights, record)
-                moved[key] = dataclasses.replace(moved[key], canaries=moved[key].canaries + 1)
+            subject = subjects[key]
+            if store.read_canary(entries[subject][0], weights) is None:
+                store.write_canary(entries[subject][0], weights, record)
+                moved[subject] = dataclasses.replace(moved[subject], canaries=moved[subject].canaries + 1)
     return list(moved.values())
 
 

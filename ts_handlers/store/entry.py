@@ -26,6 +26,8 @@ import msgspec
 from ts_handlers.errors import UNDECODABLE
 from ts_handlers.key.cache_key import FORMAT, CacheKey
 from ts_handlers.key.digests import digest_file, digest_text
+from ts_handlers.key.names import NO_NAMES, Names
+from ts_handlers.store.outside import RECORDED, encode_names
 from ts_handlers.system.files import fsync
 from ts_handlers.version import __version__
 
@@ -96,7 +98,13 @@ def list_files(directory: Path) -> dict[str, FileRecord]:
     return files
 
 
-def new_manifest(key: CacheKey, artifact: dict[str, Any], directory: Path, build_ms: Mapping[str, float]) -> Manifest:
+def new_manifest(
+    key: CacheKey,
+    artifact: dict[str, Any],
+    directory: Path,
+    build_ms: Mapping[str, float],
+    names: Names = NO_NAMES,
+) -> Manifest:
     """The manifest of what a build has left in a directory.
 
     Parameters
@@ -105,6 +113,8 @@ def new_manifest(key: CacheKey, artifact: dict[str, Any], directory: Path, build
         See `Manifest`; `artifact` is what the backend's `build` has returned.
     directory:
         Holds the artifact's files.
+    names:
+        What making the model reads from outside its archive; whoever gets the entry needs them to find it.
     """
     from ts_handlers.key.fingerprint import compiler_identity, python_identity  # imports torch, which listing needs not
 
@@ -116,6 +126,8 @@ def new_manifest(key: CacheKey, artifact: dict[str, Any], directory: Path, build
         "compiler": compiler_identity(),
         "python": python_identity(),
     }
+    if names:
+        recorded[RECORDED] = encode_names(names).decode()
     return Manifest(
         format=key["format"],
         key=key.parts,
@@ -133,6 +145,9 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         msgspec.json.format(msgspec.json.encode(manifest.with_digest(), order="deterministic"), indent=1)
     )
     for path in [*directory.rglob("*"), directory]:
+        mode = path.stat().st_mode
+        if mode & 0o022:  # by the umask
+            path.chmod(mode & ~0o022 & 0o7777)
         fsync(path)
 
 
@@ -155,13 +170,20 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def verify_files(directory: Path, manifest: Manifest, digest: Callable[[Path], str] = digest_file) -> None:
+def verify_files(
+    directory: Path,
+    manifest: Manifest,
+    digest: Callable[[Path], str] = digest_file,
+    status: Callable[[str], os.stat_result] | None = None,
+) -> None:
     """Check every listed file's size and digest.
 
     Parameters
     ----------
     digest:
         Computes, or remembers, a file's SHA-256; see `ts_handlers.store.local.verified`.
+    status:
+        The status of a plain file of the entry by its name, or a `ValueError`; None looks at the path.
 
     Raises
     ------
@@ -173,9 +195,12 @@ def verify_files(directory: Path, manifest: Manifest, digest: Callable[[Path], s
         path = directory / name
         if ".." in Path(name).parts or os.path.isabs(name):
             raise ValueError(f"manifest.json lists {name!r}, which lies outside the entry")
-        if os.path.realpath(path) != os.path.join(real, name) or not path.is_file():
+        if status is not None:
+            size = status(name).st_size
+        elif os.path.realpath(path) != os.path.join(real, name) or not path.is_file():
             raise ValueError(f"{name} is missing or not a plain file")
-        size = path.stat().st_size
+        else:
+            size = path.stat().st_size
         if size != record.size:
             raise ValueError(f"{name}: expected {record.size} bytes, found {size}")
         if digest(path) != record.sha256:

@@ -10,18 +10,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+NAME_LIMIT = 255
+"""Bytes that file systems accept in the name of a file."""
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, mode: int = 0o666, durable: bool = False, replace: bool = True) -> Iterator[BinaryIO]:
     """A binary file to write, which appears as `path` at the end of the block, whole or not at all.
 
-    Until then it is called ``.<name>.<process>.<random>`` and lies in the same folder. If the block or a step after it
-    fails, the temporary file is removed and `path` is what it was before.
+    Until then it lies in the same folder as ``.<name>.<process>.<random>``, with as much of the name as fits. If the
+    block or a step after it fails, the temporary file is removed and `path` is what it was before.
 
     Parameters
     ----------
@@ -53,7 +58,8 @@ def atomic_file(path: Path, *, mode: int = 0o666, durable: bool = False, replace
     ['facts.json']
     """
     # The random part: processes of two containers may have the same number.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(8).hex()}")
+    ending = f".{os.getpid()}.{os.urandom(8).hex()}"
+    temporary = path.with_name(f".{bounded_name(path.name, NAME_LIMIT - 1 - len(ending))}{ending}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         with open(descriptor, "wb") as file:
@@ -69,6 +75,78 @@ def atomic_file(path: Path, *, mode: int = 0o666, durable: bool = False, replace
     except BaseException:
         _unlink(temporary)
         raise
+
+
+class RememberingWriter(io.RawIOBase):
+    """A file that is written and never raises: `check` raises what went wrong.
+
+    For native code that does not survive an error of its file: torch's writer of archives writes again when it is
+    destroyed, and ends the process when that raises.
+
+    Parameters
+    ----------
+    path:
+        A new file.
+
+    Raises
+    ------
+    OSError
+        It cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = open(path, "xb")  # noqa: SIM115
+        self._error: OSError | None = None
+
+    def writable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As of any file."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """As of any file."""
+        return self._file.tell()
+
+    def write(self, data: Any) -> int:
+        """Write all of it, or nothing once something has gone wrong; says in both cases that all is written."""
+        size = memoryview(data).nbytes
+        if self._error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self._error = error
+        return size
+
+    def flush(self) -> None:
+        """Write what is buffered."""
+        if self._error is None and not self._file.closed:
+            try:
+                self._file.flush()
+            except OSError as error:
+                self._error = error
+
+    def close(self) -> None:
+        """Close the file."""
+        self.flush()
+        try:
+            self._file.close()
+        except OSError as error:
+            self._error = self._error or error
+        super().close()
+
+    def check(self) -> None:
+        """Raise `OSError` if not everything has been written."""
+        self.flush()
+        if self._error is not None:
+            raise self._error
 
 
 def write_atomically(path: Path, data: bytes | str, *, mode: int = 0o666, durable: bool = False) -> None:
@@ -89,6 +167,21 @@ def is_temporary(name: str) -> bool:
     (True, False)
     """
     return name.startswith(".")
+
+
+def bounded_name(name: str, limit: int = NAME_LIMIT) -> str:
+    """A file name of at most `limit` bytes: `name` itself, or its beginning and a digest of all of it.
+
+    Examples
+    --------
+    >>> bounded_name("model"), bounded_name("m" * 300, 24)
+    ('model', 'mmmmmmm-88c6e4c1d9337601')
+    """
+    data = os.fsencode(name)
+    if len(data) <= limit:
+        return name
+    digest = hashlib.sha256(data).hexdigest()[:16]
+    return f"{data[: limit - 17].decode(errors='ignore')}-{digest}"
 
 
 def fsync(path: Path) -> None:
@@ -150,6 +243,27 @@ def is_at(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     except OSError:
         return False
+
+
+def close_if_same(descriptor: int, identity: os.stat_result | tuple[int, int]) -> bool:
+    """Close a descriptor if it is still the file that it was; False when it is not, and then nothing is closed.
+
+    Foreign code in this process may have closed it, and the number may be somebody else's file meanwhile.
+
+    Parameters
+    ----------
+    identity:
+        What `os.fstat` said when it was opened, or its device and inode.
+    """
+    try:
+        device, inode = (identity.st_dev, identity.st_ino) if isinstance(identity, os.stat_result) else identity
+        status = os.fstat(descriptor)
+        if (status.st_dev, status.st_ino) != (device, inode):
+            return False
+        os.close(descriptor)
+    except OSError:
+        return False
+    return True
 
 
 def _unlink(path: Path) -> None:

@@ -44,6 +44,12 @@ def crash_report_to(descriptor: int) -> Iterator[None]:
                 faulthandler.enable(file=2)
 
 
+def redirect_crash_report(descriptor: int) -> None:
+    """Inside a block of `crash_report_to`: write into another descriptor from now on."""
+    faulthandler.enable(file=descriptor)
+    faulthandler.register(signal.SIGTERM, file=descriptor, chain=True)
+
+
 @contextlib.contextmanager
 def bounded_memory(megabytes: int | None) -> Iterator[None]:
     """Inside the block the process may add this many MiB of private writable memory to what it has.
@@ -76,6 +82,28 @@ def oom_kills(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys
 
     Sources: ``memory.events`` (cgroup v2) and ``memory.oom_control`` (v1), the key ``oom_kill``; None where neither is.
     """
+    found = _oom_counter(groups, mount)
+    return None if found is None else found[1]
+
+
+def memory_group(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> str:
+    """What names the control group whose kills `oom_kills` counts; empty where none are counted.
+
+    Containers all see their own group as ``/``, so the group's inode, which the kernel gives to no other group of this
+    boot, is part of the name.
+    """
+    found = _oom_counter(groups, mount)
+    if found is None:
+        return ""
+    try:
+        status = found[0].stat()
+    except OSError:
+        return ""
+    return f"{status.st_dev}:{status.st_ino}:{found[0]}"
+
+
+def _oom_counter(groups: Path, mount: Path) -> tuple[Path, int] | None:
+    """The folder of this process's memory control group, and its count of kills."""
     with contextlib.suppress(OSError):
         for line in groups.read_text().splitlines():
             _, controllers, group = line.split(":", 2)
@@ -86,5 +114,5 @@ def oom_kills(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys
                 with contextlib.suppress(OSError):
                     found = re.search(r"^oom_kill (\d+)$", (directory / name).read_text(), re.MULTILINE)
                     if found:
-                        return int(found[1])
+                        return directory, int(found[1])
     return None

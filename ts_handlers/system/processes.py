@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 
@@ -28,6 +29,43 @@ def process_start(pid: int) -> int:
         return int(_stat(pid)[19])
     except (OSError, ValueError, IndexError):
         return 0
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether somebody has stopped a process, by a signal, in a debugger, or with its whole control group."""
+    try:
+        if _stat(pid)[0] in (b"T", b"t"):
+            return True
+        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+            number, _, path = line.split(":", 2)
+            if number == "0":  # version 2
+                return "frozen 1" in Path(f"/sys/fs/cgroup{path}/cgroup.events").read_text().splitlines()
+    except (OSError, ValueError, IndexError):
+        pass
+    return False
+
+
+def end_process(pid: int, start: int) -> bool:
+    """End a process of this user by SIGKILL, unless its number belongs to another one by now; whether it was sent.
+
+    Parameters
+    ----------
+    pid, start:
+        Its number and its `process_start`.
+    """
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:
+        return False
+    try:  # the descriptor stands for the process that the number names now, whatever becomes of the number
+        if process_start(pid) != start or os.stat(f"/proc/{pid}").st_uid != os.geteuid():
+            return False
+        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def process_age_ms() -> float | None:

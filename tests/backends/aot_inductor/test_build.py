@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from tests.support.models import LINEAR, archive_source, eager_model, settings_of, write_archive, write_weights
+from tests.support.second_backend import SecondBackend
+from tests.support.starts import fail_builds
 from tests.support.subprocesses import run_python
 from ts_handlers import CompiledModel, start_model
-from ts_handlers.errors import CanaryError, InputError
+from ts_handlers.errors import BuildError, CanaryError, InputError, MissError
+from ts_handlers.store.entry import MANIFEST, read_manifest, write_manifest
+from ts_handlers.store.local.store import LocalStore
 
 pytestmark = pytest.mark.compile
 
@@ -78,19 +83,99 @@ def test_model_that_fits_no_range_gets_one_variant_for_each_warmup_size(tmp_path
     write_weights(archive, seed=1)
     model = start(archive, store, warmup=warmup)
     assert counted(model) == {"hit": 1, "canary_recorded": 1}
-    for batch in (2, 5):
+    for batch in range(1, 9):  # those that are declared and not compiled are answered by the eager model
         check(model, archive, batch)
-    for batch in (1, 3, 8):
-        with pytest.raises(InputError, match=r"no artifact was built for sizes .*built are .*2.*5.*add the sizes"):
-            model(torch.ones(batch, 4))
     with pytest.raises(InputError, match=r"outside the declared range 1\.\.8"):
         model(torch.ones(9, 4))
-    assert counted(model)["refused"] == 4
+    assert (counted(model)["outside_eager"], counted(model)["refused"]) == (6, 1)
+    facts = model.describe()["artifact"]
+    assert facts["compiled"] == warmup
+    assert facts["declared"] == {"batch": [1, 8]}
 
     eager = start(archive, store, warmup=warmup, outside="eager")
     for batch in (2, 3, 5, 9):
         check(eager, archive, batch)
     assert counted(eager) == {"hit": 1, "outside_eager": 2}
+
+
+# Right for one of its sizes only, and nothing in it says so: the branch that the export took is all that it has.
+BRANCHES = LINEAR.replace(
+    "return self.layer(x)", "x = self.layer(x)\n        return x * 2 if x.shape[0] > 4 else x * 3"
+)
+WIDE = {"dimensions": {"batch": {"min": 1, "max": 16}}, "warmup": [{"batch": 8}]}
+
+
+def test_one_static_artifact_answers_its_own_size_only(tmp_path: Path) -> None:
+    archive, store = write_archive(tmp_path / "archive", BRANCHES), tmp_path / "store"
+    model = start(archive, store, **WIDE)
+    for batch in (1, 4, 5, 8, 16):
+        check(model, archive, batch)
+    assert counted(model)["outside_eager"] == 4
+    assert artifact(store)["dimensions"] == {"batch": [8, 8]}
+    facts = model.describe()["artifact"]
+    assert (facts["step"], facts["compiled"], facts["declared"]) == ("static", [{"batch": 8}], {"batch": [1, 16]})
+
+
+def test_entry_that_claims_what_was_declared_is_read_by_its_variants(tmp_path: Path) -> None:
+    """As versions before 1.0 have published it."""
+    archive, store = write_archive(tmp_path / "archive", BRANCHES), tmp_path / "store"
+    start(archive, store, **WIDE)
+    (path,) = (store / "entries").rglob(MANIFEST)
+    manifest = read_manifest(path.parent)
+    claimed = {**manifest.artifact, "dimensions": {"batch": [1, 16]}}
+    write_manifest(path.parent, msgspec.structs.replace(manifest, artifact=claimed, digest=""))
+    model = start(archive, store, **WIDE)
+    assert counted(model) == {"hit": 1}
+    for batch in (1, 4, 5, 8, 16):
+        check(model, archive, batch)
+    assert counted(model)["outside_eager"] == 4
+
+
+def test_backend_that_covers_every_size_is_preferred_to_static_sizes(tmp_path: Path) -> None:
+    archive, store = write_archive(tmp_path / "archive", BRANCHES), tmp_path / "store"
+    changes = {**WIDE, "backends": ["aot_inductor", "inductor", "eager"], "strict": False}
+    built = start(archive, store, **changes)
+    assert built.outcome.backend == "inductor"
+    for expected in ("compile", "fail"):
+        model = start(archive, store, **changes, on_miss=expected)
+        assert (model.outcome.backend, model.outcome.result) == ("inductor", "hit")
+        assert (counted(model).get("build", 0), counted(model).get("build_failed", 0)) == (0, 0)
+    for batch in (1, 4, 5, 8, 16):
+        check(model, archive, batch)
+
+
+def test_static_sizes_are_built_when_no_other_backend_works(
+    tmp_path: Path, register: Callable[[str, Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive, store = write_archive(tmp_path / "archive", BRANCHES), tmp_path / "store"
+    other = SecondBackend()
+    register("inductor", other)
+    fail_builds(other, monkeypatch, BuildError("no graph"))
+    changes = {**WIDE, "backends": ["aot_inductor", "inductor", "eager"], "strict": False}
+    with pytest.raises(MissError, match="backend aot_inductor"):
+        start(archive, store, **changes, on_miss="fail")
+    model = start(archive, store, **changes)
+    assert (model.outcome.backend, model.outcome.result) == ("aot_inductor", "built")
+    assert [each["backend"] for each in model.outcome.fallbacks] == ["aot_inductor", "inductor"]
+    assert counted(start(archive, store, **changes)) == {"hit": 1}
+    for batch in (1, 8, 16):
+        check(model, archive, batch)
+
+
+def test_static_sizes_that_cannot_be_built_are_not_tried_at_each_start(
+    tmp_path: Path, register: Callable[[str, Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive, store = write_archive(tmp_path / "archive", BRANCHES), tmp_path / "store"
+    other = SecondBackend()
+    register("inductor", other)
+    fail_builds(other, monkeypatch, BuildError("no graph"))
+    monkeypatch.setattr("ts_handlers.backends.aot_inductor.build.compile_program", lambda *a, **k: 1 / 0)
+    changes = {**WIDE, "backends": ["aot_inductor", "inductor", "eager"], "strict": False}
+    model = start(archive, store, **changes)
+    assert (model.outcome.backend, counted(model)["build_failed"]) == ("eager", 3)
+    model = start(archive, store, **changes)
+    assert (model.outcome.backend, counted(model)["build_skipped"]) == ("eager", 3)
+    assert "build_failed" not in counted(model)
 
 
 def test_model_without_dynamic_dimensions_has_one_static_variant(tmp_path: Path) -> None:
@@ -205,3 +290,61 @@ def test_no_instruction_set_is_tried_with_the_compiler(tmp_path: Path) -> None:
         TORCHINDUCTOR_VEC_ISA_OK=None,
     )
     assert out.split() == ["built", "0", "True"]
+
+
+# What is computed from the weights when they are loaded; the answer shows it for large inputs only.
+DERIVED = LINEAR.replace(
+    "\n    def forward(",
+    """
+        {initial}
+        self.register_load_state_dict_post_hook(self.derive)
+
+    @staticmethod
+    def derive(self, keys):
+        {derived}
+
+    def forward(""",
+).replace("return self.layer(x)", "x = self.layer(x)\n        return torch.where(x.abs() > 50, x * self.scale, x)")
+BUFFER = DERIVED.format(
+    initial="self.register_buffer('scale', torch.ones(3), persistent=False)",
+    derived="self.scale.copy_(self.layer.bias.detach().abs() + 1)",
+)
+ATTRIBUTE = DERIVED.format(
+    initial="self.scale = torch.ones(3)", derived="self.scale = self.layer.bias.detach().abs() + 1"
+)
+NUMBER = DERIVED.format(initial="self.scale = 1.0", derived="self.scale = float(self.layer.bias.detach().abs().max())")
+
+
+@pytest.mark.parametrize("code", [BUFFER, ATTRIBUTE])
+def test_constant_that_the_model_derives_is_that_of_the_new_weights(code: str, tmp_path: Path) -> None:
+    archive, store = write_archive(tmp_path / "archive", code), tmp_path / "store"
+    start(archive, store)
+    for seed in (1, 2, 0):
+        write_weights(archive, seed)
+        for expected in ({"hit": 1, "canary_recorded": 1}, {"hit": 1}):
+            model = start(archive, store)
+            if seed:
+                assert counted(model) == expected
+            x = torch.full((3, 4), 1000.0)
+            with torch.inference_mode():
+                torch.testing.assert_close(model(x), eager_model(archive)(x))
+
+
+def test_number_that_the_model_derives_is_no_longer_that_of_the_build(tmp_path: Path) -> None:
+    archive, store = write_archive(tmp_path / "archive", NUMBER), tmp_path / "store"
+    start(archive, store)
+    write_weights(archive, 1)
+    model = start(archive, store, strict=False)
+    assert model.outcome.backend == "eager"
+    assert "the model's attribute 'scale' is" in model.outcome.fallbacks[0]["reason"]
+
+
+def test_record_of_an_earlier_version_is_made_again(tmp_path: Path) -> None:
+    """It attests answers only, and they need not show the constant."""
+    archive, store = write_archive(tmp_path / "archive", BUFFER), tmp_path / "store"
+    with pytest.MonkeyPatch.context() as patch:
+        write = LocalStore.write_canary
+        patch.setattr(LocalStore, "write_canary", lambda *a: write(*a[:3], {"cases": a[3]["cases"]}))
+        start(archive, store)
+    assert counted(start(archive, store)) == {"hit": 1, "canary_recorded": 1}
+    assert counted(start(archive, store)) == {"hit": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -162,22 +163,30 @@ def test_headers_and_state_belong_to_their_request(bad: list[int], micro: Any, a
 
 
 @pytest.mark.parametrize("micro", [MICRO, None], ids=["micro-batching", "plain"])
-def test_other_errors_are_raised_and_leave_the_worker_alive(micro: Any, archive: Path, tmp_path: Path) -> None:
+def test_other_errors_fail_their_request_alone(micro: Any, archive: Path, tmp_path: Path) -> None:
     handler, context = start(Named(), archive, tmp_path, micro)
     for _ in range(3):
-        with pytest.raises(KeyError, match="broken"):
-            ask_named(handler, context, ["a", "b", "broken", "d"])
+        answers = ask_named(handler, context, ["a", "b", "broken", "d"])
+        assert [context.get_response_status(index)[0] for index in range(4)] == [200, 200, 503, 200]
+        assert json.loads(answers.pop(2))["message"] == "Prediction failed"
+        assert [answer["name"] for answer in answers] == ["a", "b", "d"]
+        with pytest.raises(KeyError, match="broken"):  # a batch of one is TorchServe's to answer
+            ask_named(handler, context, ["broken"])
     assert [answer["name"] for answer in ask_named(handler, context, ["a", "b", "c"])] == ["a", "b", "c"]
 
 
-def test_a_postprocess_with_too_few_answers_is_an_error(archive: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("micro", [MICRO, None], ids=["micro-batching", "plain"])
+def test_a_postprocess_with_too_few_answers_fails_the_requests_without_one(
+    micro: Any, archive: Path, tmp_path: Path
+) -> None:
     class Handler(CompiledHandler):
         def postprocess(self, data: Any) -> list[Any]:
-            return super().postprocess(data)[:1]
+            return [answer for answer in super().postprocess(data) if len(answer) == len(ROWS)]
 
-    handler, context = start(Handler(), archive, tmp_path)
-    with pytest.raises(RuntimeError, match=r"expected a list of 2 answers, found 1 of them"):
-        ask(handler, context, ROWS, ROWS)
+    handler, context = start(Handler(), archive, tmp_path, micro)
+    answers = ask(handler, context, ROWS, ROWS[:1], ROWS, ROWS)
+    assert [status for status, _ in answers] == [200, 503, 200, 200]
+    assert close(answers[2][1], expected(archive, ROWS))
 
 
 @pytest.mark.parametrize("micro", [MICRO, None], ids=["micro-batching", "plain"])

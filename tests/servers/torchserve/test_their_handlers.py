@@ -331,10 +331,29 @@ def test_handlers_without_a_module_are_served_as_they_are(
     pt2 = {"compile": {"enable": True, "backend": "inductor"}}
     handler, context = start(theirs, archive, tmp_path, pt2=pt2, section=NO_INPUTS)
     assert ask(handler, context, [1, 2], [3]) == [(200, [2, 4]), (200, [6])]
-    ((_, facts),) = ask(handler, context, [1], header={"describe": "True"})
+    context.request_processor = [RequestProcessor({"describe": "True"})]
+    (facts,) = handler.handle([{}], context)
     assert reason in facts["reason"]
     assert f"nothing is compiled, the handler serves as it is: {facts['reason']}" in caplog.text
     assert facts.get("theirs") == (1 if theirs is Describes else None)
+
+
+@pytest.mark.parametrize("theirs", [HandleOnly, NoModel])
+def test_describe_and_predictions_with_its_header_are_told_apart(theirs: type, archive: Path, tmp_path: Path) -> None:
+    handler, context = start(theirs, archive, tmp_path, section=NO_INPUTS)
+    header = {"describe": "True"}
+    assert ask(handler, context, [1, 2], [3], header=header) == [(200, [2, 4]), (200, [6])]
+    context.request_processor = [RequestProcessor({}), RequestProcessor(header), RequestProcessor({})]
+    first, facts, last = handler.handle([{"body": [1]}, {}, {"body": [3]}], context)
+    assert (first, last) == ([2], [6])
+    assert "no self.model" in facts["reason"]
+
+
+def test_a_request_that_their_handle_fails_at_leaves_the_others_alone(archive: Path, tmp_path: Path) -> None:
+    handler, context = start(HandleOnly, archive, tmp_path, section=NO_INPUTS)
+    answers = ask(handler, context, [1], 5, [3])
+    assert [status for status, _ in answers] == [200, 503, 200]
+    assert (answers[0][1], answers[2][1]) == ([2], [6])
 
 
 def test_their_handle_is_not_passed_by_for_micro_batches(archive: Path, tmp_path: Path) -> None:
@@ -491,8 +510,9 @@ def test_an_asynchronous_handle_is_awaited_by_the_server(archive: Path, tmp_path
             return [more for _ in data]
 
     handler, context = start(Waits, archive, tmp_path)
-    context.request_processor = [RequestProcessor({})]
-    assert asyncio.run(handler.handle([{"body": 1}], context)) == ["more"]
+    for count in (1, 2):
+        context.request_processor = [RequestProcessor({}) for _ in range(count)]
+        assert asyncio.run(handler.handle([{"body": 1}] * count, context)) == ["more"] * count
 
 
 def test_a_torchscript_model_of_theirs_is_served_as_it_is(archive: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import shutil
 from pathlib import Path
@@ -111,4 +112,97 @@ def test_folder_of_an_entry_that_is_a_link_is_not_followed(tmp_path: Path) -> No
     (directory / "code").symlink_to(tmp_path / "code")
     found = store.lookup(address())
     assert isinstance(found, Corrupt)
-    assert "not a plain file" in found.reason
+    assert "symbolic link" in found.reason
+
+
+@pytest.mark.parametrize("above", ["entries", "entries/m", "entry", "code", "file", "manifest"])
+def test_whatever_others_can_write_inside_an_open_store_is_no_hit(above: str, tmp_path: Path) -> None:
+    """A root of 0755, which others may enter: each folder and file below it is looked at, at each lookup."""
+    store = LocalStore(tmp_path / "store")
+    directory = publish(store, address())
+    for folder in (store.root, *reversed(directory.relative_to(store.root).parents), Path("entries")):
+        (store.root / folder).chmod(0o755)
+    for folder in (directory, directory / "code"):
+        folder.chmod(0o755)
+    assert isinstance(store.lookup(address()), Hit)
+    path = {
+        "entries": store.root / "entries",
+        "entries/m": store.root / "entries" / "m",
+        "entry": directory,
+        "code": directory / "code",
+        "file": directory / "code" / "model.so",
+        "manifest": directory / "manifest.json",
+    }[above]
+    path.chmod(path.stat().st_mode & 0o777 | 0o022)
+    found = store.lookup(address())
+    assert isinstance(found, Corrupt)
+    assert re.search(rf"{re.escape(str(path))} is writable by others \(mode 0...\).*chmod go-w", found.reason)
+    if above.startswith("entries"):  # moving the entry would mend nothing, and nothing is published below it
+        assert directory.exists()
+        with pytest.raises(StoreError, match="writable by others"):
+            publish(store, address(options="x"))
+    else:
+        publish(store, address())
+        assert isinstance(store.lookup(address()), Hit)
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["", "code", "code/model.so", "manifest.json"])
+def test_nothing_of_another_user_inside_the_store_is_a_hit(name: str, tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    directory = publish(store, address())
+    os.chown(directory / name, 54321, 54321)
+    found = store.lookup(address())
+    assert isinstance(found, Corrupt)
+    assert "belongs to uid 54321" in found.reason
+    publish(store, address())
+    assert isinstance(store.lookup(address()), Hit)
+
+
+def test_modes_below_a_folder_that_others_cannot_enter_do_not_matter(tmp_path: Path) -> None:
+    """Entries of a process whose umask was 002 or 0 stay hits; new ones are closed when they are published."""
+    store = LocalStore(tmp_path / "store")
+    directory = publish(store, address())
+    (directory / "code").chmod(0o777)
+    (directory / "code" / "model.so").chmod(0o666)
+    assert isinstance(store.lookup(address()), Hit)
+    before = os.umask(0)
+    try:
+        directory = publish(store, address(options="x"))
+    finally:
+        os.umask(before)
+    assert [oct(path.stat().st_mode & 0o022) for path in directory.rglob("*")] == ["0o0"] * 4
+
+
+def test_the_way_to_the_store_is_checked_at_each_lookup(nested: Path, tmp_path: Path) -> None:
+    store = LocalStore(nested)
+    publish(store, address())
+    (tmp_path / "outer").chmod(0o777)
+    found = store.lookup(address())
+    assert isinstance(found, Corrupt)
+    assert "on the way to the store" in found.reason
+    (tmp_path / "outer").chmod(0o700)
+    assert isinstance(store.lookup(address()), Hit)
+
+
+def test_canary_records_that_others_can_write_are_recorded_again(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "store")
+    assert store.write_canary(address(), "w", {"cases": 1})
+    for folder in ("", "canaries", f"canaries/{address().key.digest}"):
+        (store.root / folder).chmod(0o755)
+    assert store.read_canary(address(), "w") == {"cases": 1}
+    (store.root / "canaries" / address().key.digest).chmod(0o777)
+    assert store.read_canary(address(), "w") is None
+    assert store.canaries(address()) == []
+
+
+@needs_root
+def test_a_group_that_is_the_primary_one_of_others_is_not_private(
+    nested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "outer").chmod(0o775)
+    LocalStore(nested)
+    everybody = [*pwd.getpwall(), pwd.struct_passwd(("guest", "x", 54321, os.getegid(), "", "/", "/bin/sh"))]
+    monkeypatch.setattr(pwd, "getpwall", lambda: everybody)
+    with pytest.raises(StoreError, match="writable by others"):
+        LocalStore(nested)

@@ -21,9 +21,11 @@ from tests.support.subprocesses import open_to_others
 from ts_handlers.errors import StoreError
 from ts_handlers.key.cache_key import FORMAT
 from ts_handlers.store import entry
+from ts_handlers.store.address import safe_name
 from ts_handlers.store.base import Corrupt, Hit, Miss
 from ts_handlers.store.entry import MANIFEST, Manifest, list_files
 from ts_handlers.store.local import store as local
+from ts_handlers.store.local import verified
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.local.trash import move_aside
 from ts_handlers.store.local.usage import InUse
@@ -453,3 +455,95 @@ def test_canary_record_under_another_name_is_none(store: LocalStore) -> None:
     shutil.copyfile(path.with_name("v"), path)
     assert store.read_canary(address(), "w") is None
     assert store.read_canary(address(), "v") == {"cases": []}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_disk_that_does_not_answer_at_once_costs_no_entry(
+    times: int, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(store, address())
+    failed: list[Path] = []
+    read = local.read_manifest
+
+    def flaky(directory: Path) -> Manifest:
+        if len(failed) < times:
+            failed.append(directory)
+            raise OSError(errno.EIO, "Input/output error")
+        return read(directory)
+
+    monkeypatch.setattr(local, "read_manifest", flaky)
+    assert isinstance(store.lookup(address()), Hit)
+    assert (len(failed), trash(store)) == (times, [])
+
+
+def test_a_disk_that_does_not_answer_at_all_costs_an_entry_only_when_it_is_replaced(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = publish(store, address())
+
+    def fail(*arguments: object) -> Manifest:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "read_manifest", fail)
+        found = store.lookup(address())
+        assert isinstance(found, Corrupt)
+        assert "Input/output error" in found.reason
+        assert trash(store) == []
+    assert isinstance(store.lookup(address()), Hit)
+    store.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "read_manifest", fail)
+        assert isinstance(store.lookup(address()), Corrupt)
+        assert publish(store, address()) == directory
+    assert len(trash(store)) == 1
+    assert isinstance(store.lookup(address()), Hit)
+
+
+def test_a_byte_that_is_read_wrongly_once_costs_no_entry(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(store, address())
+    digest, wrong = verified.digest_stream, ["0" * 64]
+    monkeypatch.setattr(verified, "digest_stream", lambda file: wrong.pop() if wrong else digest(file))
+    assert isinstance(store.lookup(address()), Hit)
+    assert trash(store) == []
+
+
+def test_descriptors_that_foreign_code_closed_are_nobodys(store: LocalStore, tmp_path: Path) -> None:
+    """An artifact that closes all descriptors: the store's own numbers may be somebody else's files."""
+    publish(store, address())
+    assert isinstance(store.lookup(address()), Hit)
+    with store.staging(address(options="x")):
+        ours = [path.name for path in Path("/proc/self/fd").iterdir() if str(store.root) in os.path.realpath(path)]
+        assert len(ours) == 2
+        for name in ours:
+            os.close(int(name))
+        foreign = [os.open(tmp_path / "foreign", os.O_RDONLY | os.O_CREAT) for _ in range(20)]
+    store.close()
+    for descriptor in foreign:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("model", ["m" * 300, "模型" * 150, "m" * 255])
+def test_names_that_no_file_can_have_are_shortened(model: str, store: LocalStore) -> None:
+    where = address(model=model)
+    directory = publish(store, where)
+    assert isinstance(store.lookup(where), Hit)
+    assert not isinstance(store.lookup(address(model=model + "x")), Hit)
+    assert max(len(os.fsencode(part)) for part in directory.parts) <= 255
+    for weights in ("w" * 300, "w" * 299 + "x"):
+        assert store.write_canary(where, weights, {"weights": weights})
+    assert [store.read_canary(where, "w" * 299 + end) for end in "wx"] == [
+        {"weights": "w" * 300},
+        {"weights": "w" * 299 + "x"},
+    ]
+    assert store.discard(where, "damaged")
+
+
+@pytest.mark.parametrize(("name", "stays"), [("m", "m"), ("m" * 255, "m" * 255), ("my model", "my_model"), (".", "_")])
+def test_names_that_fit_stay_as_they_are(name: str, stays: str) -> None:
+    assert safe_name(name) == stays
+
+
+def test_a_path_that_is_too_long_is_a_miss(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "entry_path", lambda where: "/".join(["long" * 100] * 4))
+    assert store.lookup(address()) == Miss(())

@@ -113,7 +113,7 @@ def test_damage_that_somebody_else_has_replaced_meanwhile_is_not_moved_aside(
 
     with monkeypatch.context() as patched:
         patched.setattr(local, "verify_files", replaced)
-        assert isinstance(store.lookup(where), Miss)
+        assert isinstance(store.lookup(where), Hit)  # read again
     assert isinstance(store.lookup(where), Hit)
 
 

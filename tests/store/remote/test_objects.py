@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+import shutil
+import socket
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 import pytest
 from fsspec.registry import _registry
 
+from tests.support.marks import needs_root
 from tests.support.tcp_proxy import Proxy
 from tests.support.workers import wait_until
 from ts_handlers.errors import RemoteError, StoreError
 from ts_handlers.settings.sections import RemoteSettings
 from ts_handlers.store.remote.objects import RemoteObjects, redact, redact_url
+from ts_handlers.store.remote.sealed import SealedReader, seal
+from ts_handlers.store.remote.signing import Keyring
+from ts_handlers.store.remote.transfer import fetch
 
 Make = Callable[..., RemoteObjects]
 
@@ -100,6 +106,80 @@ def test_a_file_being_written_is_no_object(folder: RemoteSettings, make_remote: 
     (tmp_path / "remote" / "a").mkdir()
     (tmp_path / "remote" / "a" / ".x.0.1234").write_bytes(b"half")
     assert make_remote(folder).list("a") == []
+
+
+BAD_OBJECTS: dict[str, Callable[[Path], object]] = {
+    "link": lambda path: path.symlink_to(path.parent.parent / "outside"),
+    "dangling link": lambda path: path.symlink_to("nothing"),
+    "folder": Path.mkdir,
+    "pipe": os.mkfifo,
+    "socket": lambda path: socket.socket(socket.AF_UNIX).bind(str(path)),
+    "truncated": lambda path: path.write_bytes(b"short"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_OBJECTS)
+def test_a_bad_object_in_a_folder_is_refused_and_the_next_version_and_other_keys_are_read(
+    bad: str, folder: RemoteSettings, make_remote: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def consume(stream: BinaryIO) -> bytes:
+        data = stream.read(6)
+        if len(data) < 6:
+            raise ValueError("too short")  # as a reader that did not expect this
+        return data
+
+    monkeypatch.chdir(tmp_path)  # the paths of sockets are short
+    (tmp_path / "outside").write_bytes(b"secret")
+    (tmp_path / "remote" / "keys").mkdir()
+    BAD_OBJECTS[bad](Path("remote/keys/one.0"))
+    remote = make_remote(folder)
+    for name in ("keys/one.1", "keys/two.0"):
+        assert remote.create(name, b"object")
+    found = fetch(remote, "keys/one", consume)
+    if bad == "dangling link":  # as where there is nothing
+        found = fetch(remote, "keys/one", consume)
+    assert (found.value, len(found.refused)) == (b"object", 1)
+    assert remote.get("keys/one.0") in (None, b"short")
+    assert not remote.create("keys/one.0", b"mine")
+    remote.delete("keys/nothing")
+    assert fetch(remote, "keys/two", consume).value == b"object"
+    plain = ["one.0"] if bad == "truncated" else []
+    assert sorted(remote.list("keys", recursive=True)) == sorted([*plain, "one.1", "two.0"])
+    assert remote.problem is None
+    assert (tmp_path / "outside").read_bytes() == b"secret"
+
+
+def test_no_link_in_a_folder_leads_out_of_it(folder: RemoteSettings, make_remote: Make, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "object.0").write_bytes(b"secret")
+    (tmp_path / "remote" / "keys").symlink_to("../outside")
+    remote = make_remote(folder)
+    assert fetch(remote, "keys/object", lambda stream: stream.read(6)).value is None
+    assert (remote.list("keys"), remote.exists("keys/object.0"), remote.get("keys/object.0")) == ([], False, None)
+    for write in (lambda: remote.create("keys/new", b"x"), lambda: remote.put("keys/object.0", b"x")):
+        with pytest.raises(StoreError, match="no folder that can be entered"):
+            write()
+    assert [(path.name, path.read_bytes()) for path in (tmp_path / "outside").iterdir()] == [("object.0", b"secret")]
+    assert remote.problem is None
+
+
+@needs_root
+def test_a_full_disk_of_this_host_does_not_turn_the_remote_off(
+    folder: RemoteSettings, make_remote: Make, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "sealed").open("wb") as target:
+        seal(target, "entry", "subject", {"large": bytes(1 << 20)}, Keyring())
+    remote = make_remote(folder)
+    remote.create("object.0", tmp_path / "sealed")
+    roomy = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: roomy)  # it fills up meanwhile
+
+    def consume(stream: BinaryIO) -> None:
+        SealedReader(stream, Keyring(), "entry").extract(small_disk)
+
+    with pytest.raises(StoreError, match=r"large cannot be written: .*No space left"):
+        fetch(remote, "object", consume)
+    assert remote.problem is None
 
 
 def test_folder_that_is_not_mounted_is_not_made(tmp_path: Path, make_remote: Make) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.marks import needs_root
+from ts_handlers import parse_settings
 from ts_handlers.errors import SettingsError
 from ts_handlers.settings.sections import TrustSettings
 from ts_handlers.store.remote.signing import Keyring, generate_keys, load_keyring
@@ -58,6 +60,7 @@ def test_wrong_key_files_are_named(tmp_path: Path) -> None:
     }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
+        (tmp_path / name).chmod(0o600)
 
     def message(public: tuple[str, ...] = (), signing: str | None = None) -> str:
         paths = tuple(str(tmp_path / name) for name in public)
@@ -79,3 +82,40 @@ def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(__import__("sys").modules, "cryptography.hazmat.primitives.serialization", None)
     with pytest.raises(SettingsError, match=r"package 'cryptography'.*pip install"):
         load_keyring(TrustSettings((str(tmp_path / "a.pub"),)))
+
+
+def test_key_files_are_held_to_the_rules_of_ssh(tmp_path: Path) -> None:
+    folder = tmp_path / "keys"
+    folder.mkdir()
+    generate_keys(folder / "a.key", folder / "a.pub")
+    trust = TrustSettings((str(folder / "a.pub"),), str(folder / "a.key"))
+    load_keyring(trust)
+    for path, mode, text in (
+        ("a.key", 0o640, r"signing_key: the private key .*can be read by others \(mode 0640\): chmod 0600"),
+        ("a.key", 0o602, "signing_key: the key file .*writable by others"),
+        ("a.pub", 0o664, r"public_keys\[0\]: the key file .*writable by others \(mode 0664\)"),
+        ("", 0o777, r"public_keys\[0\]: the folder .*keys, on the way to the key file .*writable by others"),
+    ):
+        before = (folder / path).stat().st_mode & 0o7777
+        (folder / path).chmod(mode)
+        with pytest.raises(SettingsError, match=text):
+            load_keyring(trust)
+        (folder / path).chmod(before)
+    folder.chmod(0o777)
+    load_keyring(TrustSettings(trust.public_keys, trust.signing_key, (str(folder),)))
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["a.key", "a.pub", ""])
+def test_key_files_of_another_user_are_refused(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "keys"
+    folder.mkdir()
+    generate_keys(folder / "a.key", folder / "a.pub")
+    os.chown(folder / name, 54321, 54321)
+    with pytest.raises(SettingsError, match="belongs to uid 54321"):
+        load_keyring(TrustSettings((str(folder / "a.pub"),), str(folder / "a.key")))
+
+
+def test_an_empty_list_of_public_keys_is_a_mistake() -> None:
+    with pytest.raises(SettingsError, match=r"trust\.public_keys: expected at least one PEM file, found an empty list"):
+        parse_settings({"handler": {"ts_handlers": {"trust": {"public_keys": []}}}})

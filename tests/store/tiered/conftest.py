@@ -26,11 +26,12 @@ class Fleet:
     archive: Path
     root: Path
     remote: dict[str, Any]
+    model: str = "model"
 
     def start(self, host: str, trust: dict[str, Any] | None = None, **remote: Any) -> CompiledModel:
         section = {"store": str(self.root / host), "backends": ["aot_inductor", "eager"], "trust": trust or {}}
         settings = settings_of(**section, remote={**self.remote, **remote})
-        model = start_model(archive_source(self.archive), settings)
+        model = start_model(archive_source(self.archive, name=self.model), settings)
         assert isinstance(model.store, TieredStore)
         assert model.store.write_back.wait(300)
         with torch.inference_mode():

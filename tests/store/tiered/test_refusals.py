@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -109,3 +110,24 @@ def test_tampered_canary_is_refused_and_recorded_again(shared: Fleet) -> None:
     assert second.outcome.result == "hit"
     assert counters(second) == {**FETCHED, "remote_refused": 1, "canary_recorded": 1, "write_back": 1}
     assert counters(shared.start("third")) == {**FETCHED, "remote_refused": 1}
+
+
+def test_a_remote_without_keys_is_named_once(shared: Fleet, keys: Path, caplog: pytest.LogCaptureFixture) -> None:
+    unsigned = "trust.public_keys is not set, so whoever can write there can run code here"
+    assert notes(shared.start("host")).count(unsigned) == 1
+    assert [record.levelname for record in caplog.records if unsigned in record.getMessage()] == ["WARNING"]
+    caplog.clear()
+    assert unsigned not in notes(shared.start("other", trust(keys, "a", "a")))
+    assert unsigned not in caplog.text
+
+
+def test_an_object_that_is_no_file_costs_one_key_and_not_the_remote(shared: Fleet) -> None:
+    shared.start("first")
+    (entry,) = objects(shared, "entries")
+    entry.unlink()
+    os.mkfifo(entry)
+    model = shared.start("second")
+    assert model.outcome.result == "built"
+    assert (counters(model)["remote_refused"], counters(model)["write_back"]) == (2, 1)
+    assert "going on alone" not in notes(model)
+    assert counters(shared.start("third"))["remote_hit"] == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import signal
@@ -98,6 +99,22 @@ def test_what_could_not_be_sent_is_sent_by_a_later_start(shared: Fleet) -> None:
     assert counters(shared.start("host")) == {"hit": 1}
     assert list((shared.root / "host" / "remote").iterdir()) == []
     assert counters(shared.start("other")) == FETCHED
+
+
+def test_two_names_of_one_model_are_both_sent_and_fetched(shared: Fleet) -> None:
+    """At once, and by a later start when the remote was away."""
+    names = {"linear": dataclasses.replace(shared, model="linear"), "twin": dataclasses.replace(shared, model="twin")}
+    (shared.root / "remote").rmdir()
+    for fleet in names.values():
+        assert fleet.start("host").outcome.result == "built"
+    (shared.root / "remote").mkdir()
+    for path in (shared.root / "host" / "remote").glob("*.json"):
+        path.unlink()
+    assert counters(names["linear"].start("host")) == {"hit": 1, "write_back": 2}
+    assert counters(names["twin"].start("host")) == {"hit": 1, "write_back": 1}  # their canary record is the same
+    assert list((shared.root / "host" / "remote").iterdir()) == []
+    assert counters(names["linear"].start("other")) == FETCHED
+    assert counters(names["twin"].start("other"))["remote_hit"] == 1
 
 
 def test_canary_record_that_a_killed_process_could_not_send_is_sent_by_the_next_start(shared: Fleet) -> None:

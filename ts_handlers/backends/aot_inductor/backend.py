@@ -8,7 +8,8 @@ A build goes through export steps, because not every model exports with every ra
 
 1. ``dynamic``: all declared dimensions dynamic, sizes 0 and 1 not specialised (``backed_size_oblivious``);
 2. ``dynamic+ones``: dimensions dynamic from 2, and one more variant for each combination of dimensions of size 1;
-3. ``static``: one variant for each declared warm-up size.
+3. ``static``: one variant for each declared warm-up size. Other declared sizes are answered by the eager model, so the
+   step waits until `inductor`, which covers them all, has been tried, where that comes later in the fallback order.
 
 Every step is checked against the eager model at the ends of its ranges before it is accepted. On a GPU it is tried
 with linear layers merged first (`ts_handlers.backends.aot_inductor.linears`), and with the layers as they are if that
@@ -24,7 +25,9 @@ from pathlib import Path
 import torch
 
 from ts_handlers.backends.aot_inductor.load import load_artifact
+from ts_handlers.backends.aot_inductor.static_sizes import COVERS_ALL, STATIC, leaves_static_to_others
 from ts_handlers.backends.base import Backend, Built, Description, Target, Workspace
+from ts_handlers.errors import BuildError, FailedBeforeError, MissError
 from ts_handlers.execution.base import Loaded
 from ts_handlers.key import fingerprint
 from ts_handlers.model.exported import ExportedSource
@@ -75,11 +78,31 @@ class AotInductorBackend:
 
         if isinstance(target.source, ExportedSource):
             return build_exported(target, target.source, workspace)
-        return build(target, workspace, self._merges_linears(target))
+        return build(target, workspace, self._merges_linears(target), self._takes_step)
+
+    def _takes_step(self, settings: Settings, step: str) -> bool:
+        return step != STATIC or not leaves_static_to_others(settings)
 
     def load(self, target: Target, directory: Path, description: Description) -> Loaded:
         """Load the shared libraries in place and give them the weights by name."""
         return load_artifact(target, directory, description)
+
+    def substitute(self, settings: Settings, error: Exception) -> Backend | None:
+        """The static sizes, where they were left until another backend has been tried; else None."""
+        if isinstance(error, FailedBeforeError):
+            tried = error.unbuildable
+        else:
+            tried = isinstance(error, (BuildError, MissError))
+        return STATIC_SIZES if tried and leaves_static_to_others(settings) else None
+
+
+class StaticSizes(AotInductorBackend):
+    """The step ``static`` alone, under the same key, once the backend that would cover every size has failed too."""
+
+    follows = COVERS_ALL
+
+    def _takes_step(self, settings: Settings, step: str) -> bool:
+        return step == STATIC
 
     def substitute(self, settings: Settings, error: Exception) -> Backend | None:
         """None: the next backend of the fallback order."""
@@ -87,3 +110,4 @@ class AotInductorBackend:
 
 
 BACKEND = AotInductorBackend()
+STATIC_SIZES = StaticSizes()

@@ -6,10 +6,12 @@ Imported on a build only.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import torch
@@ -23,29 +25,40 @@ from ts_handlers.backends.aot_inductor.compile import (
     refuse_folded_weights,
 )
 from ts_handlers.backends.aot_inductor.container import open_library
-from ts_handlers.backends.aot_inductor.load import EXTRAS, ensure_loadable, load_artifact
+from ts_handlers.backends.aot_inductor.load import EXTRAS, NUMBERS, ensure_loadable, load_artifact
 from ts_handlers.backends.base import Built, Description, Target, Workspace
 from ts_handlers.backends.compare import compare_sizes
 from ts_handlers.backends.export import PREFIX, FlatModel, export_program, live_weights, output_structure
+from ts_handlers.backends.index_limits import find_limits, merge_limits
+from ts_handlers.backends.operators import called_operators, find_registrar
 from ts_handlers.errors import BuildError, ModelError, one_line
+from ts_handlers.guard.failures import is_passing
 from ts_handlers.model.archive_files import Tensors
 from ts_handlers.model.exported import ExportedSource
 from ts_handlers.model.exported_program import describe_program
+from ts_handlers.model.module_state import numbers_of
 from ts_handlers.model.signature import Signature
+from ts_handlers.settings import Settings
+from ts_handlers.system.files import RememberingWriter, bounded_name
 
 logger = logging.getLogger(__name__)
 
 
-def build(target: Target, workspace: Workspace, merge: bool) -> Built:
+def build(target: Target, workspace: Workspace, merge: bool, takes_step: Callable[[Settings, str], bool]) -> Built:
     """Export, compile, check against eager, and leave the shared libraries in the workspace.
 
     With `merge` each step is tried with linear layers merged first, and with the layers as they are if that fails.
+    `takes_step` tells from its name whether a step is tried.
     """
     signature = target.require_signature()
     module = target.eager()
-    reasons = []
+    reasons: list[str] = []
+    last: Exception | None = None
     directory = workspace.directory
     for step, variants in export_steps(signature, target):
+        if not takes_step(target.settings, step):
+            reasons.append(f"{step}: not tried here")
+            continue
         for merged in (set[str](), None) if merge else (None,):
             for path in directory.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -54,6 +67,9 @@ def build(target: Target, workspace: Workspace, merge: bool) -> Built:
             except (ModelError, MemoryError):
                 raise
             except Exception as error:
+                last = error.with_traceback(None)  # whose frames hold what failed
+                if is_passing(error):  # another way would meet the same
+                    raise BuildError(f"{step}: {type(error).__name__}: {one_line(error)}") from last
                 how = f"{step} with merged linear layers" if merged else step
                 reason = f"{how}: {type(error).__name__}: {_first_line(error)}"
                 logger.info("%s does not export this way: %s", target.source.name, reason)
@@ -66,7 +82,7 @@ def build(target: Target, workspace: Workspace, merge: bool) -> Built:
             description["step"] = step
             description["steps_failed"] = reasons
             return Built(description)
-    raise BuildError("no way of exporting this model works: " + "; ".join(reasons))
+    raise BuildError("no way of exporting this model works: " + "; ".join(reasons)) from last
 
 
 def _build_step(
@@ -87,6 +103,7 @@ def _build_step(
         name, fixed, ranges, _ = variant
         with workspace.phase("export"):
             exported = _export(target, module, signature, variant, description, merged)
+        merge_limits(description, find_limits(exported.program, signature))
         files, fqns = _compile(exported, target, workspace, name)
         description["variants"].append({"name": name, "fixed": fixed, "ranges": ranges, **files})
         _describe_constants(exported, fqns, target.source.weights(), description, extras)
@@ -95,9 +112,13 @@ def _build_step(
             "%s changes its weights while it is built, so a warm start has to build the eager model",
             target.source.name,
         )
-    torch.save(extras, directory / EXTRAS)
+    with RememberingWriter(directory / EXTRAS) as file:
+        torch.save(extras, cast(Any, file))
+        file.check()
+    (directory / NUMBERS).write_text(json.dumps(numbers_of(module)), "utf-8")
     description["output"] = structure
     description["inputs"] = _inputs_description(signature)
+    _describe_operators(target, directory, description)
     with workspace.phase("verify"):
         accepted = _verify(target, signature, directory, description, variants)
     description["dimensions"] = accepted
@@ -144,7 +165,7 @@ def _export(
 
 def _compile(exported: _Exported, target: Target, workspace: Workspace, name: str) -> tuple[dict[str, str], set[str]]:
     """Compile a variant; returns the description of its files, and the names of the weights that they take."""
-    directory = workspace.directory / name
+    directory = workspace.directory / bounded_name(name)
     try:
         with workspace.phase("compile"):
             files = compile_program(exported.program, target, directory, baked=False)
@@ -180,6 +201,20 @@ def _describe_constants(
             raise BuildError(f"the variants put {fqn!r} together from different weights")
         if spec["extra"]:
             extras[stored] = tensor.cpu()
+    for fqn in sorted(live_weights(exported.program) - fqns - set(exported.program.state_dict)):
+        if fqn in constants:  # what the compiler has folded into the code, though it is told not to
+            extras[fqn.removeprefix(PREFIX)] = constants[fqn].detach().cpu()
+            description.setdefault("folded", []).append(fqn.removeprefix(PREFIX))
+
+
+def _describe_operators(target: Target, directory: Path, description: Description) -> None:
+    """Say what registers the operators that the libraries call by name, where torch does not have them itself."""
+    libraries = [directory / variant["name"] / variant["library"] for variant in description["variants"]]
+    names = called_operators(libraries)
+    if any(not name.removeprefix("torch.ops.").startswith(("aten::", "aten.")) for name in names):
+        registrar = find_registrar(target, names)
+        if registrar is not None:
+            description["operators"] = registrar
 
 
 def _same(tensor: torch.Tensor, stored: torch.Tensor) -> bool:
@@ -194,9 +229,8 @@ def _inputs_description(signature: Signature) -> list[dict[str, Any]]:
 def _verify(
     target: Target, signature: Signature, directory: Path, description: Description, variants: list[Variant]
 ) -> dict[str, list[int]]:
-    """Compare with eager at the ends of the ranges (or at every static size); returns the ranges."""
-    ranges = {name: [d.min, d.max] for name, d in signature.dimensions.items()}
-    description["dimensions"] = ranges
+    """Compare with eager at the ends of the ranges (or at every static size); returns the ranges that were shown."""
+    description["dimensions"] = {name: [d.min, d.max] for name, d in signature.dimensions.items()}
     # Contexts and their CUDA graphs would only cost memory here.
     contexts = msgspec.structs.replace(target.settings.contexts, count=1, cuda_graphs=False)
     single = dataclasses.replace(target, settings=msgspec.structs.replace(target.settings, contexts=contexts))
@@ -204,7 +238,7 @@ def _verify(
     static = all(not variant_ranges for _, _, variant_ranges, _ in variants)
     cases = [fixed for _, fixed, _, _ in variants] if static else signature.corner_sizes()
     compare_sizes(target, loaded, cases)
-    return ranges
+    return {name: [d.min, d.max] for name, d in loaded.signature.dimensions.items()}
 
 
 def build_exported(target: Target, source: ExportedSource, workspace: Workspace) -> Built:
@@ -230,6 +264,8 @@ def build_exported(target: Target, source: ExportedSource, workspace: Workspace)
         "dimensions": {name: [d.min, d.max] for name, d in dimensions.items()},
         "step": "exported",
     }
+    merge_limits(description, find_limits(program, signature))
+    _describe_operators(target, workspace.directory, description)
     return Built(description)
 
 

@@ -11,15 +11,14 @@ import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from ts_handlers.backends.aot_inductor.static_sizes import STATIC, static_sizes
 from ts_handlers.backends.base import Target
 from ts_handlers.backends.export import live_weights
 from ts_handlers.errors import BuildError
 from ts_handlers.model.signature import Signature, Sizes
-
-MAX_STATIC_VARIANTS = 16
-
+from ts_handlers.system.files import RememberingWriter
 
 Variant = tuple[str, Sizes, dict[str, tuple[int, int]], bool]  # name, fixed sizes, dynamic ranges, size-oblivious
 
@@ -29,7 +28,7 @@ def export_steps(signature: Signature, target: Target) -> Iterator[tuple[str, li
     ranges = {name: (d.min, d.max) for name, d in signature.dimensions.items() if d.min != d.max}
     fixed = {name: d.min for name, d in signature.dimensions.items() if d.min == d.max}
     if not ranges:
-        yield "static", [("static", fixed, {}, False)]
+        yield STATIC, [(STATIC, fixed, {}, False)]
         return
     yield "dynamic", [("dynamic", fixed, ranges, True)]
     ones = [name for name, (low, _) in ranges.items() if low == 1]
@@ -40,11 +39,9 @@ def export_steps(signature: Signature, target: Target) -> Iterator[tuple[str, li
             name = "dynamic" + "".join(f"-{n}1" for n in chosen)
             variants.append((name, {**fixed, **dict.fromkeys(chosen, 1)}, rest, False))
     yield "dynamic+ones", variants
-    declared = [dict(sizes) for sizes in target.settings.warmup if set(sizes) == set(signature.dimensions)]
+    declared = static_sizes(target.settings)
     if declared:
-        if len(declared) > MAX_STATIC_VARIANTS:
-            declared = declared[:MAX_STATIC_VARIANTS]
-        yield "static", [(_sizes_name(sizes), sizes, {}, False) for sizes in declared]
+        yield STATIC, [(_sizes_name(sizes), sizes, {}, False) for sizes in declared]
 
 
 def _sizes_name(sizes: Sizes) -> str:
@@ -79,8 +76,9 @@ def compile_program(program: Any, target: Target, directory: Path, *, baked: boo
     configs.pop("triton.cudagraphs", None)  # not a feature of ahead-of-time artifacts
     directory.mkdir(parents=True)
     package = directory / "package.pt2"
-    with private_cache(), torch.no_grad():
-        torch._inductor.aoti_compile_and_package(program, package_path=str(package), inductor_configs=configs)
+    with private_cache(), torch.no_grad(), RememberingWriter(package) as file:
+        torch._inductor.aoti_compile_and_package(program, package_path=cast(Any, file), inductor_configs=configs)
+        file.check()
     library = ""
     with zipfile.ZipFile(package) as archive:
         for info in archive.infolist():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import json
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +16,9 @@ import torch
 
 from ts_handlers.backends.aot_inductor.container import Container, TorchRunner, open_library
 from ts_handlers.backends.base import Description, Target
+from ts_handlers.backends.index_limits import limit_facts, with_limits
 from ts_handlers.errors import InputError, LoadError
-from ts_handlers.execution.base import Loaded
+from ts_handlers.execution.base import Held, Loaded
 from ts_handlers.model.archive_files import Tensors
 from ts_handlers.model.signature import Signature, Sizes
 from ts_handlers.model.structure import unflatten
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EXTRAS = "constants.pt"
+"""Tensors of the model that are not among the archive's weights, by name."""
+NUMBERS = "numbers.json"
+"""The numbers among the model's attributes, which the code holds."""
 
 
 def _signature_of(description: Description) -> Signature:
@@ -39,7 +45,29 @@ def _signature_of(description: Description) -> Signature:
         )
         for spec in description["inputs"]
     ]
-    return Signature(inputs, {name: Dimension(*bounds) for name, bounds in description["dimensions"].items()})
+    dimensions = {name: Dimension(*bounds) for name, bounds in description["dimensions"].items()}
+    static = static_sizes(description)
+    if static is not None:
+        # Entries of earlier versions claim what was declared; what holds are the sizes that each variant fixes.
+        for name in dimensions:
+            found = [sizes[name] for sizes in static]
+            dimensions[name] = Dimension(min(found), max(found))
+    return with_limits(Signature(inputs, dimensions), description)
+
+
+def static_sizes(description: Description) -> list[Sizes] | None:
+    """The only sizes that an artifact answers, when each variant has fixed ones; None where some are dynamic."""
+    fixed: list[Sizes] = [variant["fixed"] for variant in description["variants"]]
+    complete = all(set(sizes) == set(description["dimensions"]) for sizes in fixed)
+    return fixed if description["dimensions"] and complete else None
+
+
+def _coverage(declared: Signature | None, static: list[Sizes] | None) -> dict[str, Any]:
+    """For `describe`, what was declared and which sizes are compiled, where these are not all."""
+    ranges = {} if declared is None else {name: [d.min, d.max] for name, d in declared.dimensions.items()}
+    if static is None or len(static) >= math.prod(high - low + 1 for low, high in ranges.values()):
+        return {}
+    return {"declared": ranges, "compiled": static}
 
 
 def place_weights(target: Target, directory: Path, description: Description) -> Tensors:
@@ -66,6 +94,32 @@ def place_weights(target: Target, directory: Path, description: Description) -> 
     if target.device.type == "cuda":
         torch.cuda.synchronize(target.device)
     return constants
+
+
+def _held(directory: Path, description: Description, constants: Tensors) -> Held | None:
+    """What `ts_handlers.startup.constants` compares with the eager model of new weights."""
+    if description["weights_from"] == "artifact":
+        return None
+    specs = description["constants"]
+    taken = [part["name"] for spec in specs.values() if not spec["extra"] for part in spec.get("parts", [spec])]
+    folded: Tensors = {}
+    if description.get("folded"):
+        extras = torch.load(directory / EXTRAS, weights_only=True, map_location="cpu")
+        folded = {name: extras[name] for name in description["folded"]}
+    return Held(
+        constants={spec["name"]: constants[fqn] for fqn, spec in specs.items() if spec["extra"]},
+        folded=folded,
+        weights=tuple(taken) if description["weights_from"] == "archive" else (),
+        numbers=functools.partial(_read_numbers, directory / NUMBERS),
+    )
+
+
+def _read_numbers(path: Path) -> dict[str, str]:
+    """Empty for entries of earlier versions."""
+    if not path.exists():
+        return {}
+    numbers: dict[str, str] = json.loads(path.read_text("utf-8"))
+    return numbers
 
 
 def _checked(pool: Tensors, spec: Description) -> torch.Tensor:
@@ -163,6 +217,11 @@ def load_artifact(target: Target, directory: Path, description: Description) -> 
     fixed = [variant["fixed"] for variant in variants]
     output = description["output"]
     ensure_loadable()
+    paths = [directory / variant["name"] / variant["library"] for variant in variants]
+    if any(path.with_suffix(".json").exists() for path in paths):  # operators that torch's runner calls for the library
+        from ts_handlers.backends.operators import ensure_operators
+
+        ensure_operators(target, description, paths)
     graphs = _graph_slots(target, directory, variants, constants)
     libraries: list[Container | TorchRunner] = []
     if graphs is None:
@@ -170,7 +229,8 @@ def load_artifact(target: Target, directory: Path, description: Description) -> 
         runs = [library.run for library in libraries]
     else:
         runs = [functools.partial(graphs.run, index) for index in range(len(variants))]
-    only = runs[0] if len(runs) == 1 else None
+    static = static_sizes(description)
+    only = runs[0] if len(runs) == 1 and static is None else None
 
     def run(tensors: list[torch.Tensor]) -> Any:
         infer = only or runs[choose_variant(fixed, signature, tensors)]
@@ -180,19 +240,22 @@ def load_artifact(target: Target, directory: Path, description: Description) -> 
         "step": description.get("step"),
         "variants": [variant["name"] for variant in variants],
         "ranges": {name: [d.min, d.max] for name, d in signature.dimensions.items()},
+        **_coverage(target.signature, static),
+        **limit_facts(description, target.signature),
         "weights_from": description["weights_from"],
         "merged_linears": sum(len(s["shape"]) == 2 for s in description["constants"].values() if "parts" in s),
     }
     return Loaded(
         run=run,
         signature=signature,
-        sizes=fixed if description.get("step") == "static" else None,
+        sizes=fixed if description.get("step") == "static" else static,
         variants=len(variants),
         facts=facts,
         adjusts_threads=target.device.type == "cpu",
         frees_interpreter=target.device.type == "cpu" and all(isinstance(each, Container) for each in libraries),
         pool=None if graphs is None else graphs.pool,
         end_warmup=functools.partial(_stop_recording, graphs, facts),
+        held=_held(directory, description, constants),
     )
 
 

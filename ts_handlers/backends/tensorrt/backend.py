@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ts_handlers.backends.base import Backend, Built, Description, Target, Workspace
+from ts_handlers.backends.index_limits import find_limits, merge_limits
 from ts_handlers.backends.tensorrt import library as tensorrt_library
 from ts_handlers.backends.tensorrt import weights as tensorrt_refit
 from ts_handlers.backends.tensorrt.options import engine_options, require_gpu
@@ -95,6 +96,7 @@ class TensorRTBackend:
         flat = FlatModel(module, signature.names).eval()
         with workspace.phase("export"):
             program = export_range(flat, signature, whole, target.device)
+        merge_limits(description, find_limits(program, signature))
         inputs = [input_ranges(signature, ranges, program) for ranges in profiles]
         timing_cache = _timing_cache(target, workspace.shared, flavour)
         try:

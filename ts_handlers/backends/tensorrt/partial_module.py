@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from ts_handlers.backends.base import Built, Description, Target, Workspace
+from ts_handlers.backends.index_limits import with_limits
+from ts_handlers.backends.tensorrt.profiles import covered_signature
 from ts_handlers.errors import BuildError
 from ts_handlers.execution.base import Loaded
 from ts_handlers.model.signature import Signature
@@ -74,7 +76,7 @@ def build_module(
     description["in_tensorrt"] = [partial.converted, partial.total]
     loaded = load_module(target, workspace.directory, description)
     with workspace.phase("verify"):
-        compare_sizes(target, loaded, signature.corner_sizes(), what="module of Torch-TensorRT")
+        compare_sizes(target, loaded, loaded.signature.corner_sizes(), what="module of Torch-TensorRT")
     return Built(description)
 
 
@@ -102,4 +104,5 @@ def load_module(target: Target, directory: Path, description: Description) -> Lo
 
     facts = {"module": True, "in_tensorrt": description["in_tensorrt"]}
     # Torch-TensorRT's runtime has one execution context for each engine, and no lock round all of it.
-    return Loaded(run=run, signature=target.require_signature(), facts=facts, reentrant=False)
+    signature = with_limits(covered_signature(target.require_signature(), description["profiles"]), description)
+    return Loaded(run=run, signature=signature, facts=facts, reentrant=False)

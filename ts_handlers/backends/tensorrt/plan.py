@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ts_handlers.backends.base import Description, Target
+from ts_handlers.backends.index_limits import limit_facts, with_limits
 from ts_handlers.backends.tensorrt import library as tensorrt_library
 from ts_handlers.backends.tensorrt import weights as tensorrt_refit
 from ts_handlers.backends.tensorrt.outputs import take
@@ -91,9 +92,10 @@ def load_plan(
     facts = _facts(description, contexts)
     facts["weights_from"] = "plan" if weights is None else "archive"
     facts["memory"] = runner.memory()
+    facts.update(limit_facts(description, target.signature))
     loaded = Loaded(
         run=run,
-        signature=covered_signature(signature, profiles),
+        signature=with_limits(covered_signature(signature, profiles), description),
         sizes=canary_sizes(profiles),
         variants=len(profiles),
         facts=facts,

@@ -208,6 +208,8 @@ def _compile(target: Target, files: EngineFiles, options: dict[str, Any], shapes
         "graph_breaks": sum(counters["graph_break"].values()) - breaks,
         "in_tensorrt": _fraction(target, cache.operators, in_torch),
     }
+    if shapes == STATIC:
+        facts["compiled"] = sizes  # others run eagerly
     loaded = Loaded(
         run=run,
         signature=signature,

@@ -11,8 +11,8 @@ import typer
 
 from ts_handlers.cli.exit_codes import ExitCode
 from ts_handlers.cli.options import JsonOption, StoreOptions, find_entries
-from ts_handlers.cli.output import print_json, print_table
-from ts_handlers.key.cache_key import CacheKey, explain
+from ts_handlers.cli.output import print_json, print_table, say
+from ts_handlers.key.cache_key import CacheKey, explain, only_differing
 
 if TYPE_CHECKING:
     from ts_handlers.servers.torchserve.archive_keys import ArchiveKey
@@ -54,7 +54,7 @@ def command(
         from ts_handlers.servers.torchserve.archive_keys import archive_keys
 
         with contextlib.redirect_stdout(sys.stderr):  # what the archive's own code prints
-            wanted = archive_keys(what, device=device, config=config, model_name=model_name)
+            wanted = archive_keys(what, opened, device=device, config=config, model_name=model_name)
         pairs = _archive_pairs(opened, wanted, other)
         left_out = tuple(sorted({name for item in wanted for name in item.left_out}))
     elif other is None:
@@ -112,23 +112,9 @@ def _print(item: dict[str, Any]) -> None:
     what = f"{item['what']}: " if item["what"] else ""
     left, right = item["left"][:12], item["right"] and item["right"][:12]
     if right is None:
-        print(f"{what}{left} is not in the store, nor is any other entry of this model and backend")
+        say(f"{what}{left} is not in the store, nor is any other entry of this model and backend")
     elif not item["differs"]:
-        print(f"{what}{left} is in the store" if what else f"{left} is the same key")
+        say(f"{what}{left} is in the store" if what else f"{left} is the same key")
     else:
         rows = [(part["part"], *only_differing(part["left"], part["right"])) for part in item["differs"]]
         print_table(("part", left, right), rows, title=f"{what}{left} differs from {right}")
-
-
-def only_differing(left: str, right: str) -> tuple[str, str]:
-    """The words of two values that the other one does not have.
-
-    Examples
-    --------
-    >>> only_differing("x86_64 avx avx2", "x86_64 avx")
-    ('avx2', '')
-    >>> only_differing("1f", "2e")
-    ('1f', '2e')
-    """
-    words, others = left.split(), right.split()
-    return " ".join(word for word in words if word not in others), " ".join(w for w in others if w not in words)

@@ -8,7 +8,7 @@ import typer
 
 from ts_handlers.cli.exit_codes import ExitCode
 from ts_handlers.cli.options import JsonOption, StoreOptions
-from ts_handlers.cli.output import human_bytes, print_json, print_table
+from ts_handlers.cli.output import human_bytes, print_json, print_table, say
 from ts_handlers.settings.quantities import parse_bytes
 
 
@@ -59,9 +59,9 @@ def command(
             ),
         )
         verb = "would be freed" if dry_run else "freed"
-        print(f"{len(report.done)} removals, {human_bytes(report.freed_bytes)} {verb} in {opened.root}")
+        say(f"{len(report.done)} removals, {human_bytes(report.freed_bytes)} {verb} in {opened.root}")
         for text in report.unmet:
-            print(text)
+            say(text)
     stayed = any(step.kind == "garbage" and step.refusal is not None for step in report.steps)
     return ExitCode.FINDINGS if report.unmet or stayed else ExitCode.OK
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ts_handlers.cli.options import JsonOption
-from ts_handlers.cli.output import print_json
+from ts_handlers.cli.output import print_json, say
 
 
 def command(
@@ -26,4 +26,4 @@ def command(
     if as_json:
         print_json({"key": name, "private": str(private), "public": str(public)})
     else:
-        print(f"key {name}: {private} (keep it secret) and {public}")
+        say(f"key {name}: {private} (keep it secret) and {public}")

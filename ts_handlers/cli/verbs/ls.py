@@ -10,7 +10,7 @@ import typer
 
 from ts_handlers.cli.exit_codes import ExitCode
 from ts_handlers.cli.options import JsonOption, StoreOptions
-from ts_handlers.cli.output import human_age, human_bytes, print_json, print_quarantines, print_table, timestamp
+from ts_handlers.cli.output import human_age, human_bytes, print_json, print_quarantines, print_table, say, timestamp
 
 if TYPE_CHECKING:
     from ts_handlers.store.upkeep.scan import EntryInfo
@@ -81,11 +81,11 @@ def command(
                 for entry in entries
             ),
         )
-        print(f"{total['entries']} entries, {human_bytes(total['bytes'])}, {total['inodes']} inodes in {opened.root}")
+        say(f"{total['entries']} entries, {human_bytes(total['bytes'])}, {total['inodes']} inodes in {opened.root}")
         if trash:
-            print(f"{len(trash)} moved aside, {human_bytes(sum(item.bytes for item in trash))}; `ts-handlers gc`")
+            say(f"{len(trash)} moved aside, {human_bytes(sum(item.bytes for item in trash))}; `ts-handlers gc`")
         if records:
-            print("\nquarantined or failed: not tried with the same libraries; `ts-handlers unquarantine KEY` lifts it")
+            say("\nquarantined or failed: not tried with the same libraries; `ts-handlers unquarantine KEY` lifts it")
             print_quarantines(records)
     return ExitCode.OK if all(entry.state == "ok" for entry in entries) and not records else ExitCode.FINDINGS
 

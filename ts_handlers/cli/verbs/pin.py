@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ts_handlers.cli.options import JsonOption, KeyArgument, StoreOptions, find_entries
-from ts_handlers.cli.output import print_json
+from ts_handlers.cli.output import print_json, say
 
 
 def command(
@@ -26,4 +26,4 @@ def command(
     if as_json:
         print_json({"key": entry.key, "pinned": True, "note": note})
     else:
-        print(f"{entry.key} of {entry.model} is pinned")
+        say(f"{entry.key} of {entry.model} is pinned")

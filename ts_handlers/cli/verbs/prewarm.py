@@ -12,7 +12,7 @@ import typer
 
 from ts_handlers.cli.exit_codes import ExitCode
 from ts_handlers.cli.options import JsonOption, StoreOption
-from ts_handlers.cli.output import print_json
+from ts_handlers.cli.output import PrintableFormatter, print_json, say
 
 if TYPE_CHECKING:
     from ts_handlers.servers.torchserve.prewarm import Prewarmed
@@ -40,19 +40,21 @@ def command(
     from ts_handlers.servers.torchserve.prewarm import prewarm
 
     if verbose:
-        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(PrintableFormatter("%(message)s"))
     done = prewarm(archive, store=store, device=device, config=config, model_name=model_name, progress=_print_progress)
     if as_json:
         facts: dict[str, Any] = {**dataclasses.asdict(done), "ok": done.ok}
         print_json(facts)
     else:
-        print(_sentence(done))
+        say(_sentence(done))
     return ExitCode.OK if done.ok else ExitCode.FINDINGS
 
 
 def _print_progress(phase: str, elapsed: float, estimate: float | None) -> None:
     expected = "" if estimate is None else f" (the build took {estimate:.0f} s the last time)"
-    print(f"{elapsed:7.1f} s  {phase}{expected}", file=sys.stderr, flush=True)
+    say(f"{elapsed:7.1f} s  {phase}{expected}", file=sys.stderr, flush=True)
 
 
 def _sentence(done: Prewarmed) -> str:

@@ -13,7 +13,7 @@ from ts_handlers.cli.options import (
     StoreOptions,
     find_entries,
 )
-from ts_handlers.cli.output import human_bytes, print_json, print_quarantines, print_table, timestamp
+from ts_handlers.cli.output import human_bytes, print_json, print_quarantines, print_table, say, timestamp
 
 if TYPE_CHECKING:
     from ts_handlers.store.upkeep.scan import EntryInfo
@@ -51,7 +51,7 @@ def command(
         for entry, fact in zip(found, facts, strict=False):
             _print(entry, fact)
         if records:
-            print("" if found else f"no entry of key {digest}\n")
+            say("" if found else f"no entry of key {digest}\n")
             print_quarantines(records)
     sound = found and not records and all(entry.state == "ok" for entry in found)
     return ExitCode.OK if sound else ExitCode.FINDINGS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ts_handlers.cli.options import JsonOption, KeyArgument, StoreOptions, one_key
-from ts_handlers.cli.output import print_json
+from ts_handlers.cli.output import print_json, say
 
 
 def command(key: KeyArgument, store: StoreOptions, *, as_json: JsonOption = False) -> None:
@@ -18,4 +18,4 @@ def command(key: KeyArgument, store: StoreOptions, *, as_json: JsonOption = Fals
     if as_json:
         print_json({"key": name, "pinned": False, "note": note})
     else:
-        print(f"{name} is not pinned any more" + (f" (its note was: {note})" if note else ""))
+        say(f"{name} is not pinned any more" + (f" (its note was: {note})" if note else ""))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ts_handlers.cli.options import JsonOption, KeyArgument, StoreOptions, one_key
-from ts_handlers.cli.output import print_json
+from ts_handlers.cli.output import print_json, say
 
 
 def command(key: KeyArgument, store: StoreOptions, *, as_json: JsonOption = False) -> None:
@@ -19,4 +19,4 @@ def command(key: KeyArgument, store: StoreOptions, *, as_json: JsonOption = Fals
         print_json([stored_fields(record) for record in lifted])
     else:
         for record in lifted:
-            print(f"{record.key} of {record.model} is tried again; was: {record.reason}")
+            say(f"{record.key} of {record.model} is tried again; was: {record.reason}")

@@ -8,7 +8,7 @@ import typer
 
 from ts_handlers.cli.exit_codes import ExitCode
 from ts_handlers.cli.options import JsonOption, StoreOptions
-from ts_handlers.cli.output import human_bytes, print_json, print_table
+from ts_handlers.cli.output import human_bytes, print_json, print_table, say
 
 
 def command(
@@ -47,5 +47,5 @@ def command(
                 ("", "path", "problem", "action"),
                 [(f.kind, f.path.relative_to(opened.root), f.problem, f.action or "--repair") for f in damaged],
             )
-        print(f"{len(findings)} checked, {human_bytes(total)}, {len(damaged)} damaged in {opened.root}")
+        say(f"{len(findings)} checked, {human_bytes(total)}, {len(damaged)} damaged in {opened.root}")
     return ExitCode.FINDINGS if damaged else ExitCode.OK

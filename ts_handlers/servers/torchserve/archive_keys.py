@@ -10,11 +10,13 @@ from typing import Any
 from ts_handlers.backends import get_backend
 from ts_handlers.errors import ModelError
 from ts_handlers.key.cache_key import CacheKey, explain
-from ts_handlers.key.parts import compute_key
 from ts_handlers.model.recipes import make_source
 from ts_handlers.servers.torchserve.recipes import archive_recipe
 from ts_handlers.servers.torchserve.unpacking import unpacked
+from ts_handlers.startup.address import key_in_store
 from ts_handlers.startup.target import new_target
+from ts_handlers.store.address import safe_name
+from ts_handlers.store.base import Store
 from ts_handlers.store.upkeep.scan import EntryInfo
 
 
@@ -33,6 +35,7 @@ class ArchiveKey:
 
 def archive_keys(
     archive: str | Path,
+    store: Store,
     *,
     device: str | None = None,
     config: Mapping[str, Any] | str | Path | None = None,
@@ -40,9 +43,10 @@ def archive_keys(
 ) -> list[ArchiveKey]:
     """The keys of an archive on this machine, one for each backend that keeps artifacts, in the fallback order.
 
-    The archive's handler is imported into this process and run until it starts its model. Number of
-    threads (``OMP_NUM_THREADS``) and torch must be those of the server: they are part of the key. The parameters are
-    those of `ts_handlers.servers.torchserve.prewarm.prewarm`.
+    The archive's handler is imported into this process and run until it starts its model. Number of threads
+    (``OMP_NUM_THREADS``) and torch must be those of the server: they are part of the key. `store` knows what making the
+    model reads from outside the archive, whose values here are part of it too. The other parameters are those of
+    `ts_handlers.servers.torchserve.prewarm.prewarm`.
 
     Raises
     ------
@@ -55,7 +59,7 @@ def archive_keys(
             raise ModelError(f"{archive}: its handler starts no model")
         target = new_target(made.source, made.settings, made.device)
         backends = [get_backend(name) for name in made.settings.backends]
-        keys = [(backend.name, compute_key(backend, target)) for backend in backends if backend.persistent]
+        keys = [(backend.name, key_in_store(backend, target, store)) for backend in backends if backend.persistent]
         left_out = getattr(made.source, "left_out", ())
         return [ArchiveKey(made.source.name, name, key, left_out) for name, key in keys]
 
@@ -67,5 +71,5 @@ def nearest_entry(wanted: ArchiveKey, entries: list[EntryInfo]) -> EntryInfo | N
         assert entry.manifest is not None
         return len(explain(wanted.key, entry.manifest.cache_key))
 
-    own = [entry for entry in entries if entry.model == wanted.model and entry.backend == wanted.backend]
+    own = [entry for entry in entries if entry.model == safe_name(wanted.model) and entry.backend == wanted.backend]
     return min((entry for entry in own if entry.manifest is not None), key=distance, default=None)

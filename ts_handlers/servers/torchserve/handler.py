@@ -7,11 +7,11 @@ rules for the archive, `ts_handlers.servers.torchserve.their_handler` those for 
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 import os
 import time
 import types
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,10 +21,21 @@ import torch
 gc.freeze()
 
 from ts_handlers.compiled_model import ServedModel
-from ts_handlers.errors import BusyError, InputError, MissError, SettingsError, one_line
+from ts_handlers.errors import InputError, MissError, SettingsError, one_line
 from ts_handlers.model.base import ModelSource
 from ts_handlers.model.module import ModuleSource
-from ts_handlers.servers.json_tensors import NOT_BY_ROW, have_rows, join_rows, read_tensors, rows_of, split_rows
+from ts_handlers.servers.json_tensors import (
+    DEPENDENT_ROWS,
+    NON_FINITE,
+    NOT_BY_ROW,
+    have_rows,
+    is_finite,
+    join_rows,
+    read_tensors,
+    rows_of,
+    split_rows,
+)
+from ts_handlers.servers.torchserve.answering import answer, answer_one_by_one, answer_together
 from ts_handlers.servers.torchserve.archive import (
     ArchiveFiles,
     gpu_of_worker,
@@ -34,12 +45,14 @@ from ts_handlers.servers.torchserve.archive import (
     source_of_archive,
 )
 from ts_handlers.servers.torchserve.base_handler import BaseHandler
+from ts_handlers.servers.torchserve.envelopes import guard_envelope
 from ts_handlers.servers.torchserve.metrics import Emitter
 from ts_handlers.servers.torchserve.micro_batching import MicroBatches, check_contexts, read_micro_batching
 from ts_handlers.servers.torchserve.recipes import handler_recipe
-from ts_handlers.servers.torchserve.request_batch import REFUSALS, CurrentBatch, RequestBatch
+from ts_handlers.servers.torchserve.request_batch import CurrentBatch, RequestBatch
 from ts_handlers.servers.torchserve.their_handler import (
     answers_describe,
+    describe_uncompiled,
     device_of,
     is_base_handlers,
     reason_not_to_compile,
@@ -127,6 +140,7 @@ class CompiledHandlerMixin:
         with refusing_weights_alone(context.manifest["model"]), prepared:
             super().initialize(context)  # type: ignore[misc]
         self.model_yaml_config = config
+        guard_envelope()
         self._start_module_of_base_handler()
         self._start_micro_batches()
         if self._served is not None:
@@ -255,22 +269,15 @@ class CompiledHandlerMixin:
 
     def inference(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped handler's inference; in place of `BaseHandler`'s own the model is called with a tensor or a tuple
-        of tensors by position, and with a mapping by name."""
+        of tensors by position, with a mapping by name, and without declared inputs as `forward` takes it."""
         below: Any = super()
         if self._served is None or not is_base_handlers(below.inference, "inference"):
             return below.inference(*args, **kwargs)
-        return self._call_model(*args, **kwargs)
-
-    def _call_model(self, data: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(data, Mapping):
-            return self.model(*args, **data, **kwargs)
-        if isinstance(data, (tuple, list)):
-            return self.model(*data, *args, **kwargs)
-        return self.model(data, *args, **kwargs)
+        return self.model.call_with(*args, **kwargs)
 
     def handle(self, data: Any, context: Any) -> Any:
-        """Answer a batch. A request that the model cannot answer gets HTTP 400 and leaves the others alone; requests
-        for which no execution context came free get HTTP 503."""
+        """Answer a batch. A request that fails leaves the others alone: HTTP 400 when the model cannot answer it, 503
+        when no execution context came free, and what TorchServe answers to a batch of one for any other error."""
         self.context = context
         served = self._served
         if served is not None:
@@ -285,45 +292,36 @@ class CompiledHandlerMixin:
                 self._emitter.emit_contexts(torchserve_metrics, served.context_stats())
 
     def _answer(self, batch: RequestBatch) -> Any:
-        data, context = batch.rows, batch.context
-        if self._micro_batches is not None and data and not self._asks_for_more():
-            started = time.perf_counter()
-            answers = self._micro_batches.answer(batch, self._answer_one_by_one)
-            context.metrics.add_time("HandlerTime", round((time.perf_counter() - started) * 1000, 2), None, "ms")
-            return answers
-        try:
+        below: Any = super()
+        if inspect.iscoroutinefunction(below.handle):  # its answers are not there yet
             return self._answer_below(batch)
-        except BusyError as error:
-            return batch.refuse(error)
-        except InputError as error:
-            if data is None or len(data) == 1:
-                return batch.refuse(error)
-        return self._answer_one_by_one(batch)
+        if self._micro_batches is None or not batch.rows or os.environ.get("ENABLE_TORCH_PROFILER"):
+            return answer(batch, lambda part: answer_together(part, self._answer_below), self._answer_below)
+        return answer(batch, self._answer_by_parts, self._answer_below)
 
-    def _asks_for_more(self) -> bool:
-        """Whether the base class has to answer: describe, explain, or a run under its profiler."""
-        below: Any = self
-        return bool(os.environ.get("ENABLE_TORCH_PROFILER")) or below._is_describe() or below._is_explain()
+    def _answer_by_parts(self, batch: RequestBatch) -> Any:
+        if batch.asks_alone(0):
+            return answer_together(batch, self._answer_below)
+        assert self._micro_batches is not None
+        started = time.perf_counter()
+        answers = self._micro_batches.answer(batch, lambda part: answer_one_by_one(part, self._answer_below))
+        batch.context.metrics.add_time("HandlerTime", round((time.perf_counter() - started) * 1000, 2), None, "ms")
+        return answers
+
+    def _is_describe(self) -> bool:
+        """Whether the first request is TorchServe's describe; a prediction with its header is a prediction."""
+        below: Any = super()
+        batch = self._current.batch
+        if batch is None or not is_base_handlers(below._is_describe, "_is_describe"):
+            return bool(below._is_describe())
+        return batch.is_describe()
 
     def _answer_below(self, batch: RequestBatch) -> Any:
         below: Any = super()
         with self._current.use(batch):
-            if answers_describe(below.handle, batch.context):
+            if answers_describe(below.handle, batch):
                 return [self.describe_handle()]
             return below.handle(batch.rows, batch.context)
-
-    def _answer_one_by_one(self, batch: RequestBatch) -> list[Any]:
-        """Answer each request alone, so that only the bad ones are refused."""
-        answers: list[Any] = []
-        busy: BusyError | None = None
-        for part in batch.split():
-            try:
-                # Behind one that found no context the others would wait as long again.
-                answers.extend(part.refuse(busy) if busy is not None else self._answer_below(part))
-            except REFUSALS as error:
-                busy = error if isinstance(error, BusyError) else None
-                answers.extend(part.refuse(error))
-        return answers
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -350,11 +348,7 @@ class CompiledHandlerMixin:
     def describe_handle(self) -> dict[str, Any]:
         """What TorchServe's describe API shows as ``customizedMetadata``."""
         served = self._served
-        if served is not None:
-            facts = served.describe()
-        else:
-            script = isinstance(getattr(self, "model", None), torch.jit.ScriptModule)
-            facts = {"backend": "torchscript" if script else "other", "reason": self._not_compiled}
+        facts = describe_uncompiled(self, self._not_compiled) if served is None else served.describe()
         facts["pid"] = os.getpid()
         return with_their_description(facts, getattr(super(), "describe_handle", None))
 
@@ -366,8 +360,10 @@ class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
     """A TorchServe handler for tensors as JSON.
 
     A request is ``{input name: nested list}`` with the batch dimension included, or the bare nested list when the model
-    has one input. Requests are joined along dimension 0 and their answers split again; where an input or output has no
-    row for each row of a request, they are answered one by one. Answers have the output's structure, tensors as lists.
+    has one input. Requests are joined along dimension 0 and their answers split again; they are answered one by one if
+    an input or output has no row for each row of a request, and unless the start has found that a row is answered alone
+    as it is among others (`ts_handlers.startup.rows`). Answers have the output's structure, tensors as lists, and None
+    in place of NaN and infinity, or none at all with ``non_finite: refuse``.
     """
 
     _answers_alone = False
@@ -385,12 +381,16 @@ class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
             raise SettingsError(f"{SECTION}.inputs: needed by the default preprocess; declare them or override it")
         if len(data) > 1 and (self._answers_alone or not have_rows(specs)):
             raise InputError(NOT_BY_ROW)
+        if len(data) > 1 and not (isinstance(self.model, ServedModel) and self.model.outcome.independent_rows):
+            raise InputError(DEPENDENT_ROWS)
         rows = [read_tensors(self.request_body(row), specs) for row in data]
         joined, self.batch_state.counts = join_rows(rows, specs)
         return joined
 
     def postprocess(self, data: Any) -> list[Any]:
         """One answer per request: the model's output for its rows, tensors as nested lists."""
+        if self.settings.non_finite == "refuse" and not is_finite(data):
+            raise InputError(NON_FINITE)
         answers = split_rows(data, self.batch_state.counts)
         if answers is None:
             self._answers_alone = True

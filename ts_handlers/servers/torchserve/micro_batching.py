@@ -24,7 +24,7 @@ import msgspec
 import torch
 
 from ts_handlers.errors import BusyError, SettingsError
-from ts_handlers.servers.torchserve.request_batch import REFUSALS, CurrentBatch, RequestBatch
+from ts_handlers.servers.torchserve.request_batch import CurrentBatch, RequestBatch
 from ts_handlers.settings.parsing import read_section
 
 logger = logging.getLogger(__name__)
@@ -108,12 +108,12 @@ class MicroBatches:
             threading.Thread(target=self._work, name=f"micro-batch-{number}", daemon=True).start()
 
     def answer(self, batch: RequestBatch, one_by_one: Callable[[RequestBatch], list[Any]]) -> list[Any]:
-        """Answers of all requests, in order; a part that is refused is handed to `one_by_one`.
+        """Answers of all requests, in order; a part that fails is handed to `one_by_one`, a request that fails refused.
 
         Raises
         ------
         Exception
-            Any other failure of a part, when all parts are done.
+            What a batch of one request has failed with, unless it is a refusal.
         """
         done: SimpleQueue[None] = SimpleQueue()
         starts = range(0, len(batch.rows), self._size)
@@ -152,24 +152,31 @@ class MicroBatches:
             part.done.put(None)
 
     def _answer(self, part: _Part) -> list[Any]:
-        requests = part.batch.select(part.start, part.stop)
+        requests = part.batch.select(range(part.start, part.stop))
         count = len(requests.rows)
-        value: Any = requests.rows
+        attempt = requests.copied()
+        value: Any = attempt.rows
         try:
             for phase in PHASES:
                 places = self._places[phase]
                 place = places.get()
                 try:
-                    with self._current.use(requests):
+                    with self._current.use(attempt):
                         value = getattr(self._handler, phase)(value)
                 finally:
                     places.put(place)
-        except REFUSALS as error:
-            alone = count == 1 or isinstance(error, BusyError)  # each would wait as long again
-            return list(requests.refuse(error)) if alone else part.one_by_one(requests)
-        if not isinstance(value, list) or len(value) != count:
-            raise RuntimeError(f"postprocess: expected a list of {count} answers, found {_summary(value)}")
-        return value
+        except Exception as error:
+            if not part.batch.can_be_split:
+                return requests.refuse_or_raise(error)
+            if count == 1 or isinstance(error, BusyError):  # each would wait as long again
+                return list(requests.refuse(error))
+            return part.one_by_one(requests)
+        if requests.has_answers(value):
+            return list(value)
+        wrong = RuntimeError(f"postprocess: expected a list of {count} answers, found {_summary(value)}")
+        if not part.batch.can_be_split:
+            raise wrong
+        return part.one_by_one(requests) if count > 1 else requests.refuse(wrong)
 
 
 @dataclasses.dataclass(eq=False)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ts_handlers.errors import ModelError
+from ts_handlers.errors import UNDECODABLE, ModelError, SettingsError, one_line
 from ts_handlers.model.recipes import Made
 from ts_handlers.servers.torchserve.unpacking import MANIFEST
 from ts_handlers.start import captured_start
@@ -157,7 +157,7 @@ def archive_recipe(
 def _model_name(directory: Path) -> str:
     try:
         return str(json.loads((directory / MANIFEST).read_text("utf-8"))["model"]["modelName"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, *UNDECODABLE) as error:
         raise ModelError(f"{MANIFEST} names no model: {type(error).__name__}: {error}") from error
 
 
@@ -176,4 +176,7 @@ def _read_config(config: Mapping[str, Any] | str | Path | None) -> dict[str, Any
         return dict(config)
     import yaml
 
-    return dict(yaml.safe_load(Path(config).read_text("utf-8")) or {})
+    try:
+        return dict(yaml.safe_load(Path(config).read_text("utf-8")) or {})
+    except (OSError, TypeError, yaml.YAMLError, *UNDECODABLE) as error:
+        raise SettingsError(f"{config} is no model-config.yaml: {one_line(error)}") from error

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
+import logging
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ts_handlers.errors import BusyError, InputError
+from ts_handlers.servers.torchserve.failures import is_loggable, log_text, refusal, status_of
+
+logger = logging.getLogger(__name__)
 
 REFUSALS = (InputError, BusyError)
 """Errors that are an answer to a request."""
-
-_STATUS = {InputError: (400, "Bad Request"), BusyError: (503, "Service Unavailable")}
 
 
 class RequestBatch:
@@ -44,33 +45,116 @@ class RequestBatch:
         self.context = context
         self.state = types.SimpleNamespace()
 
-    def select(self, start: int, stop: int) -> RequestBatch:
-        """The requests ``start`` to ``stop - 1``, with a context in which the first one has index 0.
+    def select(self, indexes: Sequence[int]) -> RequestBatch:
+        """The requests of these indexes, with a context in which the first one has index 0.
 
         Answers' statuses and headers set through that context reach TorchServe: the objects behind it are the same.
         """
         context = copy.copy(self.context)
-        if getattr(self.context, "request_processor", None) is not None:
-            context.request_processor = self.context.request_processor[start:stop]
-        if getattr(self.context, "request_ids", None) is not None:
-            ids = self.context.request_ids
-            context.request_ids = {i - start: ids[i] for i in range(start, stop) if i in ids}
-        return RequestBatch(self.rows[start:stop], context)
+        processors = getattr(self.context, "request_processor", None)
+        if self._is_inside_envelope and (processors is None or len(processors) != len(self.rows)):
+            return RequestBatch([self.rows[index] for index in indexes], context)
+        if processors is not None:
+            context.request_processor = [processors[index] for index in indexes]
+        ids = getattr(self.context, "request_ids", None)
+        if ids is not None:
+            context.request_ids = {new: ids[old] for new, old in enumerate(indexes) if old in ids}
+        return RequestBatch([self.rows[index] for index in indexes], context)
 
     def split(self) -> list[RequestBatch]:
         """One batch for each request."""
-        return [self.select(index, index + 1) for index in range(len(self.rows))]
+        return [self.select([index]) for index in range(len(self.rows))]
+
+    def copied(self) -> RequestBatch:
+        """The same requests, whose dicts may be changed without harm to a second attempt."""
+        if not self.can_be_split:
+            return self
+        return RequestBatch([dict(row) if type(row) is dict else row for row in self.rows], self.context)
+
+    def inside_envelope(self) -> RequestBatch:
+        """The same requests for a handler behind an envelope: its rows need not be the requests of the context."""
+        inside = self.select(range(len(self.rows))) if self.rows else RequestBatch(self.rows, copy.copy(self.context))
+        inside.context.inside_envelope = True
+        return inside
+
+    @property
+    def can_be_split(self) -> bool:
+        """Whether it holds several requests, each with a context of its own."""
+        return self.rows is not None and len(self.rows) > 1 and not self._is_inside_envelope
+
+    @property
+    def _is_inside_envelope(self) -> bool:
+        return getattr(self.context, "inside_envelope", False)
+
+    def asks_alone(self, index: int) -> bool:
+        """Whether a request asks for something else than a prediction: TorchServe's describe, or an explanation."""
+        return self.is_describe(index) or _header(self.context, index, "explain") == "True"
+
+    def is_describe(self, index: int = 0) -> bool:
+        """Whether a request comes from the management API's describe, and not from a client that sends its header.
+
+        TorchServe marks it by the header ``describe: True``, which a prediction may carry too. A describe has no
+        parameters. A prediction has a body among them, unless its content type is that of a form without fields.
+        """
+        if _header(self.context, index, "describe") != "True" or not isinstance(self.rows, (list, tuple)):
+            return False
+        row = self.rows[index] if index < len(self.rows) else None
+        if row is not None and row != {}:
+            return False
+        kind = str(_header(self.context, index, "content-type")).strip().lower()
+        return not kind.startswith(("multipart/", "application/x-www-form-urlencoded"))
+
+    def has_answers(self, answers: Any) -> bool:
+        """Whether `answers` is a list with one answer for each request, and TorchServe can send each text in it."""
+        right = isinstance(answers, list) and (self.rows is None or len(answers) == len(self.rows))
+        return right and all(map(can_be_sent, answers))
 
     def refuse(self, error: Exception) -> list[str]:
-        """Refuse every request of this batch; returns their answers."""
+        """Answer every request of this batch with an error, as TorchServe would answer a batch of one; their answers.
+
+        Bodies are shorter than 1 KiB. An error that is no answer to a request is logged, with a bounded text.
+        """
+        if not isinstance(error, REFUSALS):
+            logger.warning("a request has failed, and was answered alone:\n%s", log_text(error))
         return [self._refuse(index, error) for index in range(1 if self.rows is None else len(self.rows))]
 
+    def refuse_or_raise(self, error: Exception) -> list[str]:
+        """As `refuse` for what the client is told; anything else is raised, for TorchServe to log and answer.
+
+        An error whose text a request has made long, or has filled with control characters, is answered here instead.
+        Behind an envelope all errors are raised.
+        """
+        if not self._is_inside_envelope and (isinstance(error, REFUSALS) or not is_loggable(error)):
+            return self.refuse(error)
+        raise error
+
     def _refuse(self, index: int, error: Exception) -> str:
-        kind = next(kind for kind in _STATUS if isinstance(error, kind))
-        code, phrase = _STATUS[kind]
+        code, phrase = status_of(error)
         self.context.set_response_status(code, phrase, index)
-        self.context.set_response_header(index, "content-type", "application/json")
-        return json.dumps({"code": code, "type": kind.__name__, "message": str(error)})
+        if getattr(self.context, "request_processor", None) is not None:
+            self.context.set_response_header(index, "content-type", "application/json")
+        return refusal(error)
+
+
+def can_be_sent(answer: Any) -> bool:
+    """Whether a text has no surrogate, as JSON may bring one: TorchServe would end the worker that answers with it."""
+    if isinstance(answer, str):
+        try:
+            answer.encode()
+        except UnicodeEncodeError:
+            return False
+    return True
+
+
+def _header(context: Any, index: int, name: str) -> str | None:
+    """A header of a request, whatever case its name was sent in; the exact name first."""
+    processors = getattr(context, "request_processor", None)
+    if processors is None or index >= len(processors):
+        return None
+    headers = processors[index].get_request_properties()
+    if name in headers:
+        return headers[name]  # type: ignore[no-any-return]
+    return next((value for key, value in headers.items() if key.lower() == name), None)
 
 
 class CurrentBatch(threading.local):

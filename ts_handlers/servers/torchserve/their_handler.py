@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
-from ts_handlers.compiled_model import ServedModel, explanations
+from ts_handlers.compiled_model import ServedModel
 from ts_handlers.errors import InputError
+from ts_handlers.model.explanations import explanations
 from ts_handlers.servers.torchserve.base_handler import BaseHandler
+from ts_handlers.servers.torchserve.request_batch import RequestBatch
 
 EXPLAIN = ("explain_handle", "get_insights")
 """Methods of a handler that explain answers; `get_insights` is captum's in TorchServe's own handlers."""
@@ -98,20 +100,25 @@ def wrap_explanations(kind: type) -> None:
             setattr(kind, name, explaining(method))
 
 
-def answers_describe(below: Any, context: Any) -> bool:
+def answers_describe(below: Any, batch: RequestBatch) -> bool:
     """Whether a request is TorchServe's describe, and a handler's own `handle` would take it for a prediction.
 
     Parameters
     ----------
     below:
         The bound method `handle` of the class behind the mixin.
-    context:
-        TorchServe's context of the request.
+    batch:
+        The request.
     """
     if is_base_handlers(below, "handle") or inspect.iscoroutinefunction(below):
         return False
-    processors = getattr(context, "request_processor", None)
-    return bool(processors) and context.get_request_header(0, "describe") == "True"
+    return batch.is_describe()
+
+
+def describe_uncompiled(handler: Any, reason: str | None) -> dict[str, Any]:
+    """What describe shows of a handler whose model is served as it is."""
+    script = isinstance(getattr(handler, "model", None), torch.jit.ScriptModule)
+    return {"backend": "torchscript" if script else "other", "reason": reason}
 
 
 def with_their_description(facts: dict[str, Any], below: Any) -> dict[str, Any]:

@@ -1,12 +1,17 @@
-"""Unpack model archives as TorchServe does, and refuse what would leave the folder.
+"""Unpack model archives as TorchServe does, and refuse what would leave the folder or fill the disk.
 
 An archive is a zip file (``.mar``), a tar file (``.tgz``, ``.tar.gz``) or a folder; ``MAR-INF/MANIFEST.json`` lies at
 its top or, in tar files, in its only folder.
+
+What is unpacked may be a hundred times as large as the archive, or `SMALL_BYTES`; it leaves `RESERVE_BYTES` of the disk
+free, and consists of at most `FILES_LIMIT` files. Holes of a sparse member count like bytes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gzip
+import os
 import shutil
 import stat
 import tarfile
@@ -14,11 +19,19 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any, cast
 
-from ts_handlers.errors import ModelError
+from ts_handlers.errors import ModelError, one_line
+from ts_handlers.system.files import NAME_LIMIT
 
 MANIFEST = PurePosixPath("MAR-INF/MANIFEST.json")
+RATIO_LIMIT = 100
+SMALL_BYTES = 1 << 30
+RESERVE_BYTES = 16 << 20
+FILES_LIMIT = 65_536
+_CHUNK = 1 << 20
+_HEADER_LIMIT = 16 << 20
+"""Bytes that are read at once from a tar file: a header that claims more is none."""
 
 
 @contextlib.contextmanager
@@ -28,23 +41,47 @@ def unpacked(archive: str | Path) -> Iterator[Path]:
     Raises
     ------
     ModelError
-        It is no archive, is damaged, or holds a link, a special file or a name that leaves the folder.
+        It is no archive, is damaged or too large, or holds a link, a special file or a name that leaves the folder.
     """
     path = Path(archive)
     if path.is_dir():
         yield _root(path.absolute(), path)
         return
     with tempfile.TemporaryDirectory(prefix="ts_handlers-archive-") as temporary:
-        target = Path(temporary)
         try:
-            for name, source in _files(path):
-                place = target / _safe(name, path)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                with source, place.open("xb") as file:
-                    shutil.copyfileobj(source, file, 1 << 20)
-        except (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError) as error:
-            raise ModelError(f"the archive {path} cannot be unpacked: {type(error).__name__}: {error}") from error
-        yield _root(target, path)
+            _unpack(path, Path(temporary))
+            root = _root(Path(temporary), path)
+        except ModelError:
+            raise
+        except Exception as error:  # the readers of zip and tar files do not say what they raise for damaged bytes
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise ModelError(f"the archive {path} cannot be unpacked: {reason}") from error
+        yield root
+
+
+def _unpack(path: Path, target: Path) -> None:
+    stated = max(SMALL_BYTES, RATIO_LIMIT * path.stat().st_size)
+    free = shutil.disk_usage(target).free - RESERVE_BYTES
+    left = min(stated, free)
+    for count, (name, source) in enumerate(_files(path)):
+        if count >= FILES_LIMIT:
+            raise ModelError(f"the archive {path} holds more than {FILES_LIMIT} files")
+        place = target / _safe(name, path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with source, place.open("xb") as file:
+            while chunk := source.read(_CHUNK):
+                left -= len(chunk)
+                if left < 0 and free < stated:
+                    raise ModelError(
+                        f"the archive {path} does not fit into {tempfile.gettempdir()}, where {free} bytes can be "
+                        "used; free some, or name another temporary folder (TMPDIR)"
+                    )
+                if left < 0:
+                    raise ModelError(
+                        f"the archive {path} holds more than {stated} bytes, {RATIO_LIMIT} times its own size; it is "
+                        "not unpacked"
+                    )
+                file.write(chunk)
 
 
 def _files(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
@@ -58,23 +95,46 @@ def _files(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
                 _safe(info.filename, path)
                 if not info.is_dir():
                     yield info.filename, archive.open(info)
-    elif tarfile.is_tarfile(path):
-        with tarfile.open(path) as tar:
+        return
+    with path.open("rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        content: Any = gzip.GzipFile(fileobj=file) if compressed else file
+        try:
+            tar = tarfile.open(fileobj=cast(IO[bytes], _Bounded(content)), mode="r:")  # noqa: SIM115
+        except (tarfile.ReadError, EOFError) as error:
+            raise ModelError(
+                f"{path} is no model archive: expected a zip file (.mar), a .tgz file or a folder ({one_line(error)})"
+            ) from error
+        with tar:
             for member in tar:
                 if not (member.isfile() or member.isdir()):
                     raise ModelError(f"the archive {path} holds {member.name!r}, which is a link or special file")
                 _safe(member.name, path)
-                content = tar.extractfile(member)
-                if content is not None:
-                    yield member.name, content
-    else:
-        raise ModelError(f"{path} is no model archive: expected a zip file (.mar), a .tgz file or a folder")
+                source = tar.extractfile(member)
+                if source is not None:
+                    yield member.name, source
+
+
+class _Bounded:
+    """A file of which nobody reads much at once, as `tarfile` does for a header that claims to be large."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, count: int = -1) -> bytes:
+        if not 0 <= count <= _HEADER_LIMIT:
+            raise tarfile.ReadError(f"a header of {count} bytes")
+        return self._file.read(count)
 
 
 def _safe(name: str, archive: Path) -> str:
     parts = PurePosixPath(name).parts
     if name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
         raise ModelError(f"the archive {archive} holds the name {name!r}, which leaves its folder; it is not unpacked")
+    if any(len(os.fsencode(part)) > NAME_LIMIT for part in parts):
+        raise ModelError(f"the archive {archive} holds a name of more than {NAME_LIMIT} bytes: {name[:80]!r}...")
     return name
 
 

@@ -40,7 +40,7 @@ from ts_handlers.backends.base import Backend, Target
 from ts_handlers.compiled_model import CompiledModel, log_outcome
 from ts_handlers.errors import UNDECODABLE, BuildError, one_line
 from ts_handlers.guard.guard import remember_crash
-from ts_handlers.key.parts import compute_key
+from ts_handlers.startup.address import key_in_store, known_names
 from ts_handlers.startup.background.idle_window import IdleWindows, wait_for_idle_window
 from ts_handlers.startup.build_process import BuildProcess
 from ts_handlers.store.address import Address
@@ -249,7 +249,7 @@ class BackgroundBuild:
             except BuildError as error:
                 ended = Ended(None, str(error))
                 if self._process is not None and not self._closed:
-                    remember_crash(self._store.state_directory, self._process.pid, str(error))
+                    remember_crash(self._store.state_directory, self._process.pid, str(error), self._target.settings)
             if not self._closed:
                 self._write_outcome(ended)
             return ended
@@ -257,7 +257,8 @@ class BackgroundBuild:
     def _build(self, recipe: dict[str, Any], report: Callable[[str, float | None], None]) -> Ended:
         settings = self._target.settings
         # The child's start goes the same way as this one, also to a substitute of the backend.
-        key = compute_key(get_backend(self._backend.name), self._target)
+        key = key_in_store(get_backend(self._backend.name), self._target, self._store)
+        names = known_names(self._store, self._target, key)
         spec = {
             "source": recipe,
             "settings": msgspec.to_builtins(settings),
@@ -270,6 +271,7 @@ class BackgroundBuild:
             "threads": self._threads,
             "float32_matmul": torch.get_float32_matmul_precision(),
             "retry_failed": self._retry_failed,
+            "environment": self._target.source.surroundings.variables(names),
             "keys": {self._backend.name: key.parts},
         }
         report("process", None)

@@ -5,14 +5,15 @@
     <root>/
         entries/<model>/<model digest>/<device>/<key>/    published entries, see store/entry.py
         canaries/<key>/<weights digest>                   canary records, see store/canaries.py
+        outside/<base key>/<names digest>                 what a model reads elsewhere, see store/outside.py
         leases/
             <key>.lock, <key>.json                        the right to build, and what its holder is doing
-            <key>.fetch.lock                              held by the process that asks the remote store
+            <key>.<address>.fetch.lock                    held by the process that asks the remote store
             <key>.background.lock, <key>.background.json  the right to build beside a model that serves eagerly
             <key>.background.outcome                      how the latest of these builds ended
         remote/
             <service>.json                                why the host goes on alone, see store/remote/breaker.py
-            unsent-<key>                                  the remote store lacks this entry, see store/tiered/sender.py
+            unsent-<key>.entry-<address>                  the remote store lacks this entry, see store/tiered/sender.py
             unsent-<key>.<weights digest>                 the remote store lacks this canary record
         staging/<key>-<random>/                           an entry being built; its builder holds a lock on it
         trash/
@@ -28,7 +29,7 @@
             timing/<version>-<device>.cache               TensorRT's measured kernel times, see backends/tensorrt
 
 A name with a leading dot is a file being written, see `ts_handlers.system.files.atomic_file`. A remote store has
-``entries``, ``canaries`` and ``leases`` of the same names, see `ts_handlers.store.remote.objects`.
+``entries``, ``canaries``, ``outside`` and ``leases`` of the same names, see `ts_handlers.store.remote.objects`.
 
 The two folders of the crash guard, and ``timing``, are named by their owners, which lie below the store.
 """
@@ -42,6 +43,7 @@ ENTRIES = "entries"
 ENTRY_DEPTH = 4
 """Folders from ``entries`` down to an entry: model, model digest, device, key."""
 CANARIES = "canaries"
+OUTSIDE = "outside"
 LEASES = "leases"
 REMOTE = "remote"
 STAGING = "staging"

@@ -93,7 +93,8 @@ def hold_lease(directory: Path, name: str, estimate: float | None) -> Iterator[L
     finally:
         with contextlib.suppress(OSError):
             status.unlink()
-        lock.release()
+        with contextlib.suppress(OSError):  # native code of the build may have closed descriptors that are not its own
+            lock.release()
 
 
 def read_status(directory: Path, name: str) -> dict[str, Any]:

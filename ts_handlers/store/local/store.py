@@ -9,31 +9,37 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from ts_handlers.errors import StoreError
 from ts_handlers.key.cache_key import explain
-from ts_handlers.store.address import Address, entry_path, safe_name
+from ts_handlers.key.names import NO_NAMES, Names, names_digest
+from ts_handlers.store.address import Address, entry_path, safe_name, safe_weights
 from ts_handlers.store.base import Corrupt, Hit, Miss, NoPendingWrites
 from ts_handlers.store.canaries import check_canary_bytes, encode_canary, load_record, record_canary_use
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest, verify_files, write_manifest
-from ts_handlers.store.local.layout import CANARIES, ENTRIES, LEASES, SHARED, STAGING
+from ts_handlers.store.local.layout import CANARIES, ENTRIES, LEASES, OUTSIDE, SHARED, STAGING
 from ts_handlers.store.local.lease import Lease, hold_lease
-from ts_handlers.store.local.ownership import check_path, is_inside
+from ts_handlers.store.local.ownership import NotOursError, OwnedTree, check_path, make_private_folders
 from ts_handlers.store.local.trash import move_aside
 from ts_handlers.store.local.usage import InUse, record_use
 from ts_handlers.store.local.verified import KnownDigests
-from ts_handlers.system.files import fsync, is_temporary, write_atomically
+from ts_handlers.store.outside import encode_names, names_of_manifest, read_names
+from ts_handlers.system.files import close_if_same, fsync, is_temporary, write_atomically
 from ts_handlers.system.locked_directory import collect_directories, make_locked_directory
 
 logger = logging.getLogger(__name__)
 
 PUBLISH_ATTEMPTS = 3
-_DAMAGE = (errno.EIO, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
-"""Errors that say something about an entry; others, as of missing permissions, say something about this process."""
+READ_ATTEMPTS = 3
+RETRY_SECONDS = 0.02
+_DAMAGE = (errno.EISDIR, errno.ELOOP)
+"""Errors that say something about an entry; others, as of missing permissions or of a disk that does not answer, say
+something about this process or this moment."""
 
 
 class LocalStore:
@@ -70,6 +76,7 @@ class LocalStore:
         self.keep_alive: Any = None  # what removes a temporary root when the store is dropped
         self.root = Path(root).expanduser().absolute()
         self._verify = verify
+        self._trusted_folders = tuple(trusted_folders)
         self._in_use = InUse()
         weakref.finalize(self, self._in_use.close)
         try:
@@ -113,42 +120,85 @@ class LocalStore:
     def lookup(self, address: Address) -> Hit | Miss | Corrupt:
         """Find an entry and verify every byte of it; a damaged one is moved aside.
 
-        A hit is locked against eviction, and its use recorded. An entry that goes meanwhile is a miss.
+        A hit is locked against eviction, and its use recorded. An entry that goes meanwhile is a miss. What cannot be
+        read, or has another digest, is read again before it is called damaged; an entry whose disk does not answer
+        stays, for the next start.
         """
+        return self._lookup(address)
+
+    def _lookup(self, address: Address, *, in_the_way: bool = False) -> Hit | Miss | Corrupt:
+        """See `lookup`; what stands in the way of a new entry is moved aside also when its disk does not answer."""
         directory = self._entry(address)
-        if not is_inside(self.root, directory):
-            return Corrupt(f"{directory} leads out of the store by a symbolic link; remove the link")
+        problem: Exception | None = None
+        for attempt in range(READ_ATTEMPTS):
+            if attempt:
+                time.sleep(RETRY_SECONDS)
+            try:
+                check_path(self.root, self._trusted_folders)
+                with OwnedTree(self.root) as tree:
+                    tree.check_folder(self._relative(directory.parent))
+                    found = self._read(address, directory, tree)
+            except (StoreError, NotOursError) as error:  # of a folder above: moving the entry would mend nothing
+                return Corrupt(str(error))
+            except (FileNotFoundError, NotADirectoryError):
+                if not self._in_use.acquire(directory):  # otherwise it has been published at this moment
+                    return Miss(self._nearest(address))
+            except OSError as error:
+                self._in_use.release(directory)
+                if error.errno == errno.ENAMETOOLONG or (isinstance(error, PermissionError) and not self.has(address)):
+                    return Miss(self._nearest(address))
+                problem = error
+                if isinstance(error, PermissionError) or error.errno in _DAMAGE:
+                    break
+            except ValueError as error:
+                problem = error
+            else:
+                return found
+        return self._give_up(address, problem, in_the_way)
+
+    def _read(self, address: Address, directory: Path, tree: OwnedTree) -> Hit | Miss | Corrupt:
+        """Lock and verify an entry. Raises `ValueError` for damage, and `OSError`."""
+        if not self._in_use.acquire(directory):
+            # Published by one rename, so a folder without a manifest was never complete here.
+            if _is_folder(directory) and not _has_manifest(directory) and self.discard(address, "no manifest"):
+                return Corrupt("the entry has no manifest")
+            return Miss(self._nearest(address))
+        name = self._relative(directory)
         try:
-            if not self._in_use.acquire(directory):
-                # Published by one rename, so a folder without a manifest was never complete here.
-                if _is_folder(directory) and not _has_manifest(directory) and self.discard(address, "no manifest"):
-                    return Corrupt("the entry has no manifest")
-                return Miss(self._nearest(address))
+            tree.check_folder(name)
+            tree.status(f"{name}/{MANIFEST}")
             manifest = read_manifest(directory)
             if manifest.cache_key != address.key:
                 raise ValueError("the manifest's key is another one than its folder's")
-            self._verify_files(directory, manifest)
-        except ValueError as error:
-            if not self.discard(address, str(error)):
-                return Miss(self._nearest(address))
+            self._verify_files(directory, manifest, lambda file: tree.status(f"{name}/{file}"))
+        except NotOursError as error:
+            self.discard(address, str(error))
             return Corrupt(str(error))
-        except OSError as error:
-            # It has been evicted, or a folder above may not be entered.
-            if isinstance(error, (FileNotFoundError, PermissionError)) and not self.has(address):
-                return Miss(self._nearest(address))
-            if error.errno in _DAMAGE:
-                self.discard(address, f"cannot be read: {error}")
-            self._in_use.release(directory)
-            return Corrupt(f"the entry cannot be read: {error}")
         record_use(self.root, address.key.digest)
         return Hit(directory, manifest)
 
-    def _verify_files(self, directory: Path, manifest: Manifest) -> None:
+    def _give_up(self, address: Address, problem: Exception | None, in_the_way: bool) -> Miss | Corrupt:
+        """What a lookup finds that has failed each time in the same way."""
+        directory = self._entry(address)
+        if not isinstance(problem, OSError):
+            return Corrupt(str(problem)) if self.discard(address, str(problem)) else Miss(self._nearest(address))
+        reason = f"the entry cannot be read: {problem}"
+        if problem.errno in _DAMAGE or (in_the_way and problem.errno == errno.EIO):
+            with contextlib.suppress(OSError):
+                self._in_use.acquire(directory)
+            self.discard(address, reason)
+        self._in_use.release(directory)
+        return Corrupt(reason)
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+    def _verify_files(self, directory: Path, manifest: Manifest, status: Callable[[str], os.stat_result]) -> None:
         if self._verify == "always":
-            verify_files(directory, manifest)
+            verify_files(directory, manifest, status=status)
             return
         known = KnownDigests(self.root, directory)
-        verify_files(directory, manifest, known.digest_file)
+        verify_files(directory, manifest, known.digest_file, status)
         known.save()
 
     def _manifests(self, address: Address) -> list[Path]:
@@ -192,11 +242,12 @@ class LocalStore:
         In the latter case the entry cannot be published, but it can be served by this process.
         """
         base = self.root / STAGING
-        descriptor = -1
+        descriptor, identity = -1, None
         try:
-            base.mkdir(mode=0o700, exist_ok=True)
+            make_private_folders(base, self.root)
             collect_directories(base)
             directory, descriptor = make_locked_directory(base, f"{address.key.digest}-")
+            identity = os.fstat(descriptor)
         except OSError as error:
             logger.warning("the store %s cannot be written (%s); building in the temporary folder", self.root, error)
             directory = Path(tempfile.mkdtemp(prefix="ts_handlers-staging-"))
@@ -205,8 +256,8 @@ class LocalStore:
         finally:
             if directory.exists():
                 shutil.rmtree(directory, ignore_errors=True)
-            if descriptor >= 0:
-                os.close(descriptor)
+            if identity is not None:
+                close_if_same(descriptor, identity)
 
     def publish(self, address: Address, staging: Path, manifest: Manifest) -> Path:
         """Write the manifest, flush everything to the disk, and rename the staged directory into place.
@@ -227,12 +278,12 @@ class LocalStore:
             self._in_use.acquire(staging)  # from its first moment no eviction takes it from this process
             for attempt in range(PUBLISH_ATTEMPTS):
                 try:
-                    _make_private(target.parent, self.root)
+                    make_private_folders(target.parent, self.root)
                     os.rename(staging, target)
                     break
                 except OSError:
                     # What stands there was written by somebody else and may be damaged: it is used as any entry is.
-                    found = self.lookup(address)
+                    found = self._lookup(address, in_the_way=True)
                     if isinstance(found, Hit):
                         self._in_use.release(staging)
                         return found.directory
@@ -242,6 +293,8 @@ class LocalStore:
         except OSError as error:
             self._in_use.release(staging)
             raise StoreError(f"the entry could not be published in {self.root}: {error}") from error
+        # Those who do not know the names compute another key.
+        self.write_outside(address.key.base.digest, names_of_manifest(manifest.recorded))
         with contextlib.suppress(OSError):  # it is visible and complete; only its survival of a power cut is open
             fsync(target.parent)
         return target
@@ -279,7 +332,7 @@ class LocalStore:
             yield lease
 
     def _canary(self, address: Address, weights_digest: str) -> Path:
-        return self.root / CANARIES / address.key.digest / safe_name(weights_digest)
+        return self.root / CANARIES / address.key.digest / safe_weights(weights_digest)
 
     def read_canary(self, address: Address, weights_digest: str) -> dict[str, Any] | None:
         """The recorded canary, or None when there is none or it is damaged; its use is recorded."""
@@ -291,10 +344,13 @@ class LocalStore:
     def _load_canary(self, address: Address, weights_digest: str) -> dict[str, Any] | None:
         path = self._canary(address, weights_digest)
         try:
-            return load_record(check_canary_bytes(f"{path.parent.name}/{path.name}", path.read_bytes()))
+            data = path.read_bytes()
+            with OwnedTree(self.root) as tree:
+                tree.status(self._relative(path))
+            return load_record(check_canary_bytes(f"{path.parent.name}/{path.name}", data))
         except OSError:
             return None
-        except ValueError as error:
+        except (ValueError, NotOursError) as error:
             logger.warning("the canary of %s will be recorded again: %s", address.key.digest, error)
             return None
 
@@ -310,10 +366,37 @@ class LocalStore:
         """Record a canary by writing beside and renaming; False when the store cannot be written."""
         path = self._canary(address, weights_digest)
         try:
-            _make_private(path.parent, self.root)
+            make_private_folders(path.parent, self.root)
             write_atomically(path, encode_canary(f"{path.parent.name}/{path.name}", record), durable=True)
         except OSError as error:
             logger.warning("the canary of %s could not be recorded: %s", address.key.digest, error)
+            return False
+        return True
+
+    def read_outside(self, base: str) -> Names:
+        """See `Store`; a damaged record is as good as none."""
+        names = NO_NAMES
+        try:
+            records = sorted(path for path in (self.root / OUTSIDE / base).iterdir() if not is_temporary(path.name))
+        except OSError:
+            return names
+        for path in records:
+            try:
+                names |= read_names(path.name, path.read_bytes())
+            except (OSError, ValueError) as error:
+                logger.warning("the record %s/%s/%s is not used: %s", OUTSIDE, base, path.name, error)
+        return names
+
+    def write_outside(self, base: str, names: Names) -> bool:
+        """See `Store`; nothing is written that is known."""
+        if names <= self.read_outside(base):
+            return True
+        path = self.root / OUTSIDE / base / names_digest(names)
+        try:
+            make_private_folders(path.parent, self.root)
+            write_atomically(path, encode_names(names), durable=True)
+        except OSError as error:
+            logger.warning("what the model of %s reads could not be recorded: %s", base, error)
             return False
         return True
 
@@ -333,12 +416,3 @@ def _has_manifest(directory: Path) -> bool:
         return False
     except OSError:
         return True
-
-
-def _make_private(directory: Path, root: Path) -> None:
-    """Make the folders from `root` down to `directory`, each closed to others whatever the umask is."""
-    for part in directory.relative_to(root).parts:
-        root = root / part
-        root.mkdir(mode=0o700, exist_ok=True)
-        if root.is_symlink():
-            raise OSError(f"{root} is a symbolic link; folders of the store are not followed out of it")

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from ts_handlers.store.entry import MANIFEST
 from ts_handlers.store.local.layout import USAGE
-from ts_handlers.system.files import is_at, lock
+from ts_handlers.system.files import close_if_same, is_at, lock
 
 logger = logging.getLogger(__name__)
 
@@ -89,13 +89,13 @@ class InUse:
             status = os.stat(directory / MANIFEST)
             descriptor = self._descriptors.pop((status.st_dev, status.st_ino), None)
             if descriptor is not None:
-                os.close(descriptor)
+                close_if_same(descriptor, status)
 
     def close(self) -> None:
         """Give up every lock."""
         while self._descriptors:
-            _, descriptor = self._descriptors.popitem()
-            os.close(descriptor)
+            identity, descriptor = self._descriptors.popitem()
+            close_if_same(descriptor, identity)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from ts_handlers.errors import RemoteError
+from ts_handlers.errors import StoreError
 from ts_handlers.store.remote.budget import TimeBudget
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class HeldLease:
             try:
                 if not self._service.renew(self.grant):
                     self._lost.set()
-            except RemoteError as error:
+            except StoreError as error:
                 logger.debug("the lease %s could not be renewed: %s", self.grant.name, error)
         return not self._lost.is_set()
 
@@ -141,7 +141,7 @@ class HeldLease:
             return
         try:
             self._service.release(self.grant)
-        except RemoteError as error:
+        except StoreError as error:
             logger.debug("the lease %s could not be released and will expire: %s", self.grant.name, error)
 
 

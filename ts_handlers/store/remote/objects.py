@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from ts_handlers.errors import StoreError
+from ts_handlers.errors import RefusedError, StoreError, one_line
 from ts_handlers.settings.sections import RemoteSettings
 from ts_handlers.store.remote.base import ObjectClient
 from ts_handlers.store.remote.breaker import Breaker
@@ -92,7 +92,15 @@ class RemoteObjects:
             except FileNotFoundError:
                 return None
             with stream:
-                return consume(_Watched(stream, given_up))  # type: ignore[arg-type]
+                watched = _Watched(stream, given_up)
+                try:
+                    return consume(watched)  # type: ignore[arg-type]
+                except (RefusedError, StoreError):
+                    raise
+                except Exception as error:
+                    if watched.has_failed:
+                        raise
+                    raise RefusedError(f"it is damaged: {type(error).__name__}: {one_line(error)}") from error
 
         return self._breaker.call(f"reading {name}", run)
 
@@ -102,7 +110,7 @@ class RemoteObjects:
         def run(_: threading.Event) -> bytes | None:
             try:
                 return self._open().get(name)
-            except FileNotFoundError:
+            except (FileNotFoundError, RefusedError):
                 return None
 
         return self._breaker.call(f"reading {name}", run)
@@ -180,11 +188,15 @@ class _Watched:
     def __init__(self, stream: BinaryIO, given_up: threading.Event) -> None:
         self._stream = stream
         self._given_up = given_up
+        self.has_failed = False
 
     def read(self, count: int) -> bytes:
+        self.has_failed = True  # while it is under way
         if self._given_up.is_set():
             raise TimeoutError("nobody waits for this any more")
-        return self._stream.read(count)
+        data = self._stream.read(count)
+        self.has_failed = False
+        return data
 
 
 def redact_url(url: str) -> str:

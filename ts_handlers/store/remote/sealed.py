@@ -24,6 +24,7 @@ mode and no owner in the format: what is not a plain file with a safe name canno
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -168,7 +169,7 @@ class SealedReader:
                 descriptor = os.open(path, flags, 0o600)
             except OSError as error:
                 raise StoreError(f"{name} cannot be made: {error}") from error
-            with open(descriptor, "wb") as file:
+            with open(descriptor, "wb", buffering=0) as file:
                 self._copy(name, file)
         self._end()
 
@@ -200,7 +201,7 @@ class SealedReader:
         self._end()
         return data
 
-    def _copy(self, name: str, target: BinaryIO | None) -> None:
+    def _copy(self, name: str, target: io.FileIO | None) -> None:
         record, digest = self.header.files[name], hashlib.sha256()
         remaining = record.size
         while remaining:
@@ -208,7 +209,11 @@ class SealedReader:
             remaining -= len(chunk)
             digest.update(chunk)
             if target is not None:
-                target.write(chunk)
+                try:
+                    while chunk:
+                        chunk = chunk[target.write(chunk) :]
+                except OSError as error:  # of this host's disk, and not of where the bytes come from
+                    raise StoreError(f"{name} cannot be written: {error}") from error
         if digest.hexdigest() != record.sha256:
             raise RefusedError(f"{name}: its digest differs from the header's")
 

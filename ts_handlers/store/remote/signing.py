@@ -16,13 +16,15 @@ import hashlib
 import logging
 import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ts_handlers.errors import RefusedError, SettingsError
+from ts_handlers.errors import RefusedError, SettingsError, StoreError
 from ts_handlers.settings import SECTION
 from ts_handlers.settings.sections import TrustSettings
+from ts_handlers.store.local.ownership import check_path
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -118,7 +120,8 @@ def load_keyring(settings: TrustSettings) -> Keyring:
     Raises
     ------
     SettingsError
-        A file cannot be read or holds no Ed25519 key, or the package `cryptography` is missing.
+        A file cannot be read, could be another user's, or holds no Ed25519 key; or the package `cryptography` is
+        missing.
     """
     if not settings.public_keys and settings.signing_key is None:
         return Keyring()
@@ -131,10 +134,11 @@ def load_keyring(settings: TrustSettings) -> Keyring:
             "pip install 'ts-handlers[remote]'"
         ) from error
     public = {}
-    for index, path in enumerate(settings.public_keys):
+    for index, path in enumerate(settings.public_keys or ()):
         where = f"{SECTION}.trust.public_keys[{index}]"
+        data = _read(path, where, settings)
         try:
-            key = load_pem_public_key(_read(path, where))
+            key = load_pem_public_key(data)
         except ValueError as error:
             raise SettingsError(f"{where}: {path} holds no public key in PEM format: {error}") from error
         if not isinstance(key, Ed25519PublicKey):
@@ -143,8 +147,9 @@ def load_keyring(settings: TrustSettings) -> Keyring:
     signing = None
     if settings.signing_key is not None:
         where = f"{SECTION}.trust.signing_key"
+        data = _read(settings.signing_key, where, settings, private=True)
         try:
-            private = load_pem_private_key(_read(settings.signing_key, where), password=None)
+            private = load_pem_private_key(data, password=None)
         except (ValueError, TypeError) as error:  # TypeError: it has a passphrase
             raise SettingsError(
                 f"{where}: {settings.signing_key} holds no private key in PEM format without a passphrase"
@@ -155,9 +160,27 @@ def load_keyring(settings: TrustSettings) -> Keyring:
     return Keyring(public, signing)
 
 
-def _read(path: str, where: str) -> bytes:
+def _read(path: str, where: str, settings: TrustSettings, *, private: bool = False) -> bytes:
+    """The content of a key file, held to the rules of ssh.
+
+    It belongs to this user or to root, and so does the way to it; nobody else can write them. A private key of this
+    user can be read by nobody else either. (One of root's may be read by a group: secrets are mounted so.)
+    """
+    file = Path(path).expanduser().absolute()
     try:
-        return Path(path).expanduser().read_bytes()
+        check_path(file, settings.folders, "key file")
+        with open(file, "rb") as stream:
+            status = os.fstat(stream.fileno())
+            if private and status.st_uid == os.geteuid() and status.st_mode & 0o077:
+                raise SettingsError(
+                    f"{where}: the private key {path} can be read by others (mode {stat.S_IMODE(status.st_mode):04o}): "
+                    "chmod 0600 it, and make a new one if others have used this host"
+                )
+            return stream.read()
+    except SettingsError:
+        raise
+    except StoreError as error:
+        raise SettingsError(f"{where}: {error}") from error
     except OSError as error:
         raise SettingsError(f"{where}: the key file {path} cannot be read: {error.strerror or error}") from error
 

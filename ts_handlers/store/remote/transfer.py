@@ -1,4 +1,4 @@
-"""Entries and canary records on their way between hosts: sealed and sent, fetched and checked.
+"""Entries, canary records and records of names on their way between hosts: sealed and sent, fetched and checked.
 
 The format of a sealed file is in `ts_handlers.store.remote.sealed`, the names of the objects are in
 `ts_handlers.store.remote.names`.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
@@ -15,15 +16,19 @@ from typing import Any, BinaryIO, Generic, TypeVar
 import torch
 
 from ts_handlers.errors import RefusedError, StoreError
+from ts_handlers.key.names import Names, names_digest
 from ts_handlers.store.address import Address, entry_path
 from ts_handlers.store.canaries import load_record
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest, verify_files
+from ts_handlers.store.outside import LIMIT as NAMES_LIMIT
+from ts_handlers.store.outside import encode_names, read_names
 from ts_handlers.store.remote.base import Remote
-from ts_handlers.store.remote.names import VERSIONS, version_names
+from ts_handlers.store.remote.names import VERSIONS, canary_subject, outside_name, version_names
 from ts_handlers.store.remote.sealed import SealedReader, seal
 from ts_handlers.store.remote.signing import Keyring
 
 CANARY = "canary.pt"
+NAMES = "names.json"
 CANARY_LIMIT = 1 << 30  # bytes
 T = TypeVar("T")
 
@@ -173,7 +178,7 @@ def seal_canary(target: BinaryIO, record: dict[str, Any], key: str, weights_dige
     """Write a canary record as one sealed file."""
     buffer = io.BytesIO()
     torch.save(record, buffer)
-    seal(target, "canary", f"{key}/{weights_digest}", {CANARY: buffer.getvalue()}, keyring)
+    seal(target, "canary", canary_subject(key, weights_digest), {CANARY: buffer.getvalue()}, keyring)
 
 
 def unseal_canary(stream: BinaryIO, subject: str | None, keyring: Keyring) -> tuple[str, str, dict[str, Any]]:
@@ -195,3 +200,33 @@ def unseal_canary(stream: BinaryIO, subject: str | None, keyring: Keyring) -> tu
         return key, weights_digest, load_record(data)
     except ValueError as error:
         raise RefusedError(str(error)) from error
+
+
+def seal_names(target: BinaryIO, names: Names, base: str, keyring: Keyring) -> None:
+    """Write a record of what a model reads from outside its archive as one sealed file."""
+    seal(target, "outside", f"{base}/{names_digest(names)}", {NAMES: encode_names(names)}, keyring)
+
+
+def unseal_names(stream: BinaryIO, subject: str, keyring: Keyring) -> Names:
+    """Check a sealed record of names; `subject` is ``<base key>/<names digest>``.
+
+    Raises
+    ------
+    RefusedError
+        It must not be used.
+    """
+    data = SealedReader(stream, keyring, "outside", subject).read(NAMES, NAMES_LIMIT)
+    try:
+        return read_names(subject.rpartition("/")[2], data)
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
+
+
+def send_names(remote: Remote, names: Names, base: str, keyring: Keyring) -> bool:
+    """Write a record of names, unless there is one already; errors as of `send`."""
+    with tempfile.TemporaryDirectory(prefix="ts_handlers-sealed-") as folder:
+        sealed, digest = Path(folder) / "sealed", names_digest(names)
+        with open(sealed, "wb") as file:
+            seal_names(file, names, base, keyring)
+        subject = f"{base}/{digest}"
+        return send(remote, outside_name(base, digest), sealed, lambda stream: unseal_names(stream, subject, keyring))

@@ -3,7 +3,7 @@
 The first writer wins: when another host's valid object is there, nothing is sent, and this host keeps its own entry,
 which has passed its own canary under the same key. A holder whose lease was taken over sends nothing.
 
-While an entry is not sent, ``<root>/remote/unsent-<key>`` exists, while a canary record is not,
+While an entry is not sent, ``<root>/remote/unsent-<key>.entry-<address>`` exists, while a canary record is not,
 ``<root>/remote/unsent-<key>.<weights digest>``. So what was built or recorded while the remote was away, or was not
 done when the process was killed, is sent by the next start on this host that finds the entry.
 """
@@ -19,18 +19,23 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ts_handlers.errors import RemoteError, StoreError, one_line
+from ts_handlers.key.names import Names
 from ts_handlers.metrics import Metrics
-from ts_handlers.store.address import Address, entry_path, safe_name
+from ts_handlers.store.address import Address, address_digest, entry_path, safe_weights
+from ts_handlers.store.entry import read_manifest
 from ts_handlers.store.local.layout import CANARIES, REMOTE, UNSENT
 from ts_handlers.store.local.store import LocalStore
+from ts_handlers.store.outside import names_of_manifest
 from ts_handlers.store.remote import transfer
 from ts_handlers.store.remote.base import Remote
 from ts_handlers.store.remote.lease import HeldLease
-from ts_handlers.store.remote.names import canary_name, entry_name
+from ts_handlers.store.remote.names import canary_name, canary_subject, entry_name, outside_name
 from ts_handlers.store.remote.signing import Keyring
 from ts_handlers.store.tiered.write_back import WriteBack
 
 logger = logging.getLogger(__name__)
+
+_ENTRY = "entry-"
 
 
 class Sender:
@@ -40,19 +45,37 @@ class Sender:
     ----------
     notes: lines for `describe` about the remote.
     held: the leases that this process holds, by key.
-    keyring: reads the key files when it is first called.
     write_back: the thread's queue of jobs.
     """
 
     def __init__(self, local: LocalStore, remote: Remote, keyring: Callable[[], Keyring], metrics: Metrics) -> None:
         self.notes: list[str] = []
         self.held: dict[str, HeldLease] = {}
-        self.keyring = keyring
+        self._read_keyring = keyring
         self.write_back = WriteBack(remote.settings.timeout_seconds, self._failed)
         self._local = local
         self._remote = remote
         self._metrics = metrics
         self._resumed: set[str] = set()
+
+    def keyring(self) -> Keyring:
+        """The keys of this host, read at the first call; without public keys a warning and a note say what that means.
+
+        Raises
+        ------
+        SettingsError
+            A key file cannot be used.
+        """
+        keyring = self._read_keyring()
+        if not keyring.required:
+            text = (
+                f"{self._remote.name}: trust.public_keys is not set, so whoever can write there can run code here; "
+                "ts-handlers keygen makes keys"
+            )
+            if text not in self.notes:
+                logger.warning("%s", text)
+            self.note(text)
+        return keyring
 
     def note(self, text: str) -> None:
         """Add a note, once."""
@@ -99,17 +122,18 @@ class Sender:
         except (OSError, ValueError) as error:
             self._failed(name, error)
         else:
-            self.write_back.submit(name, lambda: self._send_sealed_entry(address, sealed))
+            names = names_of_manifest(read_manifest(staging).recorded)
+            self.write_back.submit(name, lambda: self._send_sealed_entry(address, sealed, names))
 
     def resume(self, address: Address, directory: Path) -> None:
         """Send an entry of this host, or canary records of it, if an earlier start could not."""
-        key = address.key.digest
-        if key in self._resumed:
+        key, name = address.key.digest, entry_name(address)
+        if name in self._resumed:
             return
-        unsent = self._unsent(key)
+        unsent = self._unsent(address)
         if not unsent:
             return
-        self._resumed.add(key)
+        self._resumed.add(name)
         whole = "" in unsent
 
         def send() -> None:
@@ -124,7 +148,7 @@ class Sender:
             if whole:
                 self._send_entry(address, directory)
 
-        self.write_back.submit(entry_name(address) if whole else f"{CANARIES}/{key}", send)
+        self.write_back.submit(name if whole else f"{CANARIES}/{key}", send)
 
     def send_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> None:
         """Send a canary record."""
@@ -135,23 +159,33 @@ class Sender:
             name = canary_name(address.key.digest, weights_digest)
             self.write_back.submit(name, lambda: self._send_canary(address, weights_digest, record))
 
+    def send_names(self, base: str, names: Names) -> None:
+        """Send what a model was seen to read after its entry had been published."""
+        if self.may_write():
+            job: Callable[[], object] = lambda: transfer.send_names(self._remote, names, base, self.keyring())  # noqa: E731
+            self.write_back.submit(outside_name(base), job)
+
     def _marker(self, address: Address, weights_digest: str = "") -> Path:
         """The file that says that an entry, or one of its canary records, is not sent."""
-        suffix = f".{safe_name(weights_digest)}" if weights_digest else ""
-        return self._local.root / REMOTE / f"{UNSENT}{address.key.digest}{suffix}"
+        what = safe_weights(weights_digest) if weights_digest else f"{_ENTRY}{address_digest(address)}"
+        return self._local.root / REMOTE / f"{UNSENT}{address.key.digest}.{what}"
 
     def _mark(self, marker: Path) -> None:
         with contextlib.suppress(OSError):
             marker.parent.mkdir(mode=0o700, exist_ok=True)
             marker.touch(mode=0o600)
 
-    def _unsent(self, key: str) -> set[str]:
-        """What is not sent of a key: weights digests of canary records; an empty text means the entry."""
+    def _unsent(self, address: Address) -> set[str]:
+        """What is not sent: weights digests of canary records; an empty text means the entry."""
         try:
             names = os.listdir(self._local.root / REMOTE)
         except OSError:
             return set()
-        return {name.partition(".")[2] for name in names if name.partition(".")[0] == f"{UNSENT}{key}"}
+        key = address.key.digest
+        found = {name.partition(".")[2] for name in names if name.partition(".")[0] == f"{UNSENT}{key}"}
+        if f"{_ENTRY}{address_digest(address)}" in found:
+            found.add("")
+        return {what for what in found if not what.startswith(_ENTRY)}
 
     @contextlib.contextmanager
     def _marked(self, marker: Path) -> Iterator[None]:
@@ -166,9 +200,13 @@ class Sender:
 
     def _send_entry(self, address: Address, directory: Path) -> None:
         with self._marked(self._marker(address)):
-            self._send_sealed_entry(address, self._seal_entry(address, directory))
+            names = self._local.read_outside(address.key.base.digest)
+            self._send_sealed_entry(address, self._seal_entry(address, directory), names)
+            (self._local.root / REMOTE / f"{UNSENT}{address.key.digest}").unlink(missing_ok=True)  # of older versions
 
-    def _send_sealed_entry(self, address: Address, sealed: Path) -> None:
+    def _send_sealed_entry(self, address: Address, sealed: Path, names: Names) -> None:
+        if names:  # before the entry, which others do not find without them
+            transfer.send_names(self._remote, names, address.key.base.digest, self.keyring())
         subject, keyring = entry_path(address), self.keyring()
         check: Callable[[BinaryIO], object] = lambda stream: transfer.verify_entry(stream, subject, keyring)  # noqa: E731
         self._send(entry_name(address), sealed, address.key.digest, check)
@@ -178,7 +216,7 @@ class Sender:
 
     def _send_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> None:
         key, keyring = address.key.digest, self.keyring()
-        subject = f"{key}/{weights_digest}"
+        subject = canary_subject(key, weights_digest)
         check: Callable[[BinaryIO], object] = lambda stream: transfer.unseal_canary(stream, subject, keyring)  # noqa: E731
         with self._marked(self._marker(address, weights_digest)):
             sealed = self._sealed(lambda file: transfer.seal_canary(file, record, key, weights_digest, keyring))

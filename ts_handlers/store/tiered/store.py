@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ts_handlers.errors import RemoteError, StoreError
+from ts_handlers.key.cache_key import OUTSIDE
+from ts_handlers.key.names import NO_NAMES, Names, names_digest
 from ts_handlers.metrics import Metrics
-from ts_handlers.store.address import Address, entry_path
+from ts_handlers.store.address import Address, address_digest, entry_path
 from ts_handlers.store.base import Corrupt, Hit, Miss
 from ts_handlers.store.entry import Manifest
 from ts_handlers.store.local.layout import FETCH_LOCK, LEASES
@@ -32,10 +34,13 @@ from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.remote import transfer
 from ts_handlers.store.remote.base import Remote
 from ts_handlers.store.remote.lease import HeldLease, LeaseService, wait_for_lease
-from ts_handlers.store.remote.names import canary_name, entry_name
+from ts_handlers.store.remote.names import canary_name, canary_subject, entry_name, outside_name
 from ts_handlers.store.remote.signing import Keyring
 from ts_handlers.store.tiered.sender import Sender
 from ts_handlers.system.locked_directory import empty_folder
+
+RECORDS = 64
+"""How many records of names are read for one key."""
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +80,7 @@ class TieredStore:
         self._metrics = metrics
         self._refused_versions: dict[str, int] = {}
         self._discarded: set[str] = set()
+        self._names: dict[str, Names] = {}
         self._kept: list[tempfile.TemporaryDirectory[str]] = []
 
     def lookup(self, address: Address) -> Hit | Miss | Corrupt:
@@ -89,12 +95,14 @@ class TieredStore:
         if isinstance(found, Hit):
             self._sender.resume(address, found.directory)
             return found
-        if address.key.digest in self._discarded or self._sender.is_without_remote():
+        if entry_path(address) in self._discarded or self._sender.is_without_remote():
             return found
         with self._metrics.phase("fetch"), self._one_fetcher(address) as asked_by_another:
             if asked_by_another:
                 again = self._local.lookup(address)
                 return again if isinstance(again, Hit) else found
+            if self._learn_names(address.key.base.digest):
+                return Miss((OUTSIDE,))  # under another key there may be an entry
             hit = self._fetch(address)
         if hit is not None and isinstance(found, Corrupt):
             self._metrics.count("corrupt")
@@ -109,7 +117,7 @@ class TieredStore:
             from filelock import FileLock, Timeout
 
             folder, waited = self.state_directory / LEASES, False
-            lock = FileLock(folder / f"{address.key.digest}{FETCH_LOCK}")
+            lock = FileLock(folder / f"{address.key.digest}.{address_digest(address)}{FETCH_LOCK}")
             try:
                 folder.mkdir(mode=0o700, exist_ok=True)
                 try:
@@ -127,6 +135,40 @@ class TieredStore:
         finally:
             if lock.is_locked:
                 lock.release()
+
+    def _learn_names(self, base: str) -> bool:
+        """Fetch what other hosts have seen a model read; whether that was news."""
+        known = self.read_outside(base)
+        try:
+            with self._remote.budget.counting():
+                found = self._remote.list(outside_name(base))
+        except RemoteError as error:
+            self._failed(error)
+            return False
+        keyring = self._sender.keyring()
+        for digest in sorted({name.rpartition(".")[0] for name in found} - {names_digest(known)})[:RECORDS]:
+            subject = f"{base}/{digest}"
+            read: Callable[[BinaryIO], Names] = functools.partial(
+                transfer.unseal_names, subject=subject, keyring=keyring
+            )
+            names: Names | None = self._ask(outside_name(base, digest), read)
+            if names is not None:
+                self._names[base] = self._names.get(base, NO_NAMES) | names
+        learnt = self.read_outside(base)
+        self._local.write_outside(base, learnt)
+        return learnt != known
+
+    def read_outside(self, base: str) -> Names:
+        """See `Store`; other hosts' are known once their entry was looked for."""
+        return self._local.read_outside(base) | self._names.get(base, NO_NAMES)
+
+    def write_outside(self, base: str, names: Names) -> bool:
+        """Keep names here, and send them afterwards if they are news."""
+        news = not names <= self.read_outside(base)
+        written = self._local.write_outside(base, names)
+        if news:
+            self._sender.send_names(base, names)
+        return written
 
     def _fetch(self, address: Address) -> Hit | None:
         with contextlib.ExitStack() as stack:
@@ -198,7 +240,7 @@ class TieredStore:
 
     def discard(self, address: Address, reason: str) -> bool:
         """Move an entry of the local store aside, and do not fetch it again; the remote's objects stay as they are."""
-        self._discarded.add(address.key.digest)
+        self._discarded.add(entry_path(address))
         return self._local.discard(address, reason)
 
     def publish(self, address: Address, staging: Path, manifest: Manifest) -> Path:
@@ -269,7 +311,7 @@ class TieredStore:
         if record is not None or self._sender.is_without_remote():
             return record
         name = canary_name(address.key.digest, weights_digest)
-        subject, keyring = f"{address.key.digest}/{weights_digest}", self._sender.keyring()
+        subject, keyring = canary_subject(address.key.digest, weights_digest), self._sender.keyring()
         with self._metrics.phase("fetch"):
             found: tuple[str, str, dict[str, Any]] | None = self._ask(
                 name, lambda stream: transfer.unseal_canary(stream, subject, keyring)

@@ -30,6 +30,7 @@ from ts_handlers.store.local.layout import (
     LEASES,
     MARKERS,
     OUTCOME,
+    OUTSIDE,
     RECORDS,
     REMOTE,
     SHARED,
@@ -50,7 +51,9 @@ DAMAGED_SECONDS = 7 * 86400.0  # damaged entries, kept for whoever wants to know
 CANARIES_PER_KEY = 64  # one for each of the weights that were served lately; others are recorded again when needed
 
 _LEASE = rf"(?P<lease>(?P<key>[0-9a-f]{{32}})({re.escape(BACKGROUND)})?)"
-_LEASE_FILE = re.compile(_LEASE + f"({'|'.join(map(re.escape, (FETCH_LOCK, LEASE_LOCK, LEASE_STATUS, OUTCOME)))})")
+_LEASE_FILE = re.compile(
+    _LEASE + r"(\.[0-9a-f]{16})?" + f"({'|'.join(map(re.escape, (FETCH_LOCK, LEASE_LOCK, LEASE_STATUS, OUTCOME)))})"
+)
 # Of versions that named temporary files ``<name>.<process>``, without the leading dot.
 _OLD_LEASE_TEMPORARY = re.compile(_LEASE + rf"({'|'.join(map(re.escape, (LEASE_STATUS, OUTCOME)))})\.\w+")
 
@@ -71,9 +74,10 @@ def find_garbage(root: Path, now: float | None = None) -> list[Garbage]:
     now = time.time() if now is None else now
     entries = scan_entries(root)
     keys = {entry.key for entry in entries}
+    bases = {entry.manifest.cache_key.base.digest for entry in entries if entry.manifest is not None}
     found = [
         Garbage(path, *measure(path), reason, functools.partial(_remove, path, locked))
-        for path, locked, reason in (*_unfinished(root, now), *_orphans(root, keys, now), *_surplus(root))
+        for path, locked, reason in (*_unfinished(root, now), *_orphans(root, keys, bases, now), *_surplus(root))
         if locked is None or not _is_locked(locked)
     ]
     for entry in entries:
@@ -101,12 +105,15 @@ def _unfinished(root: Path, now: float) -> Iterator[Found]:
             yield path, None, "a temporary file left by a process that died"
 
 
-def _orphans(root: Path, keys: set[str], now: float) -> Iterator[Found]:
+def _orphans(root: Path, keys: set[str], bases: set[str], now: float) -> Iterator[Found]:
     """Records of what does not exist any more."""
     for folder in (CANARIES, USAGE):
         for path in _children(root / folder):
             if path.name not in keys and _is_older(path, ORPHAN_SECONDS, now):
                 yield path, None, f"{folder}: its key has no entry"
+    for path in _children(root / OUTSIDE):
+        if path.name not in bases and _is_older(path, ORPHAN_SECONDS, now):
+            yield path, None, "outside: no entry of its model is left"
     for path in _children(root / REMOTE):
         key = path.name.partition(".")[0].removeprefix(UNSENT)
         if path.name.startswith(UNSENT) and key not in keys and _is_older(path, ORPHAN_SECONDS, now):
@@ -184,6 +191,7 @@ def _temporary_files(root: Path) -> Iterator[Path]:
     """Files written beside their target and never renamed into place."""
     for folder in (
         *_children(root / CANARIES),
+        *_children(root / OUTSIDE),
         *_children(root / SHARED),
         root / LEASES,
         root / REMOTE,
