@@ -155,3 +155,28 @@ def bounded(text: object, length: int = 400) -> str:
     whole = str(text)
     head = whole[:length].encode("utf-8", "backslashreplace").decode()
     return head if len(whole) <= length else f"{head}... ({len(whole)} characters)"
+
+
+def without_frames(error: Exception) -> Exception:
+    """The error, and those that it came from, without tracebacks: their frames hold what failed.
+
+    A frame refers to its caller, so an error that the caller keeps would keep itself, and all that the frames hold.
+
+    Examples
+    --------
+    >>> try:
+    ...     1 / 0
+    ... except ZeroDivisionError as error:
+    ...     kept = without_frames(error)
+    >>> kept.__traceback__ is None
+    True
+    """
+    waiting: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while waiting:
+        each = waiting.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            each.__traceback__ = None
+            waiting += [each.__cause__, each.__context__]
+    return error

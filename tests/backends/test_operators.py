@@ -92,20 +92,24 @@ def test_entry_stays_where_what_registers_its_operators_is_missing(
     library = tmp_path / "path" / "ts_handlers_tests_library.py"
     library.parent.mkdir()
     monkeypatch.syspath_prepend(str(library.parent))
-    registers = "import os\nif os.environ.get('REGISTERS'):\n"
+    flag = tmp_path / "registers"  # nothing that the key sees
+    registers = f"import os\nif os.path.exists({str(flag)!r}):\n"
     library.write_text(registers + textwrap.indent(DEFINED.format(name="library"), "    "))
     importing = "import ts_handlers_tests_library\nimport torch\n"
     code = importing + MODEL.format(name="library", construct="pass")
     archive, store = write_archive(tmp_path / "archive", code), tmp_path / "store"
     path = {"PYTHONPATH": f"{library.parent}:{Path(__file__).parents[2]}"}
-    assert start(archive, store, **path, REGISTERS="1")["result"] == "built"
+    flag.touch()
+    assert start(archive, store, **path)["result"] == "built"
+    flag.unlink()
     for _ in range(2):
         facts = json.loads(run_python(MISSING, archive, store, **path).splitlines()[-1])
         assert facts["backend"] == "eager"
         assert "which the module ts_handlers_tests_library does not register here" in facts["fallbacks"][0]["reason"]
         assert {name: n for name, n in facts["counters"].items() if n} == {"fallback": 1}
     assert not list((store / "trash").glob("*"))
-    assert start(archive, store, **path, REGISTERS="1")["result"] == "hit"
+    flag.touch()
+    assert start(archive, store, **path)["result"] == "hit"
 
 
 MISSING = START.partition("    x = torch.ones")[0] + "    print(json.dumps(model.describe()))\n"

@@ -78,9 +78,9 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def forget(folder: Path) -> None:
-    """Modules below a folder are imported again, as in another process."""
+    """Model files, and modules below a folder, are imported again, as in another process."""
     for name, module in list(sys.modules.items()):
-        if str(folder) in str(getattr(module, "__file__", "")):
+        if name.startswith("ts_handlers_model_") or str(folder) in str(getattr(module, "__file__", "")):
             del sys.modules[name]
     importlib.invalidate_caches()
 

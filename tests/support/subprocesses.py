@@ -34,7 +34,7 @@ _READ_AT_THE_START = ("PYTHON", "LD_", "MALLOC_", "KMP_", "GOMP_", "MKL_", "OPEN
 def environment(**changes: str | None) -> dict[str, str]:
     """This process's environment with changes (None removes); modules of the tests and the package importable."""
     variables: dict[str, str | None] = {name: value for name, value in os.environ.items() if name not in _HIDDEN}
-    variables["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     variables.update(changes)
     return {name: value for name, value in variables.items() if value is not None}
 

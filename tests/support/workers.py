@@ -56,6 +56,9 @@ class Model(torch.nn.Module):
 process, 888 forks it, 500 raises, 777 breaks a GPU's context, negative ones take so many seconds, and last for as long
 as there is the file that the environment's HOLD names."""
 
+INPUTS = [{"name": "x", "dtype": "float32", "shape": ["batch", 4], "values": [1, 2]}]
+"""What a start draws does nothing of that."""
+
 WORKER = """
 import json, sys, threading, logging
 import torch
@@ -109,7 +112,7 @@ class Worker:
 
     def __init__(self, archive: Path, store: Path, log: Path, device: str = "cpu", **settings: Any) -> None:
         contexts = {"across_workers": True, **settings.pop("contexts", {})}
-        section = {"store": str(store), "backends": ["eager"], "contexts": contexts, **settings}
+        section = {"store": str(store), "backends": ["eager"], "contexts": contexts, "inputs": INPUTS, **settings}
         self.log = log
         with log.open("ab") as stream:
             self._process = start_python(

@@ -11,3 +11,7 @@ NO_NAMES: Names = frozenset()
 def names_digest(names: Names) -> str:
     """What a set of names is called in the store."""
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:32]
+
+
+LIBRARIES = ("distribution:", "module:", "code:")
+"""Beginnings of the names of libraries; the others are files, folders and variables."""

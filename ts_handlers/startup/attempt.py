@@ -26,6 +26,7 @@ from ts_handlers.errors import (
 from ts_handlers.execution.base import Loaded
 from ts_handlers.guard.guard import Guard
 from ts_handlers.key.cache_key import CacheKey
+from ts_handlers.key.names import LIBRARIES
 from ts_handlers.startup.address import address_in_store, known_names
 from ts_handlers.startup.base import Served, Start
 from ts_handlers.startup.inputs import settle_inputs
@@ -125,8 +126,15 @@ class Attempt:
                 logger.debug("details", exc_info=error)
         self._keep_names()
 
-    def _keep_names(self) -> None:
+    def _keep_names(self, *, of_hit: bool = False) -> None:
+        """Tell the store what making the model reads.
+
+        Which libraries are seen depends on what a process has imported. After a hit they would only send the next start
+        to another key, so then files and variables are kept alone.
+        """
         names = self._target.source.surroundings.names
+        if of_hit:
+            names = frozenset(name for name in names if not name.startswith(LIBRARIES))
         if names:
             self._store.write_outside(self._address.key.base.digest, names)
 
@@ -172,7 +180,7 @@ class Attempt:
             self._store.discard(self._address, f"{type(error).__name__}: {one_line(error)}")
             return Corrupt(one_line(error))
         self._metrics.count("hit")
-        self._keep_names()  # of the eager model, if the canary has made it
+        self._keep_names(of_hit=True)  # of the eager model, if the canary has made it
         return Served(loaded, result, canary)
 
     def has_entry(self) -> bool:
@@ -324,8 +332,6 @@ def _is_damage(error: Exception) -> bool:
     """
     if isinstance(error, (CanaryError, ImportError, MemoryError, MissingDependencyError, RefitError, SampleError)):
         return False
-    from ts_handlers.guard.failures import CIRCUMSTANTIAL, is_passing, kind_of
+    from ts_handlers.guard.failures import is_passing
 
-    if is_passing(error) or kind_of(error) == CIRCUMSTANTIAL:
-        return False
-    return _MISSING.search(str(error)) is None
+    return not is_passing(error) and _MISSING.search(str(error)) is None

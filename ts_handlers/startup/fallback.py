@@ -22,7 +22,7 @@ import torch
 from ts_handlers.backends import get_backend
 from ts_handlers.backends.base import Backend, Target
 from ts_handlers.compiled_model import CompiledModel, Outcome, log_outcome
-from ts_handlers.errors import FINAL, MissError, RefitError, one_line
+from ts_handlers.errors import FINAL, MissError, RefitError, one_line, without_frames
 from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.execution.torch_device import begin_cuda
 from ts_handlers.metrics import Metrics, start_under_way
@@ -129,7 +129,7 @@ class _Starter:
                 logger.debug("details", exc_info=error)
                 if instead is not None:
                     remaining.insert(later, instead)
-                last = error.with_traceback(None)  # whose frames hold what failed
+                last = without_frames(error)  # whose frames hold what failed
                 reason = f"{type(error).__name__}: {one_line(error)}"
                 logger.warning("%s: backend %s failed: %s", self._target.source.name, backend.name, reason)
                 self._fallbacks.append({"backend": backend.name, "reason": reason})

@@ -17,7 +17,7 @@ import torch
 
 from ts_handlers.backends.base import Target
 from ts_handlers.backends.calling import call_module, check_names, takes_names
-from ts_handlers.errors import SampleError, one_line
+from ts_handlers.errors import SampleError, one_line, without_frames
 from ts_handlers.execution.base import Loaded, Run
 from ts_handlers.model.sampling import KINDS, RANDOM, SMALL
 from ts_handlers.model.signature import Signature, Sizes
@@ -168,7 +168,7 @@ def settle_kind(
             try:
                 run([tensor.to(target.device) for tensor in signature.generate(sizes, seed=seed)])
             except Exception as error:  # whatever the model raises
-                first = first or (error.with_traceback(None), sizes)
+                first = first or (without_frames(error), sizes)
                 break
         else:
             if first is not None:

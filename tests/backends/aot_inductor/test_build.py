@@ -254,7 +254,7 @@ def test_tensors_in_the_code_and_numbers_in_the_output(tmp_path: Path) -> None:
         assert answer["temperature"] == expected["temperature"]
         found.append((model.outcome.backend, model.outcome.result))
     assert found[:2] == [("aot_inductor", "built"), ("aot_inductor", "hit")]
-    assert "the output's constants" in model.outcome.fallbacks[0]["reason"]
+    assert "the model's attribute 'temperature'" in model.outcome.fallbacks[0]["reason"]
 
 
 def test_no_instruction_set_is_tried_with_the_compiler(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from ts_handlers.backends.compare import compare_sizes
 from ts_handlers.backends.export import PREFIX, FlatModel, export_program, live_weights, output_structure
 from ts_handlers.backends.index_limits import find_limits, merge_limits
 from ts_handlers.backends.operators import called_operators, find_registrar
-from ts_handlers.errors import BuildError, ModelError, one_line
+from ts_handlers.errors import BuildError, ModelError, one_line, without_frames
 from ts_handlers.guard.failures import is_passing
 from ts_handlers.model.archive_files import Tensors
 from ts_handlers.model.exported import ExportedSource
@@ -67,7 +67,7 @@ def build(target: Target, workspace: Workspace, merge: bool, takes_step: Callabl
             except (ModelError, MemoryError):
                 raise
             except Exception as error:
-                last = error.with_traceback(None)  # whose frames hold what failed
+                last = without_frames(error)  # whose frames hold what failed
                 if is_passing(error):  # another way would meet the same
                     raise BuildError(f"{step}: {type(error).__name__}: {one_line(error)}") from last
                 how = f"{step} with merged linear layers" if merged else step
