@@ -20,7 +20,8 @@ from ts_handlers import doctor, start_model
 from ts_handlers.doctor import Finding, machine, server
 from ts_handlers.doctor.base import Question, probe
 from ts_handlers.errors import QuarantinedError
-from ts_handlers.guard.guard import Guard, remember_crash
+from ts_handlers.guard.guard import Guard
+from ts_handlers.guard.judgement import remember_crash
 from ts_handlers.key import fingerprint
 from ts_handlers.key.cache_key import CacheKey
 from ts_handlers.settings import Settings

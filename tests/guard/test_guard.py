@@ -25,7 +25,8 @@ from ts_handlers import Settings
 from ts_handlers.errors import FailedBeforeError, QuarantinedError
 from ts_handlers.guard import guard as guard_module
 from ts_handlers.guard import markers as markers_module
-from ts_handlers.guard.guard import FORGIVEN, Guard
+from ts_handlers.guard.guard import Guard
+from ts_handlers.guard.judgement import FORGIVEN
 from ts_handlers.guard.quarantine import lift_quarantine, read_quarantines
 from ts_handlers.guard.records import Quarantine
 from ts_handlers.guard.state_directory import fallback_directory

@@ -2,7 +2,7 @@
 
 A process that builds or loads writes a marker (`ts_handlers.guard.markers`) and holds an exclusive `flock` on it, which
 the kernel releases when it dies, however it dies; leaving the block removes the marker. What a dead process left is
-judged by the next start of the same key:
+judged by the next start of the same key (`ts_handlers.guard.judgement`):
 
 - a crash or the time limit: quarantined at once, until it is lifted;
 - a crash of a build on a full disk: a failed build, which is tried again when there is room;
@@ -43,24 +43,17 @@ from ts_handlers.errors import (
     SampleError,
     one_line,
 )
-from ts_handlers.guard.markers import CrashRecord, Marker, read_crash_records, write_marker
+from ts_handlers.guard.judgement import judge
+from ts_handlers.guard.markers import Marker, read_crash_records, write_marker
 from ts_handlers.guard.quarantine import read_quarantines, record_files, write_record
-from ts_handlers.guard.records import (
-    FOR_MEMORY,
-    LONGEST_UNCERTAIN_SECONDS,
-    UNCERTAIN_SECONDS,
-    WITHOUT_A_TRACE,
-    FailedBuild,
-    Quarantine,
-    Record,
-)
+from ts_handlers.guard.records import FailedBuild, Quarantine
 from ts_handlers.guard.state_directory import MARKERS, writable_directories
 from ts_handlers.key.cache_key import CacheKey
 from ts_handlers.key.fingerprint import runtime_identity
 from ts_handlers.settings import Settings
 from ts_handlers.system.durations import span
 from ts_handlers.system.files import close_if_same, is_at, open_locked
-from ts_handlers.system.free_space import free_bytes, full_folder
+from ts_handlers.system.free_space import free_bytes
 from ts_handlers.system.process_limits import (
     bounded_memory,
     crash_report_to,
@@ -78,8 +71,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORGIVEN = {"build": 2, "load": 1}
-"""Crashes without a trace, one after the other, that are not yet a reason."""
 AUTO_SECONDS = 120.0
 
 
@@ -140,7 +131,7 @@ class Guard:
         QuarantinedError, FailedBeforeError
             With the reason and how to lift it.
         """
-        judged = self._judge()
+        judged = judge(self._store, self._key.digest)
         for record in [*read_quarantines(self._store, self._key.digest, builds=not digest), *judged]:
             self._has_lapsed |= isinstance(record, Quarantine) and record.is_over
             if isinstance(record, FailedBuild):
@@ -270,7 +261,7 @@ class Guard:
 
     def _forgive(self, marker: Marker) -> None:
         """What was tried went well: forget that it had ended processes without a certain cause."""
-        for crash in self._crashes():
+        for crash in read_crash_records(self._store, self._key.digest):
             if crash.marker.same_work(marker) and crash.cause is None:
                 with contextlib.suppress(OSError):
                     crash.path.unlink()
@@ -339,7 +330,11 @@ class Guard:
             group=memory_group(),
             free=free_bytes(self._store) if phase == "build" else {},
         )
-        before = [crash.marker.attempt + 1 for crash in self._crashes() if crash.marker.same_work(marker)]
+        before = [
+            crash.marker.attempt + 1
+            for crash in read_crash_records(self._store, self._key.digest)
+            if crash.marker.same_work(marker)
+        ]
         marker = msgspec.structs.replace(marker, attempt=max(before, default=0))
         reason: OSError | None = None
         for directory in writable_directories(self._store):
@@ -349,106 +344,6 @@ class Guard:
                 reason = error
         self.problem = f"no crash guard: neither the store nor the temporary folder can be written ({reason})"
         return None
-
-    def _crashes(self) -> list[CrashRecord]:
-        return read_crash_records(self._store, self._key.digest)
-
-    def _judge(self) -> list[Record]:
-        """Turn what dead processes left into records, and remove it; returns the records."""
-        records: list[Record] = []
-        crashes = self._crashes()
-        for crash in crashes:
-            marker, cause = crash.marker, crash.cause
-            if marker.phase == "build" and not (cause and not cause[0]) and not crash.is_forgotten:
-                failed = self._failed_on_a_full_disk(crash)
-                if failed is not None:
-                    records.append(failed)
-                    with contextlib.suppress(OSError):
-                        crash.path.unlink()
-                    continue
-            if cause is None:
-                alike = [other for other in crashes if other.cause is None and other.marker.same_work(marker)]
-                times = len({other.marker.attempt for other in alike if not other.is_forgotten})
-                if crash.is_forgotten:
-                    cause = "", ""
-                elif times <= FORGIVEN.get(marker.phase, 1):
-                    continue
-                else:
-                    cause = _without_a_trace(times, marker.phase), ""
-            if cause[0]:
-                record = self._quarantine(marker, *cause)
-                records.append(record)
-                if not write_record(self._store, record):
-                    continue  # the marker is then what later starts find
-            with contextlib.suppress(OSError):
-                crash.path.unlink()
-        return records
-
-    def _quarantine(self, marker: Marker, reason: str, details: str) -> Quarantine:
-        """The record of what a marker is about; without a certain cause it holds for a while only."""
-        record = Quarantine(
-            key=marker.key,
-            model=marker.model,
-            backend=marker.backend,
-            phase=marker.phase,
-            digest=marker.digest,
-            runtime=marker.runtime,
-            reason=reason,
-            details=details,
-            time=marker.time,
-            host=marker.host,
-            pid=marker.pid,
-        )
-        if WITHOUT_A_TRACE not in reason and FOR_MEMORY not in reason:
-            return record
-        count, failed_at = 1, time.time()
-        for old in read_quarantines(self._store, marker.key):
-            if isinstance(old, Quarantine) and old.file_name == record.file_name:
-                if old.is_over:
-                    count = max(count, old.count + 1)
-                else:  # of a process that died together with this one
-                    count, failed_at = old.count, old.failed_at
-        held = min(LONGEST_UNCERTAIN_SECONDS, UNCERTAIN_SECONDS * 2.0 ** min(count - 1, 20))
-        return msgspec.structs.replace(record, count=count, failed_at=failed_at, held_seconds=held)
-
-    def _failed_on_a_full_disk(self, crash: CrashRecord) -> FailedBuild | None:
-        """The record of a build that ended its process on a full disk; None where no disk is full."""
-        from ts_handlers.guard.failures import CIRCUMSTANTIAL, remember_failure
-
-        full = full_folder(free_bytes(self._store), crash.marker.free)
-        if full is None:
-            return None
-        folder, free = full
-        what = crash.cause[0] if crash.cause else "the process ended while building"
-        reason = f"no space left, {free} bytes in {folder}: {what}"
-        marker = crash.marker
-        return remember_failure(
-            self._store, marker.key, marker.model, marker.backend, reason, CIRCUMSTANTIAL, 0.0, free={folder: free}
-        )
-
-
-def remember_crash(store: Path, pid: int, reason: str, settings: Settings | None = None) -> None:
-    """Keep, as a failed build, what a process of this host was building when its limits or the kernel ended it.
-
-    A crash whose cause its marker tells is left to the next start, which quarantines it.
-    """
-    from ts_handlers.guard.failures import CIRCUMSTANTIAL, circumstances, remember_failure
-
-    depends = "" if settings is None else circumstances(settings)
-    for crash in read_crash_records(store):
-        marker, cause = crash.marker, crash.cause
-        if (marker.pid, marker.host, marker.digest) == (pid, platform.node(), "") and not (cause and cause[0]):
-            took = time.time() - crash.began
-            remember_failure(
-                store, marker.key, marker.model, marker.backend, one_line(reason), CIRCUMSTANTIAL, took, depends=depends
-            )
-
-
-def _without_a_trace(times: int, phase: str) -> str:
-    return (
-        f"the process {WITHOUT_A_TRACE} {times} times in a row in the phase {phase}, as by "
-        "SIGKILL (out of memory, or startupTimeout too short), by exit() in native code, or in another thread"
-    )
 
 
 def _now() -> str:

@@ -39,7 +39,7 @@ from ts_handlers.backends import get_backend
 from ts_handlers.backends.base import Backend, Target
 from ts_handlers.compiled_model import CompiledModel, log_outcome
 from ts_handlers.errors import UNDECODABLE, BuildError, one_line
-from ts_handlers.guard.guard import remember_crash
+from ts_handlers.guard.judgement import remember_crash
 from ts_handlers.startup.address import key_in_store, known_names
 from ts_handlers.startup.background.idle_window import IdleWindows, wait_for_idle_window
 from ts_handlers.startup.build_process import BuildProcess

@@ -17,19 +17,18 @@ from typing import Any, Literal
 
 from ts_handlers.errors import StoreError
 from ts_handlers.key.cache_key import explain
-from ts_handlers.key.names import NO_NAMES, Names, names_digest
-from ts_handlers.store.address import Address, entry_path, safe_name, safe_weights
+from ts_handlers.store.address import Address, entry_path, safe_name
 from ts_handlers.store.base import Corrupt, Hit, Miss, NoPendingWrites
-from ts_handlers.store.canaries import check_canary_bytes, encode_canary, load_record, record_canary_use
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest, verify_files, write_manifest
-from ts_handlers.store.local.layout import CANARIES, ENTRIES, LEASES, OUTSIDE, SHARED, STAGING
+from ts_handlers.store.local.layout import ENTRIES, LEASES, SHARED, STAGING
 from ts_handlers.store.local.lease import Lease, hold_lease
 from ts_handlers.store.local.ownership import NotOursError, OwnedTree, check_path, make_private_folders
+from ts_handlers.store.local.records import Records
 from ts_handlers.store.local.trash import move_aside
 from ts_handlers.store.local.usage import InUse, record_use
 from ts_handlers.store.local.verified import KnownDigests
-from ts_handlers.store.outside import encode_names, names_of_manifest, read_names
-from ts_handlers.system.files import close_if_same, fsync, is_temporary, write_atomically
+from ts_handlers.store.outside import names_of_manifest
+from ts_handlers.system.files import close_if_same, fsync
 from ts_handlers.system.locked_directory import collect_directories, make_locked_directory
 
 logger = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ _DAMAGE = (errno.EISDIR, errno.ELOOP)
 something about this process or this moment."""
 
 
-class LocalStore:
+class LocalStore(Records):
     """Entries below `root`, which is made if it does not exist.
 
     The entries that a store object has found or published stay locked against eviction until it is closed or
@@ -74,7 +73,7 @@ class LocalStore:
         self.notes: list[str] = []
         self.write_back = NoPendingWrites()
         self.keep_alive: Any = None  # what removes a temporary root when the store is dropped
-        self.root = Path(root).expanduser().absolute()
+        super().__init__(Path(root).expanduser().absolute())
         self._verify = verify
         self._trusted_folders = tuple(trusted_folders)
         self._in_use = InUse()
@@ -330,75 +329,6 @@ class LocalStore:
         """The right to build this key; see `ts_handlers.store.local.lease`."""
         with hold_lease(self.root / LEASES, address.key.digest, estimate) as lease:
             yield lease
-
-    def _canary(self, address: Address, weights_digest: str) -> Path:
-        return self.root / CANARIES / address.key.digest / safe_weights(weights_digest)
-
-    def read_canary(self, address: Address, weights_digest: str) -> dict[str, Any] | None:
-        """The recorded canary, or None when there is none or it is damaged; its use is recorded."""
-        record = self._load_canary(address, weights_digest)
-        if record is not None:
-            record_canary_use(self._canary(address, weights_digest))
-        return record
-
-    def _load_canary(self, address: Address, weights_digest: str) -> dict[str, Any] | None:
-        path = self._canary(address, weights_digest)
-        try:
-            data = path.read_bytes()
-            with OwnedTree(self.root) as tree:
-                tree.status(self._relative(path))
-            return load_record(check_canary_bytes(f"{path.parent.name}/{path.name}", data))
-        except OSError:
-            return None
-        except (ValueError, NotOursError) as error:
-            logger.warning("the canary of %s will be recorded again: %s", address.key.digest, error)
-            return None
-
-    def canaries(self, address: Address) -> list[str]:
-        """The weights digests for which there is a readable canary record."""
-        try:
-            names = sorted(path.name for path in self._canary(address, "").parent.iterdir())
-        except OSError:
-            return []
-        return [name for name in names if not is_temporary(name) and self._load_canary(address, name) is not None]
-
-    def write_canary(self, address: Address, weights_digest: str, record: dict[str, Any]) -> bool:
-        """Record a canary by writing beside and renaming; False when the store cannot be written."""
-        path = self._canary(address, weights_digest)
-        try:
-            make_private_folders(path.parent, self.root)
-            write_atomically(path, encode_canary(f"{path.parent.name}/{path.name}", record), durable=True)
-        except OSError as error:
-            logger.warning("the canary of %s could not be recorded: %s", address.key.digest, error)
-            return False
-        return True
-
-    def read_outside(self, base: str) -> Names:
-        """See `Store`; a damaged record is as good as none."""
-        names = NO_NAMES
-        try:
-            records = sorted(path for path in (self.root / OUTSIDE / base).iterdir() if not is_temporary(path.name))
-        except OSError:
-            return names
-        for path in records:
-            try:
-                names |= read_names(path.name, path.read_bytes())
-            except (OSError, ValueError) as error:
-                logger.warning("the record %s/%s/%s is not used: %s", OUTSIDE, base, path.name, error)
-        return names
-
-    def write_outside(self, base: str, names: Names) -> bool:
-        """See `Store`; nothing is written that is known."""
-        if names <= self.read_outside(base):
-            return True
-        path = self.root / OUTSIDE / base / names_digest(names)
-        try:
-            make_private_folders(path.parent, self.root)
-            write_atomically(path, encode_names(names), durable=True)
-        except OSError as error:
-            logger.warning("what the model of %s reads could not be recorded: %s", base, error)
-            return False
-        return True
 
 
 def _is_folder(path: Path) -> bool:
