@@ -337,6 +337,17 @@ class CompiledModel(ServedModel):
         return facts
 
 
+def count_other_form(model: ServedModel, form: str) -> None:
+    """Count a call that the artifact cannot take and that somebody else answers eagerly.
+
+    Parameters
+    ----------
+    form:
+        In what it differs from the declared inputs.
+    """
+    model._count_other_form(form)
+
+
 def log_outcome(event: str, name: str, model: ServedModel) -> None:
     """Log what a model has become as one structured line."""
     facts = model.describe()

@@ -37,6 +37,7 @@ from ts_handlers.servers.json_tensors import (
 )
 from ts_handlers.servers.torchserve.answering import answer, answer_one_by_one, answer_together
 from ts_handlers.servers.torchserve.archive import (
+    EXPORTED,
     ArchiveFiles,
     gpu_of_worker,
     own_build,
@@ -48,6 +49,7 @@ from ts_handlers.servers.torchserve.base_handler import BaseHandler
 from ts_handlers.servers.torchserve.envelopes import guard_envelope
 from ts_handlers.servers.torchserve.metrics import Emitter
 from ts_handlers.servers.torchserve.micro_batching import MicroBatches, check_contexts, read_micro_batching
+from ts_handlers.servers.torchserve.ready import begin_serving
 from ts_handlers.servers.torchserve.recipes import handler_recipe
 from ts_handlers.servers.torchserve.request_batch import CurrentBatch, RequestBatch
 from ts_handlers.servers.torchserve.their_handler import (
@@ -61,9 +63,8 @@ from ts_handlers.servers.torchserve.their_handler import (
     with_their_description,
     wrap_explanations,
 )
-from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS, SECTION, Settings, parse_settings
+from ts_handlers.settings import SECTION, Settings, parse_settings
 from ts_handlers.start import start_model
-from ts_handlers.system.cycle_collector import exempt_from_collection
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ class CompiledHandlerMixin:
     _gpu: torch.device | None = None
     _emitter: Emitter
     _not_compiled: str | None = None
+    _submodels: Any = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Works for handlers that do not call their base class's constructor."""
@@ -141,10 +143,15 @@ class CompiledHandlerMixin:
             super().initialize(context)  # type: ignore[misc]
         self.model_yaml_config = config
         guard_envelope()
-        self._start_module_of_base_handler()
+        if self.__settings.models:
+            from ts_handlers.servers.torchserve.submodules import start_submodels
+
+            self._submodels = start_submodels(self, context, self.__settings, self.__recipe)
+        else:
+            self._start_module_of_base_handler()
         self._start_micro_batches()
         if self._served is not None:
-            self._model_is_ready(context)
+            (self._emitter,) = begin_serving([self.model], config, getattr(context, "metrics", None))
 
     @property
     def _served(self) -> ServedModel | None:
@@ -198,21 +205,6 @@ class CompiledHandlerMixin:
         device = torch.device(getattr(self, "device", None) or "cpu")
         self._micro_batches = MicroBatches(self, self._current, device, section)
 
-    def _model_is_ready(self, context: Any) -> None:
-        self._check_startup_timeout()
-        self._emitter = Emitter(self.model.metrics)
-        self._emitter.emit(getattr(context, "metrics", None))
-        outcome = self.model.outcome
-        exempt_from_collection(outcome.result == "built" or bool(outcome.fallbacks))
-        if self.model.background is not None:
-            self.model.background.when_done(lambda: self._after_swap(context))
-
-    def _after_swap(self, context: Any) -> None:
-        self._emitter.emit(getattr(context, "metrics", None))
-        background = self.model.background
-        background.wait_for_idle_window()  # a full pass holds the interpreter; a call under way holds the eager module
-        exempt_from_collection(background.left_module)
-
     @property
     def model_device(self) -> torch.device:
         """Where the model runs. `device` is where `preprocess` puts its tensors, the CPU with
@@ -232,8 +224,10 @@ class CompiledHandlerMixin:
         files = ArchiveFiles(model_dir, model_file, model_pt_path)
         overridden = type(self).load_model is not CompiledHandlerMixin.load_model
         build = own_build(self.load_model if overridden else None, below._load_pickled_model, files)
-        name = self.__context.model_name
-        return self._start(source_of_archive(name, type(self), files, self.__settings, build, self.__recipe))
+        source = source_of_archive(self.__context.model_name, type(self), files, self.__settings, build, self.__recipe)
+        if self.__settings.models and files.model_file != EXPORTED:  # parts of it are compiled
+            return source.eager()
+        return self._start(source)
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         """Build the eager model. Override to build it in another way; called only when an artifact is built or checked.
@@ -252,17 +246,6 @@ class CompiledHandlerMixin:
             raise NotImplementedError
         return below(*args, **kwargs)  # a method of theirs that has this name
 
-    def _check_startup_timeout(self) -> None:
-        """Warn when building takes longer than TorchServe waits for a worker."""
-        limit = self.__config.get("startupTimeout", DEFAULT_STARTUP_TIMEOUT_SECONDS)
-        took = sum(self.model.metrics.build_ms.values()) / 1000
-        if isinstance(limit, (int, float)) and took > 0.8 * limit:
-            logger.warning(
-                "building took %.0f s of the %s s that TorchServe waits for a worker (startupTimeout); set "
-                "startupTimeout: %d in model-config.yaml",
-                *(took, limit, int(took * 3) + 60),
-            )
-
     def preprocess(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         """The wrapped handler's preprocess; a ValueError in it refuses the request."""
         return super().preprocess(data, *args, **kwargs)  # type: ignore[misc]
@@ -279,6 +262,9 @@ class CompiledHandlerMixin:
         """Answer a batch. A request that fails leaves the others alone: HTTP 400 when the model cannot answer it, 503
         when no execution context came free, and what TorchServe answers to a batch of one for any other error."""
         self.context = context
+        if self._submodels is not None:
+            with self._submodels.batch(context):
+                return self._answer(RequestBatch(data, context))
         served = self._served
         if served is not None:
             served.answering += 1
@@ -349,6 +335,7 @@ class CompiledHandlerMixin:
         """What TorchServe's describe API shows as ``customizedMetadata``."""
         served = self._served
         facts = describe_uncompiled(self, self._not_compiled) if served is None else served.describe()
+        facts = facts if self._submodels is None else self._submodels.describe()
         facts["pid"] = os.getpid()
         return with_their_description(facts, getattr(super(), "describe_handle", None))
 

@@ -35,23 +35,25 @@ def unwrapped(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def reason_not_to_compile(model: Any) -> str | None:
-    """Why a handler's ``self.model`` is served as it is; None when it can be compiled.
+def reason_not_to_compile(model: Any, name: str = "self.model") -> str | None:
+    """Why what a handler holds is served as it is; None when it can be compiled.
 
     Parameters
     ----------
     model:
-        What ``self.model`` is, without the wrapper of `torch.compile`; None when the handler has none.
+        What it holds, without the wrapper of `torch.compile`; None when there is none.
+    name:
+        Where it holds that, for the reason.
     """
     if model is None:
-        return "the handler has no self.model after initialize"
+        return f"the handler has no {name} after initialize"
     if isinstance(model, torch.jit.ScriptModule):
-        return "self.model is a TorchScript model"
+        return f"{name} is a TorchScript model"
     if not isinstance(model, torch.nn.Module):
-        return f"self.model is a {type(model).__name__} and no torch.nn.Module"
+        return f"{name} is a {type(model).__name__} and no torch.nn.Module"
     devices = sorted({str(tensor.device) for tensor in _tensors(model)})
     if len(devices) > 1 or "meta" in devices:
-        return f"the tensors of self.model lie on {', '.join(devices)}; expected one device"
+        return f"the tensors of {name} lie on {', '.join(devices)}; expected one device"
     return None
 
 
