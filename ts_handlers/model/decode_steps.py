@@ -142,13 +142,13 @@ class DecodeForm(CallForm):
         """The inputs of a decode step by name; None for a call that is none, or in what it differs."""
         call = self._call
         cache: Any = kwargs.get(call.cache_name)
+        if vars(self._module).get(_LONGEST, 0) > self._settings.length:
+            # A longer request has left its length behind, which would be that of all later caches.
+            object.__setattr__(self._module, _LONGEST, -1)
         if args or type(cache) is not type(call.cache) or not all(layer.is_initialized for layer in cache.layers):
             return None
         ids = kwargs.get("input_ids")
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[1] != 1:
-            # A longer request leaves its length behind, which would be that of all later caches.
-            if vars(self._module).get(_LONGEST, 0) > self._settings.length:
-                object.__setattr__(self._module, _LONGEST, -1)
             return None  # the prompt
         if kwargs.keys() != self._expected:
             different = sorted(kwargs.keys() ^ self._expected)
