@@ -12,6 +12,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -117,6 +118,7 @@ class ServedModel(GuardedModel, abc.ABC):
         self.background: Background | None = None
         self.answering = 0
         self._other_forms: dict[str, int] = {}
+        self._measured: Callable[[], AbstractContextManager[None]] | None = None
 
     @abc.abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -237,7 +239,10 @@ class CompiledModel(ServedModel):
         if explanations_under_way():
             return self._explain(args, kwargs)
         try:
-            return self._answer(args, kwargs)
+            if self._measured is None:
+                return self._answer(args, kwargs)
+            with self._measured():
+                return self._answer(args, kwargs)
         finally:
             compiled = graphs_for_requests()
             if compiled:
@@ -346,6 +351,19 @@ def count_other_form(model: ServedModel, form: str) -> None:
         In what it differs from the declared inputs.
     """
     model._count_other_form(form)
+
+
+def eager_module(model: ServedModel) -> torch.nn.Module | None:
+    """The eager module of a model if it is there; builds none."""
+    return model._module_at_hand()
+
+
+def measure_calls(model: ServedModel, measured: Callable[[], AbstractContextManager[None]] | None) -> None:
+    """Call a model inside a context that `measured` gives for each call; with None no more.
+
+    A model that runs in another process is not measured.
+    """
+    model._measured = measured
 
 
 def log_outcome(event: str, name: str, model: ServedModel) -> None:

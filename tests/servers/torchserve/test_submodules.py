@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import pickle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -215,7 +216,8 @@ def test_the_module_stays_what_it_is(tmp_path: Path) -> None:
     inputs = torch.ones(1, 4, 8, 8), 3, torch.ones(1, 5, 6)
     with torch.no_grad():
         wanted = Unet.forward(unet, *inputs)
-        assert torch.equal(copy.deepcopy(unet)(*inputs).sample, wanted.sample)
+        for other in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
+            assert torch.equal(other(*inputs).sample, wanted.sample)
     copied = copy.deepcopy(unet)
     with torch.no_grad():
         copied.outside.bias += 1
@@ -396,7 +398,7 @@ def test_where_the_time_goes_is_measured_over_the_first_batches(tmp_path: Path) 
     assert vae.decoder._forward_hooks
     for _ in range(20):
         assert ask(handler, context, *IDS)[0][0] == 200
-    time = handler.describe_handle()["time"]
+    time: dict[str, Any] = handler.describe_handle()["time"]
     assert time["batches"] == 16
     assert set(time["compiled"]) == {"unet"}
     assert set(time["not_compiled"]) == {"pipe.vae", "pipe.text_encoder", "rest of the handler"}
@@ -411,6 +413,58 @@ def test_a_failing_batch_ends_its_measurement(tmp_path: Path) -> None:
     assert [status for status, _ in ask(handler, context, IDS[0], outside_the_table)] == [200, 503]
     assert ask(handler, context, *IDS)[0][0] == 200
     assert handler.describe_handle()["time"]["batches"] == 2
+
+
+class Speaks(BaseHandler):  # type: ignore[misc]
+    """Calls a method of its model that is not compiled, and a module beside it."""
+
+    def initialize(self, context: Any) -> None:
+        torch.manual_seed(1)
+        self.model = Vae().eval()
+        self.vocoder = torch.nn.Linear(16, 16)
+
+    def preprocess(self, data: Any) -> torch.Tensor:
+        return torch.ones(len(data), 3, 16, 16)
+
+    def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return self.vocoder(self.model.encode(self.model(data)).sample.mean((1, 2)).repeat(1, 2))
+
+    def postprocess(self, data: Any) -> Any:
+        return data.tolist()
+
+
+def test_what_goes_past_a_compiled_model_is_told_apart_from_it(tmp_path: Path) -> None:
+    class Ours(CompiledHandlerMixin, Speaks):
+        pass
+
+    handler, context = start(tmp_path, {}, Ours, inputs=[tensor("sample", 3, 16, 16)], dimensions=BATCH)
+    assert handler.describe_handle()["backend"] == "aot_inductor"
+    assert handler.describe_handle()["time"] is None
+    for _ in range(20):
+        assert ask(handler, context, 1, 1)[0][0] == 200
+    time = handler.describe_handle()["time"]
+    assert set(time["compiled"]) == {"model"}
+    assert set(time["not_compiled"]) == {"model (eager)", "vocoder", "rest of the handler"}
+    assert handler.model._measured is None
+    assert handler.model.metrics.counters["outside_eager"] == 0
+
+
+def test_modules_that_torch_compile_runs_get_no_hooks(tmp_path: Path) -> None:
+    class Theirs(Speaks):
+        def initialize(self, context: Any) -> None:
+            super().initialize(context)
+            self.wrapped = torch.compile(torch.nn.Linear(2, 2))
+            self.vocoder.compile()
+            self.scripted = torch.jit.script(torch.nn.Linear(2, 2))
+            self.model = None
+
+    class Ours(CompiledHandlerMixin, Theirs):
+        pass
+
+    handler, _ = start(tmp_path, {}, Ours)
+    for module in (handler.wrapped, handler.wrapped._orig_mod, handler.vocoder, handler.scripted):
+        assert not module._forward_hooks
 
 
 def test_an_archives_own_model_file_gives_the_module_whose_parts_are_compiled(archive: Path, tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ from ts_handlers.servers.torchserve.micro_batching import MicroBatches, check_co
 from ts_handlers.servers.torchserve.ready import begin_serving
 from ts_handlers.servers.torchserve.recipes import handler_recipe
 from ts_handlers.servers.torchserve.request_batch import CurrentBatch, RequestBatch
+from ts_handlers.servers.torchserve.shares import Shares
 from ts_handlers.servers.torchserve.their_handler import (
     answers_describe,
     describe_uncompiled,
@@ -90,6 +91,7 @@ class CompiledHandlerMixin:
     model: Any
     settings: Settings
     _current: CurrentBatch
+    _shares: Shares
     _micro_batches: MicroBatches | None = None
     _last_context: Any = None
     _gpu: torch.device | None = None
@@ -101,6 +103,7 @@ class CompiledHandlerMixin:
         """Works for handlers that do not call their base class's constructor."""
         made = super().__new__(cls)
         made._current = CurrentBatch()
+        made._shares = Shares()
         return made
 
     @property
@@ -146,9 +149,10 @@ class CompiledHandlerMixin:
         if self.__settings.models:
             from ts_handlers.servers.torchserve.submodules import start_submodels
 
-            self._submodels = start_submodels(self, context, self.__settings, self.__recipe)
+            self._submodels = start_submodels(self, context, self.__settings, self.__recipe, self._shares)
         else:
             self._start_module_of_base_handler()
+            self._shares.measure_served(self, self._served)
         self._start_micro_batches()
         if self._served is not None:
             (self._emitter,) = begin_serving([self.model], config, getattr(context, "metrics", None))
@@ -282,7 +286,8 @@ class CompiledHandlerMixin:
         if inspect.iscoroutinefunction(below.handle):  # its answers are not there yet
             return self._answer_below(batch)
         if self._micro_batches is None or not batch.rows or os.environ.get("ENABLE_TORCH_PROFILER"):
-            return answer(batch, lambda part: answer_together(part, self._answer_below), self._answer_below)
+            with self._shares.batch():
+                return answer(batch, lambda part: answer_together(part, self._answer_below), self._answer_below)
         return answer(batch, self._answer_by_parts, self._answer_below)
 
     def _answer_by_parts(self, batch: RequestBatch) -> Any:
@@ -336,6 +341,7 @@ class CompiledHandlerMixin:
         served = self._served
         facts = describe_uncompiled(self, self._not_compiled) if served is None else served.describe()
         facts = facts if self._submodels is None else self._submodels.describe()
+        facts["time"] = self._shares.describe()
         facts["pid"] = os.getpid()
         return with_their_description(facts, getattr(super(), "describe_handle", None))
 

@@ -7,13 +7,20 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
+from ts_handlers.backends import get_backend
+from ts_handlers.compiled_model import ServedModel, eager_module, measure_calls
+
 REQUESTS = 16
 """Batches that are measured; afterwards nothing is."""
 REST = "rest of the handler"
+EAGER = "eager"
+Measured = Callable[[], AbstractContextManager[None]]
+"""Gives a context for each call of a model."""
 _MOST_MODULES = 50
 _MOST_SHOWN = 20
 
@@ -50,29 +57,57 @@ class Shares:
             The ``id`` of each module that is compiled, of which a method is enough: what lies below it gets no hooks.
         """
         for name, module in _held_modules(handler).items():
-            self._waits_for |= {tensor.device for tensor in module.parameters() if tensor.device.type == "cuda"}
-            # Methods beside forward call the parts below a module.
-            for child in () if id(module) in compiled else (module, *module.children()):
-                if id(child) in compiled or isinstance(child, torch.jit.ScriptModule):
-                    continue
-                enter = child.register_forward_pre_hook(lambda *_, name=name: self._enter(name))
-                leave = child.register_forward_hook(lambda *_: self._leave(), always_call=True)
-                self._ends += [enter.remove, leave.remove]
+            self._hook(name, module, compiled)
 
-    def measure_method(self, name: str, method: Any) -> None:
-        """Measure what has an attribute `measured`, such as a compiled method."""
-        self._compiled.add(name)
+    def _hook(self, name: str, module: torch.nn.Module, compiled: Collection[int]) -> None:
+        self._waits_for |= {tensor.device for tensor in module.parameters() if tensor.device.type == "cuda"}
+        if id(module) in compiled or _is_compiled(module):
+            return
+        for child in (module, *module.children()):  # methods beside forward call the parts below a module
+            if id(child) in compiled or _is_compiled(child):
+                continue
+            enter = child.register_forward_pre_hook(lambda *_, name=name: self._enter(name))
+            leave = child.register_forward_hook(lambda *_: self._leave(), always_call=True)
+            self._ends += [enter.remove, leave.remove]
+
+    def measure_model(self, name: str, model: ServedModel, measure: Callable[[Measured | None], None]) -> None:
+        """Measure the calls of a model, which may be compiled.
+
+        Parameters
+        ----------
+        measure:
+            Called with what gives a context for each call of the model, and with None when no more is measured.
+        """
 
         @contextlib.contextmanager
         def measured() -> Iterator[None]:
-            self._enter(name)
+            compiled = model.outcome.backend != "eager"
+            if compiled:
+                self._compiled.add(name)
+            self._enter(name if compiled else f"{name} ({EAGER})")
             try:
                 yield
             finally:
                 self._leave()
 
-        method.measured = measured
-        self._ends.append(lambda: setattr(method, "measured", None))
+        measure(measured)
+        self._ends.append(lambda: measure(None))
+
+    def measure_served(self, handler: Any, model: ServedModel | None) -> None:
+        """Measure a handler's ``self.model``, what goes past it to its eager module, and what else the handler holds.
+
+        Parameters
+        ----------
+        model:
+            ``self.model`` if it is a served one, else None.
+        """
+        if model is not None:
+            self.measure_model("model", model, lambda measured: measure_calls(model, measured))
+            module = eager_module(model)
+            uses_it = get_backend(model.outcome.backend).needs_eager_module or model.background is not None
+            if module is not None and not uses_it:  # else hooks on it would be part of what is compiled
+                self._hook(f"model ({EAGER})", module, ())
+        self.measure_modules(handler, ())
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:
@@ -118,10 +153,12 @@ class Shares:
         for end in ends:
             end()
 
-    def describe(self) -> dict[str, Any]:
-        """Batches measured, and the share of each part between 0 and 1, the largest first."""
+    def describe(self) -> dict[str, Any] | None:
+        """Batches measured, and the share of each part between 0 and 1, the largest first; None before the first."""
         with self._lock:
             seconds, counted = dict(self._seconds), self._counted
+        if not counted:
+            return None
         whole = sum(seconds.values()) or 1.0
         largest = sorted(seconds.items(), key=lambda item: -item[1])[:_MOST_SHOWN]
         shares = {name: round(value / whole, 3) for name, value in largest}
@@ -155,6 +192,13 @@ def _below(name: str, value: Any) -> dict[str, torch.nn.Module]:
     elif not (inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value)):
         items = getattr(value, "__dict__", {}).items()
     return {f"{name}.{key}": item for key, item in list(items)[:_MOST_MODULES] if _is_module(item)}
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    """Whether torch.compile or TorchScript runs a module: hooks would be compiled with it."""
+    if isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module):
+        return True
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _is_module(value: Any) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -65,13 +66,15 @@ class Submodel:
     served: ServedMethod | None = None
 
 
-def start_submodels(handler: Any, context: Any, settings: Settings, recipe: Mapping[str, Any] | None) -> Submodels:
+def start_submodels(
+    handler: Any, context: Any, settings: Settings, recipe: Mapping[str, Any] | None, shares: Shares
+) -> Submodels:
     """Compile the modules that the settings name, each in its place.
 
     The arguments are a `CompiledHandlerMixin` that is initialized, TorchServe's context, and what `Submodels` takes.
     """
     folder = context.system_properties.get("model_dir")
-    submodels = Submodels(handler, settings, context.model_name, handler.model_device, recipe, folder)
+    submodels = Submodels(handler, settings, context.model_name, handler.model_device, recipe, folder, shares)
     config, torchserve_metrics = handler.model_yaml_config, getattr(context, "metrics", None)
     submodels.emitters = begin_serving(submodels.models, config, torchserve_metrics)
     return submodels
@@ -92,6 +95,8 @@ class Submodels:
         Where modules without tensors run.
     recipe, folder:
         How another process makes the handler, and where its archive lies; None where that is not known.
+    shares:
+        Measures where the time of the first batches goes.
 
     Raises
     ------
@@ -111,8 +116,10 @@ class Submodels:
         device: torch.device,
         recipe: Mapping[str, Any] | None,
         folder: str | Path | None,
+        shares: Shares,
     ) -> None:
         self._settings = settings
+        self._shares = shares
         self._device = device
         self._recipe = recipe
         self._folder = folder
@@ -123,11 +130,10 @@ class Submodels:
         hand_over([each.made for each in self.all if each.made is not None])
         for each in self.all:
             self._start(each)
-        self.shares = Shares()
         for each in self.all:
             self._install(each)
         compiled = {id(each.module) for each in self.all if each.served is not None}
-        self.shares.measure_modules(handler, compiled)
+        self._shares.measure_modules(handler, compiled)
         self.emitters: list[Emitter] = []
 
     @property
@@ -217,17 +223,16 @@ class Submodels:
         each.served = ServedMethod(each.name, model, each.called, each.form)
         each.served.install()
         each.form.prepare()
-        self.shares.measure_method(each.name, each.served)
+        self._shares.measure_model(each.name, model, functools.partial(setattr, each.served, "measured"))
 
     @contextlib.contextmanager
     def batch(self, context: Any) -> Iterator[None]:
-        """What surrounds the answering of a batch: it is counted, measured and reported."""
+        """What surrounds the answering of a batch: it is counted and reported."""
         models = self.models
         for model in models:
             model.answering += 1
         try:
-            with self.shares.batch():
-                yield
+            yield
         finally:
             for model in models:
                 model.answering -= 1
@@ -240,8 +245,8 @@ class Submodels:
             emitter.emit_contexts(torchserve_metrics, model.context_stats())
 
     def describe(self) -> dict[str, Any]:
-        """A row for each submodel, and where the time of the first batches went."""
-        return {"models": {each.name: _row(each) for each in self.all}, "time": self.shares.describe()}
+        """A row for each submodel."""
+        return {"models": {each.name: _row(each) for each in self.all}}
 
 
 def _make_method(where: str, each: Submodel, asked: SubmodelSettings) -> None:
