@@ -400,6 +400,8 @@ def test_where_the_time_goes_is_measured_over_the_first_batches(tmp_path: Path) 
     handler, context = start(tmp_path, {"unet": UNET})
     vae = handler.pipe.vae
     assert vae.decoder._forward_hooks
+    for other in (copy.deepcopy(vae), pickle.loads(pickle.dumps(vae))):
+        other(torch.ones(1, 3, 16, 16))
     for _ in range(20):
         assert ask(handler, context, *IDS)[0][0] == 200
     time: dict[str, Any] = handler.describe_handle()["time"]
