@@ -36,12 +36,17 @@ def install(folder: str) -> None:
 
 
 def plan(arguments: list[str]) -> tuple[str, str] | None:
-    """The source and the object, or None where this is no compilation of one source to one object."""
-    if "-c" not in arguments or arguments.count("-o") != 1 or any(each.startswith("@") for each in arguments):
+    """The source and the output of what can be remembered, otherwise None.
+
+    That is a compilation of one source to an object or, without other objects, to a library.
+    """
+    if not {"-c", "-shared"} & set(arguments) or arguments.count("-o") != 1:
         return None
     target = arguments[arguments.index("-o") + 1 :][:1]
-    sources = [each for each in arguments if each.endswith((".cpp", ".cc", ".S", ".s")) and not each.startswith("-")]
-    return (sources[0], target[0]) if len(sources) == 1 and target else None
+    inputs = [each for each in arguments if not each.startswith("-") and each not in target]
+    sources = [each for each in inputs if each.endswith((".cpp", ".cc", ".S", ".s"))]
+    others = [each for each in inputs if each.endswith((".o", ".a", ".so")) or each.startswith("@")]
+    return (sources[0], target[0]) if len(sources) == 1 and target and not others else None
 
 
 def digest(compiler: str, arguments: list[str], source: str, target: str) -> str:
