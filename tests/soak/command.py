@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tests.soak import faults, flip, fuzz, race, requests
+from tests.soak import blame, descriptors, faults, flip, fuzz, process, race, requests
 from tests.soak.subject import workplace
 from tests.soak.tally import Tally
 
@@ -46,14 +47,17 @@ def _clocks(tally: Tally, folder: Path, seed: int, trials: int) -> None:
 
 
 PARTS: dict[str, tuple[Part, float]] = {
-    "race": (_race, 0.40),
-    "race-hosts": (_race_hosts, 0.06),
-    "flip": (_flip, 0.14),
-    "flip-real": (_flip_real, 0.12),
-    "fuzz": (fuzz.run, 0.18),
+    "race": (_race, 0.20),
+    "race-hosts": (_race_hosts, 0.03),
+    "flip": (_flip, 0.08),
+    "flip-real": (_flip_real, 0.07),
+    "fuzz": (fuzz.run, 0.14),
     "faults": (faults.run, 0.09),
     "clocks": (_clocks, 0.01),
-    "requests": (requests.run, 0.20),
+    "requests": (requests.run, 0.12),
+    "blame": (blame.run, 0.22),
+    "descriptors": (descriptors.run, 0.02),
+    "process": (process.run, 0.02),
 }
 """What each part runs, and its share of the trials of ``all``."""
 PRELOADED = ("faults", "clocks")
@@ -82,8 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write counts and environment here")
     options = parser.parse_args(arguments)
     needs = options.part == "all" or options.part in PRELOADED
+    words = list(sys.argv[1:] if arguments is None else arguments)
     if needs and not faults.is_preloaded():
-        return _preload(list(sys.argv[1:] if arguments is None else arguments))
+        return _preload(words)
     logging.basicConfig(level=logging.CRITICAL)
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
@@ -92,14 +97,14 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"seed {options.seed}", flush=True)
     for name in PARTS if options.part == "all" else [options.part]:
         part, share = PARTS[name]
-        tally = Tally()
+        tally, begun = Tally(), time.monotonic()
         with workplace() as folder:
             trials = options.trials if options.part != "all" else max(1, round(share * options.trials))
             part(tally, folder, options.seed, trials)
         print(tally.summary(name), flush=True)
         for failure in tally.failures[:20]:
             print(f"  {failure}", flush=True)
-        counts[name] = {"trials": tally.trials, **tally.counts}
+        counts[name] = {"trials": tally.trials, **tally.counts, "seconds": round(time.monotonic() - begun)}
         total.add(tally)
     summary = total.summary("soak")
     print(summary, flush=True)
@@ -109,6 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
         facts = {
             "benchmark": "soak",
             "summary": summary,
+            "command": shlex.join(["python", "benchmarks/soak.py", *words]),
             "seed": options.seed,
             "seconds": round(time.monotonic() - started),
             "environment": environment.facts(),
