@@ -79,7 +79,9 @@ def _preload(arguments: list[str]) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what is asked for; returns 1 when something happened that must not."""
-    parser = argparse.ArgumentParser(description="Soak and fuzz the store and whole starts.")
+    parser = argparse.ArgumentParser(
+        description="Soak and fuzz the store, whole starts, the crash guard, requests and the model's process."
+    )
     parser.add_argument("part", choices=[*PARTS, "all"])
     parser.add_argument("--trials", type=int, default=10_000, help="of all parts together, or of the one part")
     parser.add_argument("--seed", type=int, default=int(time.time()))
@@ -93,6 +95,11 @@ def main(arguments: list[str] | None = None) -> int:
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
     total, counts = Tally(), {}
+    facts_of_machine: dict[str, object] = {}
+    if options.json is not None:
+        import environment
+
+        facts_of_machine = environment.facts()  # of the beginning: the checkout may go on meanwhile
     started = time.monotonic()
     print(f"seed {options.seed}", flush=True)
     for name in PARTS if options.part == "all" else [options.part]:
@@ -109,15 +116,13 @@ def main(arguments: list[str] | None = None) -> int:
     summary = total.summary("soak")
     print(summary, flush=True)
     if options.json is not None:
-        import environment
-
         facts = {
             "benchmark": "soak",
             "summary": summary,
             "command": shlex.join(["python", "benchmarks/soak.py", *words]),
             "seed": options.seed,
             "seconds": round(time.monotonic() - started),
-            "environment": environment.facts(),
+            "environment": facts_of_machine,
             "parts": counts,
         }
         options.json.write_text(json.dumps(facts, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Build leases: one process of a host builds a key at a time.
 
-The lease is a `flock` on a file, which the kernel releases when its holder dies, however it dies. Beside the lock stands a
-status file by which waiters tell what the holder is doing; it is information only and may be stale or missing.
+The lease is a `flock` on a file, which the kernel releases when its holder dies, however it dies. Beside the lock
+stands a status file by which waiters tell what the holder is doing; it is information only and may be stale or missing.
 """
 
 from __future__ import annotations
