@@ -153,7 +153,7 @@ def _remove(path: Path, locked: Path | None) -> str | None:
                 shutil.rmtree(path)
             else:
                 # A lease's lock file goes while it is held: who has opened it before and locks it afterwards finds
-                # that it has no name any more and opens a new one (filelock looks after locking).
+                # that it has no name any more and opens a new one.
                 path.unlink()
     except FileNotFoundError:
         return None
