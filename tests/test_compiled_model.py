@@ -15,6 +15,7 @@ from ts_handlers.errors import (
     FrozenModelError,
     InputError,
 )
+from ts_handlers.model.explanations import explanations
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -73,6 +74,10 @@ CHANGES = {
     "an attribute": lambda model: setattr(model, "training", True),
     "a deletion": lambda model: delattr(model, "layer"),
     "train": lambda model: model.train(),
+    "half of a module around it": lambda model: torch.nn.Sequential(model).half(),
+    "load_state_dict of a module around it": lambda model: torch.nn.Sequential(model).load_state_dict(
+        {"0.layer.weight": torch.zeros(3, 4), "0.layer.bias": torch.ones(3)}
+    ),
     "apply": lambda model: model.apply(lambda module: None),
 }
 
@@ -85,7 +90,7 @@ def test_changes_that_a_compiled_model_would_not_see_raise(change: Any, start: S
     assert torch.allclose(model(ROWS), eager_model(archive)(ROWS), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["load_state_dict", "hook", "a submodule"])
+@pytest.mark.parametrize("name", ["load_state_dict", "hook", "a submodule", "load_state_dict of a module around it"])
 def test_changes_of_an_eager_model_act_on_what_serves(name: str, start: Start, archive: Path) -> None:
     model, plain = start(backends=["eager"]), eager_model(archive)
     before = model(ROWS)
@@ -107,6 +112,7 @@ def test_casts_of_an_eager_model_act_on_what_serves() -> None:
 def test_what_changes_nothing_is_no_change(start: Start, archive: Path) -> None:
     model = start()
     assert model.to("cpu").eval().cpu().float().train(False).to("cpu", torch.float32) is model
+    assert torch.nn.Sequential(model).to("cpu", torch.float32).eval()[0] is model
     model.class_names = ["cat", "dog"]  # a handler's own note
     assert model.class_names == ["cat", "dog"]
     assert hasattr(model, "load_state_dict")
@@ -121,3 +127,28 @@ def test_a_part_of_the_eager_module_is_given_with_a_warning(start: Start, caplog
     assert [record.message for record in caplog.records if "does not serve" in record.message] == [
         "model: layer is that of the eager module, which does not serve; changes of it have no effect on answers"
     ]
+
+
+def test_changes_while_answers_are_explained_act_on_the_eager_module(start: Start, archive: Path) -> None:
+    model = start()
+    with explanations():
+        hook = model.register_forward_hook(lambda module, inputs, output: output * 0)
+        assert not model(ROWS).detach().any()
+        hook.remove()
+        rows = ROWS.clone().requires_grad_()
+        model(rows).sum().backward()
+        assert rows.grad is not None
+    with pytest.raises(FrozenModelError):
+        CHANGES["hook"](model)
+    assert torch.allclose(model(ROWS), eager_model(archive)(ROWS), atol=1e-5)
+
+
+def test_declared_limits_hold_for_calls_of_another_form(start: Start) -> None:
+    inputs = [{"name": "x", "dtype": "float32", "shape": ["batch", 4], "limits": [[0, 9]] * 4, "excludes": [7]}]
+    model = start(inputs=inputs, backends=["eager"])
+    assert model(ROWS.abs().double().clamp(max=6).float()).shape == (len(ROWS), 3)
+    for value, message in ((-1.0, "inside its limits of column 2"), (7.0, "excluded")):
+        rows = torch.ones(2, 4, dtype=torch.float64)
+        rows[0, 2] = value
+        with pytest.raises(InputError, match=message):
+            model(rows)

@@ -11,7 +11,8 @@ import dataclasses
 import json
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +25,10 @@ from ts_handlers.execution.base import Loaded, Run
 from ts_handlers.execution.contexts import ContextPool, PoolStats
 from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.metrics import Metrics, compiled_graphs, graphs_for_requests
+from ts_handlers.model.call_form import accepts, forward_order, given_by_name, other_form, to_device
 from ts_handlers.model.changes import GuardedModel
+from ts_handlers.model.explanations import explanations_under_way
+from ts_handlers.model.module import ModuleSource
 from ts_handlers.model.signature import Signature
 from ts_handlers.store.base import Store
 
@@ -75,12 +79,17 @@ class Outcome:
     independent_rows: bool | None = None
 
 
+_FORMS_NAMED = 10
+"""Forms of calls that `describe` names; a handler has a few."""
+
+
 class ServedModel(GuardedModel, abc.ABC):
     """A model that is ready, as a server sees it.
 
-    Call it as the eager module is called, with the declared inputs by position or by name, from any number of threads:
-    `contexts.count` calls run at once. Attributes of the eager module are reachable too, at the cost of building it in
-    this process at the first use. For changes of it see
+    Call it as the eager module is called, from any number of threads: `contexts.count` calls run at once. What fits the
+    declared inputs, by position or by name, is answered by the artifact. A call of another form (a flag, None, a
+    container, an argument that is not declared) is answered by the eager module, counted as ``outside_eager`` and named
+    in the log and in `describe`. Attributes are the eager module's; for changes of it see
     `ts_handlers.model.changes.GuardedModel`.
 
     Attributes
@@ -95,8 +104,8 @@ class ServedModel(GuardedModel, abc.ABC):
     Raises
     ------
     InputError
-        The call does not fit the declared signature and `outside` is ``refuse``. Declared sizes that are not compiled
-        are answered by the eager model.
+        Shapes or values are outside the declared ranges and `outside` is ``refuse``; or neither the declared inputs nor
+        the eager module take such arguments. Declared sizes that are not compiled are answered by the eager model.
     BusyError
         As many calls as can run at once were under way for `contexts.wait_seconds`.
     """
@@ -108,6 +117,8 @@ class ServedModel(GuardedModel, abc.ABC):
         self.metrics = metrics
         self.background: Background | None = None
         self.answering = 0
+        self._other_forms: dict[str, int] = {}
+        self._measured: Callable[[], AbstractContextManager[None]] | None = None
 
     @abc.abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -141,6 +152,54 @@ class ServedModel(GuardedModel, abc.ABC):
     def describe(self) -> dict[str, Any]:
         """Backend, key, hit or miss with the missed part, phases, counters and fallback reasons, JSON-compatible."""
 
+    @property
+    def _serving_module(self) -> torch.nn.Module | None:
+        return self._eager_module() if explanations_under_way() else None
+
+    def _explain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the eager module in the caller's gradient mode."""
+        device = self._target.device
+        return self._eager_module()(*to_device(args, device), **to_device(kwargs, device))
+
+    def _answer_other_form(
+        self, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any], refusal: InputError
+    ) -> Any:
+        """Answer a call that the artifact has refused with the eager module, if that takes such arguments.
+
+        Raises
+        ------
+        InputError
+            `refusal`: it was for a shape or a value, or the eager module takes no such arguments either.
+        """
+        form = other_form(signature, args, kwargs) if self._target.source.weights_by_name else None
+        if form is None or not accepts(self._eager_module(), args, kwargs):
+            raise refusal
+        signature.check_limits(given_by_name(signature, args, kwargs))
+        self._count_other_form(form)
+        try:
+            return self._call_eager(args, kwargs)
+        except RuntimeError as error:
+            if "declared is" not in form or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise refusal from error  # a dtype that the eager module does not take either
+
+    def _count_other_form(self, form: str) -> None:
+        self.metrics.count("outside_eager")
+        if form not in self._other_forms:
+            if len(self._other_forms) >= _FORMS_NAMED:
+                return
+            name = self._target.source.name
+            logger.warning("%s: called in a form that was not compiled, which eager answers: %s", name, form)
+        self._other_forms[form] = self._other_forms.get(form, 0) + 1
+
+    def _call_eager(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return self._run_eager(to_device(args, self._target.device), to_device(kwargs, self._target.device))
+
+    def _run_eager(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        # Not in inference mode: a handler may change an output in place, as it may change the module's own.
+        with torch.no_grad():
+            return self._eager_module()(*args, **kwargs)
+
 
 class CompiledModel(ServedModel):
     """A model that runs in this process.
@@ -159,15 +218,31 @@ class CompiledModel(ServedModel):
         self._slots = slots
         self._eager: Run | None = None
         self._lock = threading.Lock()
+        self._order = self._order_of_arguments()
         self.store: Store | None = None
         if self._device.type == "cuda":
             for pool in (slots.pool, loaded.pool):
                 if pool is not None:
                     pool.favour_own()
 
+    def _order_of_arguments(self) -> tuple[str, ...] | None:
+        """How forward takes arguments by position, if that is not as the inputs are declared.
+
+        Only of a module that exists at every start: a call must not mean one thing after a build, another after a hit.
+        """
+        source = self._target.source
+        if not isinstance(source, ModuleSource):
+            return None
+        return forward_order(source.built(), self._loaded.signature.names)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if explanations_under_way():
+            return self._explain(args, kwargs)
         try:
-            return self._answer(args, kwargs)
+            if self._measured is None:
+                return self._answer(args, kwargs)
+            with self._measured():
+                return self._answer(args, kwargs)
         finally:
             compiled = graphs_for_requests()
             if compiled:
@@ -178,12 +253,22 @@ class CompiledModel(ServedModel):
         signature = loaded.signature
         if not signature.inputs:
             return self._call_eager(args, kwargs)
+        if (
+            self._order is not None
+            and len(args) <= len(self._order)
+            and kwargs.keys().isdisjoint(self._order[: len(args)])
+        ):
+            kwargs = {**dict(zip(self._order, args, strict=False)), **kwargs}
+            args = ()
         try:
-            tensors = signature.bind(args, kwargs, self._device)
             try:
+                tensors = signature.bind(args, kwargs, self._device)
                 signature.check(tensors)
                 return loaded.run(tensors)
-            except InputError:
+            except InputError as refusal:
+                if other_form(signature, args, kwargs) is not None:
+                    return self._answer_other_form(signature, args, kwargs, refusal)
+                tensors = signature.bind(args, kwargs, self._device)  # a value outside its limits is refused anyway
                 if not self._outside_eager:
                     self.signature.check(tensors)  # what is declared and not compiled is answered eagerly
         except InputError:
@@ -204,12 +289,8 @@ class CompiledModel(ServedModel):
             return super().call_with(data, *args, **kwargs)
         return self(data, *args, **kwargs)
 
-    def _call_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self._slots.call(self._run_eager, _to(args, self._device), _to(kwargs, self._device))
-
-    def _run_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with torch.inference_mode():
-            return self._target.eager()(*args, **kwargs)
+    def _call_eager(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        return self._slots.call(self._run_eager, to_device(args, self._device), to_device(kwargs, self._device))
 
     def swap(self, other: CompiledModel) -> None:
         """Serve from the next call on what `other` serves; calls that are running end as they began."""
@@ -234,7 +315,8 @@ class CompiledModel(ServedModel):
     @property
     def _serving_module(self) -> torch.nn.Module | None:
         # With a build in the background it would be lost with the swap.
-        return self._target.eager() if self.outcome.backend == "eager" and self.background is None else None
+        serves = self.outcome.backend == "eager" and self.background is None
+        return self._eager_module() if serves else super()._serving_module
 
     @property
     def pool(self) -> ContextPool[Any]:
@@ -251,6 +333,7 @@ class CompiledModel(ServedModel):
         facts["phases_ms"] = {name: round(value, 1) for name, value in self.metrics.phases_ms.items()}
         facts["build_ms"] = {name: round(value, 1) for name, value in self.metrics.build_ms.items()}
         facts["counters"] = dict(self.metrics.counters)
+        facts["other_forms"] = dict(self._other_forms)
         facts["artifact"] = dict(self._loaded.facts)
         facts["contexts"] = dataclasses.asdict(self.context_stats())
         facts["device"] = str(self._device)
@@ -259,15 +342,28 @@ class CompiledModel(ServedModel):
         return facts
 
 
-def _to(value: Any, device: torch.device) -> Any:
-    """Tensors inside tuples, lists and dicts on `device`."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: _to(item, device) for key, item in value.items()}
-    return value
+def count_other_form(model: ServedModel, form: str) -> None:
+    """Count a call that the artifact cannot take and that somebody else answers eagerly.
+
+    Parameters
+    ----------
+    form:
+        In what it differs from the declared inputs.
+    """
+    model._count_other_form(form)
+
+
+def eager_module(model: ServedModel) -> torch.nn.Module | None:
+    """The eager module of a model if it is there; builds none."""
+    return model._module_at_hand()
+
+
+def measure_calls(model: ServedModel, measured: Callable[[], AbstractContextManager[None]] | None) -> None:
+    """Call a model inside a context that `measured` gives for each call; with None no more.
+
+    A model that runs in another process is not measured.
+    """
+    model._measured = measured
 
 
 def log_outcome(event: str, name: str, model: ServedModel) -> None:

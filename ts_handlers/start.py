@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -63,15 +63,23 @@ def start_model(
     >>> model(torch.zeros(3, 2)).shape, model.outcome.backend
     (torch.Size([3, 1]), 'eager')
     """
-    captured = _captured.get()
-    if captured is not None:
-        captured.append(Made(source, settings, torch.device(device)))
-        raise _Captured
+    hand_over([Made(source, settings, torch.device(device))])
     if settings.contexts.across_workers:
         from ts_handlers.model_process.shared_model import join_model
 
         return join_model(source, settings, torch.device(device))
     return start_here(source, settings, device, progress=progress, retry_failed=retry_failed, event=event)
+
+
+def hand_over(made: Sequence[Made]) -> None:
+    """Inside a block of `captured_start`, hand over all that is about to be started, and end the block.
+
+    Elsewhere it does nothing, and so it does without anything to start.
+    """
+    captured = _captured.get()
+    if captured is not None and made:
+        captured.extend(made)
+        raise _Captured
 
 
 class _Captured(BaseException):
@@ -80,7 +88,7 @@ class _Captured(BaseException):
 
 @contextlib.contextmanager
 def captured_start() -> Iterator[list[Made]]:
-    """Inside the block, `start_model` starts nothing: it adds what it was called with to the list, and ends the block.
+    """Inside the block, `start_model` starts nothing: what it was called with goes to the list, and the block ends.
 
     So another process finds out what a server's handler would start, without starting it. An error that the handler
     raises after that is of no interest.

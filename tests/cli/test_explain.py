@@ -114,6 +114,44 @@ def test_explain_of_no_archive_is_a_usage_error(run: Run, filled: Path) -> None:
     assert "two keys" in run("explain", "0f0f", "--store", filled).err
 
 
+MAKES_ITS_MODULE = """
+import torch
+
+from ts_handlers import CompiledHandlerMixin
+
+
+class Made(torch.nn.Linear):
+    pass
+
+
+def handle(data, context):
+    theirs = type("Theirs", (), {"initialize": initialize})
+    type("Both", (CompiledHandlerMixin, theirs), {})().initialize(context)
+
+
+def initialize(self, context):
+    self.model = Made(4, 3)
+    self.model._made_hash = hash("text") | 1 << 62
+"""
+
+
+def test_explain_names_what_was_left_out_of_the_key(
+    run: Run, filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ts", reason="TorchServe is not installed")
+    folder = tmp_path / "made"
+    (folder / "MAR-INF").mkdir(parents=True)
+    manifest = {"model": {"modelName": "made", "handler": "made_handler.py", "configFile": CONFIG}}
+    (folder / "MAR-INF" / "MANIFEST.json").write_text(json.dumps(manifest))
+    section = {**LINEAR_SECTION, "backends": ["aot_inductor"]}
+    (folder / CONFIG).write_text(json.dumps({"handler": {"ts_handlers": section}}))
+    (folder / "made_handler.py").write_text(MAKES_ITS_MODULE)
+    monkeypatch.syspath_prepend(folder)
+    result = run("explain", folder, "--store", filled, "--json")
+    assert result.json[0]["left_out"] == ["Made._made_hash"], result.err
+    assert "differs between processes: Made._made_hash" in run("explain", folder, "--store", filled).out
+
+
 def test_explain_of_an_archive_names_the_variable_that_differs(
     run: Run, archive: Path, filled: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,7 +61,7 @@ def test_miss_policies(start: Start, archive: Path) -> None:
 
 def test_mistakes_of_archive_and_settings_are_not_fallen_back_from(start: Start, archive: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="inputs"):
-        start_model(archive_source(archive), Settings(backends=("aot_inductor", "eager")))
+        start_model(archive_source(archive), Settings(backends=("aot_inductor", "eager"), strict=True))
     (archive / "model.py").write_text("import torch\n")
     with pytest.raises(ModelError, match="exactly one"):
         start()

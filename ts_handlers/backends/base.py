@@ -172,11 +172,12 @@ class Target:
     def eager(self) -> torch.nn.Module:
         """The eager module on the device, in the dtype that the settings ask for, in eval mode."""
         self.check_source()
-        module = self.source.eager()
         wanted = self.settings.dtype if self.source.weights_by_name else None  # a program keeps those of its export
         dtype = None if wanted is None else getattr(torch, wanted)
-        module = module.to(device=self.device, dtype=dtype) if dtype is not None else module.to(self.device)
-        self.kept.keep(module)
+        with torch.inference_mode(False):  # parameters made or moved in a caller's inference mode never have gradients
+            module = self.source.eager()
+            module = module.to(device=self.device, dtype=dtype) if dtype is not None else module.to(self.device)
+            self.kept.keep(module)
         return module
 
     def release(self) -> None:

@@ -15,7 +15,7 @@ from ts_handlers.settings import Settings
 
 
 class EagerBackend:
-    """Runs the eager module under `torch.inference_mode`."""
+    """Runs the eager module without gradients."""
 
     name = "eager"
     persistent = False
@@ -53,7 +53,7 @@ def eager_run(target: Target, names: tuple[str, ...]) -> Any:
     by_name = takes_names(module, names)
 
     def run(tensors: list[torch.Tensor]) -> Any:
-        with torch.inference_mode():
+        with torch.no_grad():  # not in inference mode: a handler may change an output in place
             return call_module(module, names, tensors, by_name)
 
     return run

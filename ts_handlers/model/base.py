@@ -108,6 +108,10 @@ class BaseSource:
                     self._eager = self._build().eval()
             return self._eager
 
+    def built(self) -> torch.nn.Module | None:
+        """The eager module if it is there."""
+        return self._eager
+
     def release(self) -> None:
         """Forget the eager module."""
         self._eager = None

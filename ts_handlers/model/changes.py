@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any, Protocol, Self
 
 import torch
 
 from ts_handlers.errors import FrozenModelError
 from ts_handlers.model.base import ModelSource
+from ts_handlers.model.module_look import ModuleLook
 from ts_handlers.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -30,12 +32,12 @@ class MadeFor(Protocol):
         """The eager module."""
 
 
-class GuardedModel:
-    """A model with the attributes of its eager module.
+class GuardedModel(ModuleLook):
+    """A model that looks like its eager module.
 
-    Changes (`load_state_dict`, hooks, casts, assignments) reach the eager module where it serves, with
-    ``backends: [eager]``. Elsewhere they raise `FrozenModelError`. What a handler does to a part of the module that it
-    has got from here cannot be seen; that is logged as a warning.
+    Changes (`load_state_dict`, hooks, casts, assignments) reach the eager module where it serves: with
+    ``backends: [eager]``, and while answers are explained. Elsewhere they raise `FrozenModelError`. What a handler does
+    to a part of the module that it has got from here cannot be seen; that is logged as a warning.
     """
 
     def __init__(self, made_for: MadeFor) -> None:
@@ -46,6 +48,14 @@ class GuardedModel:
     def _serving_module(self) -> torch.nn.Module | None:
         """The eager module where that, and nothing else, answers calls; otherwise None."""
         return None
+
+    def _eager_module(self) -> torch.nn.Module:
+        return self._made_for.eager()
+
+    def _module_at_hand(self) -> torch.nn.Module | None:
+        made_for = self.__dict__.get("_made_for")
+        built: Any = getattr(getattr(made_for, "source", None), "built", None)
+        return None if built is None else built()
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Does nothing for a device, which was settled when the model was loaded; a dtype is a change as of `half`."""
@@ -74,13 +84,27 @@ class GuardedModel:
         if module is not None:
             module.to(dtype=dtype)
             return self
+        if self._dtypes() != {dtype}:
+            raise _frozen_error(f"the cast to {str(dtype)[6:]}", self._made_for.source.name)
+        return self
+
+    def _dtypes(self) -> set[torch.dtype]:
+        """The dtypes in which a compiled model was compiled."""
         wanted = self._made_for.settings.dtype
         if wanted is not None:
-            found = {getattr(torch, wanted)}
-        else:
-            found = {tensor.dtype for tensor in self._made_for.source.weights().values() if tensor.is_floating_point()}
-        if found != {dtype}:
-            raise _frozen_error(f"the cast to {str(dtype)[6:]}", self._made_for.source.name)
+            return {getattr(torch, wanted)}
+        return {tensor.dtype for tensor in self._made_for.source.weights().values() if tensor.is_floating_point()}
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """What `to`, `half` and their like of a module around this one call; the same rules hold."""
+        module = self._serving_module
+        if module is not None:
+            module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self
+        for dtype in self._dtypes():
+            given = fn(torch.empty(0, dtype=dtype)).dtype
+            if given != dtype:
+                raise _frozen_error(f"the cast to {str(given)[6:]}", self._made_for.source.name)
         return self
 
     def eval(self) -> Self:
@@ -105,15 +129,13 @@ class GuardedModel:
         return self
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
+        if name in _OWN or "_made_for" not in self.__dict__:  # `__init__` has not run
             raise AttributeError(name)
         module = self._serving_module
-        if module is not None:
-            return getattr(module, name)
-        if name in _CHANGES:
+        if module is None and name in _CHANGES:
             return functools.partial(_refuse_change, f"{name}()", self._made_for.source.name)
-        value = getattr(self._made_for.eager(), name)
-        if isinstance(value, (torch.nn.Module, torch.Tensor)):
+        value = super().__getattr__(name)
+        if module is None and isinstance(value, (torch.nn.Module, torch.Tensor)):
             self._warn_of_change(name)
         return value
 
@@ -145,9 +167,10 @@ class GuardedModel:
             )
 
 
-_OWN = frozenset({"outcome", "metrics", "background", "answering", "store"})
+_OWN = frozenset({"outcome", "metrics", "background", "answering", "store", "_serving_module"})
 _CHANGES = frozenset(
     {
+        "_load_from_state_dict",
         "add_module",
         "apply",
         "compile",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import torch
 
@@ -18,18 +19,35 @@ class ModuleSource(BaseSource):
     Its identity is taken from the source files of every submodule's class, from each submodule's attributes that are
     not tensors, and from the tensor specification, since the arguments of its constructor are not known any more.
     A module that cannot be told from another one (`digest` then raises `BuildError`) is served eagerly.
-    `recipe` tells another process how to make this source, when the caller knows.
+    `recipe` tells another process how to make this source, when the caller knows. `folder` is where the files lie that
+    the module was made from: its path, which may be another one at each start, is no part of the identity.
+
+    Attributes
+    ----------
+    left_out:
+        Attributes that differ between processes and that `digest` has therefore left out.
     """
 
-    def __init__(self, name: str, module: torch.nn.Module, *, recipe: Recipe | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        *,
+        recipe: Recipe | None = None,
+        folder: str | Path | None = None,
+    ) -> None:
         super().__init__(recipe)
         self.name = name
         self.weights_by_name = True
+        self.left_out: tuple[str, ...] = ()
         self._module = module
+        self._folder = folder
 
     def digest(self) -> str:
         """Digest over classes, attributes, libraries and tensor names."""
-        return fingerprint.digest_text("\n".join(module_facts(self._module)))
+        facts = module_facts(self._module, self._folder)
+        self.left_out = facts.left_out
+        return fingerprint.digest_text("\n".join(facts.lines))
 
     def weights(self) -> Tensors:
         """The module's own state dict."""
@@ -42,6 +60,10 @@ class ModuleSource(BaseSource):
     def weights_digest(self) -> str:
         """Digest of the state dict's bytes."""
         return self._weights_digest
+
+    def built(self) -> torch.nn.Module:
+        """The module."""
+        return self._module
 
     def _build(self) -> torch.nn.Module:
         return self._module

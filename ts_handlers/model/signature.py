@@ -167,6 +167,13 @@ class Signature:
                 )
         return sizes
 
+    def check_limits(self, values: Mapping[str, Any]) -> None:
+        """Raise `InputError` where a tensor, given by its input's name, holds a value outside its limits."""
+        for spec, has_limits in zip(self.inputs, self._has_limits, strict=True):
+            value = values.get(spec.name)
+            if has_limits and isinstance(value, torch.Tensor) and value.layout == torch.strided:
+                check_values(spec, value)
+
     def sizes(self, tensors: Sequence[torch.Tensor]) -> Sizes:
         """The sizes of the dynamic dimensions of tensors that `check` has accepted."""
         return {name: tensors[index].shape[axis] for name, (index, axis) in self._axes.items()}

@@ -25,6 +25,7 @@ from ts_handlers.key.outside import declared_names, outside_part
 from ts_handlers.metrics import COUNTERS, Metrics
 from ts_handlers.model.archive import IGNORED_FILES, files_of_model
 from ts_handlers.model.base import ModelSource, Recipe
+from ts_handlers.model.explanations import explanations_under_way
 from ts_handlers.model.signature import Signature
 from ts_handlers.model_process.client import ModelProcess
 from ts_handlers.model_process.launch import Launcher, parent_identity
@@ -71,12 +72,17 @@ class SharedModel(ServedModel):
         self.absorb(description.counted)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if explanations_under_way():
+            return self._explain(args, kwargs)
         signature = self._signature
         try:
-            tensors = signature.bind(args, kwargs, self._target.device)
-            if self._checks_here:
-                signature.check(tensors)
-            return self._process.run(tensors)
+            try:
+                tensors = signature.bind(args, kwargs, self._target.device)
+                if self._checks_here:
+                    signature.check(tensors)
+                return self._process.run(tensors)
+            except InputError as refusal:
+                return self._answer_other_form(signature, args, kwargs, refusal)
         except InputError:
             self.metrics.count("refused")
             raise
@@ -126,7 +132,9 @@ class SharedModel(ServedModel):
         counters = dict(facts["counters"])
         for name in ("refused", "busy"):
             counters[name] = self.metrics.counters[name]
+        counters["outside_eager"] += sum(self._other_forms.values())
         facts["counters"] = counters
+        facts["other_forms"] = dict(self._other_forms)
         facts["across_workers"] = {
             "pid": self._description.pid,
             "workers": sorted(self._description.workers),

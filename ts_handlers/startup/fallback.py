@@ -27,7 +27,7 @@ from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.execution.torch_device import begin_cuda
 from ts_handlers.metrics import Metrics, start_under_way
 from ts_handlers.model.base import ModelSource
-from ts_handlers.settings import Settings
+from ts_handlers.settings import SECTION, Settings
 from ts_handlers.settings.sections import GuardSettings
 from ts_handlers.startup.address import address_in_store
 from ts_handlers.startup.attempt import Attempt
@@ -104,8 +104,8 @@ class _Starter:
 
     def _run(self) -> CompiledModel:
         remaining = [get_backend(name) for name in self._settings.backends]
-        if any(backend.persistent for backend in remaining) and self._target.source.weights_by_name:
-            self._target.require_signature()
+        if self._lacks_inputs(remaining):
+            remaining = self._without_inputs(remaining)
         last: Exception | None = None
         missed: MissError | None = None  # of a backend whose part others may cover: they are looked up too
         while remaining:
@@ -140,6 +140,33 @@ class _Starter:
             raise last
         logger.warning("%s: every backend failed; serving eagerly", self._target.source.name)
         return self._try(get_backend("eager"))
+
+    def _lacks_inputs(self, backends: list[Backend]) -> bool:
+        compiles = any(backend.persistent for backend in backends)
+        return compiles and self._target.source.weights_by_name and self._target.signature is None
+
+    def _without_inputs(self, backends: list[Backend]) -> list[Backend]:
+        """The backends that need no inputs, `eager` at least; the others are recorded as failed, with a proposal.
+
+        Raises
+        ------
+        SettingsError
+            An artifact was asked for in earnest: `strict: true` or `on_miss: fail`.
+        """
+        from ts_handlers.model.proposal import propose_inputs
+
+        if self._settings.strict or self._settings.on_miss == "fail":
+            self._target.require_signature()
+        proposal = propose_inputs(self._target.eager())
+        reason = f"{SECTION}.inputs: a compiling backend needs the model's inputs, found none; declare them" + (
+            f", as `{proposal}` (names are those of forward, check dtypes and sizes)" if proposal else ""
+        )
+        logger.warning("%s: serving eagerly: %s", self._target.source.name, reason)
+        for backend in backends:
+            if backend.persistent:
+                self._fallbacks.append({"backend": backend.name, "reason": f"SettingsError: {reason}"})
+                self._metrics.count("fallback")
+        return [backend for backend in backends if not backend.persistent] or [get_backend("eager")]
 
     def _try(self, backend: Backend, others: Sequence[Backend] = ()) -> CompiledModel:
         if not backend.persistent:

@@ -49,22 +49,26 @@ def command(
     For an archive its handler is imported and run up to the start of its model. Ends with 1 when keys differ.
     """
     opened = store.open()
+    left_out: tuple[str, ...] = ()
     if Path(what).exists():
         from ts_handlers.servers.torchserve.archive_keys import archive_keys
 
         with contextlib.redirect_stdout(sys.stderr):  # what the archive's own code prints
             wanted = archive_keys(what, opened, device=device, config=config, model_name=model_name)
         pairs = _archive_pairs(opened, wanted, other)
+        left_out = tuple(sorted({name for item in wanted for name in item.left_out}))
     elif other is None:
         raise typer.BadParameter(f"{what!r} is no file or folder; name an archive, or two keys")
     else:
         pairs = [("", _key(opened, what), _key(opened, other))]
-    found = [_difference(*pair) for pair in pairs]
+    found = [{**_difference(*pair), "left_out": list(left_out)} for pair in pairs]
     if as_json:
         print_json(found)
     else:
         for item in found:
             _print(item)
+        if left_out:
+            print(f"no part of the key, since it differs between processes: {', '.join(left_out)}")
     return ExitCode.FINDINGS if any(item["differs"] or item["right"] is None for item in found) else ExitCode.OK
 
 

@@ -28,7 +28,10 @@ from ts_handlers.servers.torchserve.base_handler import BaseHandler
 from ts_handlers.settings import Settings
 
 Build = Callable[[], torch.nn.Module]
-_EXPORTED = "exported program"
+_NOTHING_LOADED = "No model weights could be loaded"
+"""What `BaseHandler` raises when it knows no way to load an archive."""
+_WEIGHTS = (".pth", ".safetensors")
+EXPORTED = "exported program"
 """Stands in the manifest as the model file while `BaseHandler` looks at an exported program."""
 
 
@@ -40,28 +43,43 @@ class ArchiveFiles(NamedTuple):
     weights_path: str | None
 
 
-def refuse_weights_alone(manifest: Mapping[str, Any]) -> None:
-    """Raise `ModelError` when the archive holds weights and no model file, which `BaseHandler` takes for TorchScript.
+@contextlib.contextmanager
+def refusing_weights_alone(manifest: Mapping[str, Any]) -> Iterator[None]:
+    """Inside the block, `BaseHandler` finds no model: weights without a model file are then a `ModelError`.
+
+    A handler whose own `initialize` loads the weights never meets it.
 
     Parameters
     ----------
     manifest:
         The entry ``model`` of the archive's manifest.
     """
-    serialized = manifest.get("serializedFile", "")
-    if not manifest.get("modelFile") and serialized.endswith((".pth", ".safetensors")):
+    try:
+        yield
+    except RuntimeError as error:
+        serialized = manifest.get("serializedFile", "")
+        if str(error) != _NOTHING_LOADED or manifest.get("modelFile") or not serialized.endswith(_WEIGHTS):
+            raise
         raise ModelError(
             f"the archive holds weights ({serialized}) but no model file; name the file of its class with "
-            "--model-file when the archive is built"
-        )
+            "--model-file when the archive is built, or load the weights in the handler's own initialize"
+        ) from error
+
+
+class _WithoutCompilation(dict[str, Any]):
+    """A model-config.yaml in which `BaseHandler` finds no section ``pt2``; whoever reads the section gets it."""
+
+    def __contains__(self, key: object) -> bool:
+        return key != "pt2" and super().__contains__(key)
 
 
 @contextlib.contextmanager
 def prepared_for_base_handler(context: Any, config: Mapping[str, Any], *, hide_gpu: bool) -> Iterator[None]:
     """Change TorchServe's context for the time in which `BaseHandler.initialize` reads it, and restore it afterwards.
 
-    Inside the block the configuration has no section ``pt2``, since compilation is ours. An exported program looks like
-    a model file, which sends `BaseHandler` to `_load_pickled_model`.
+    Inside the block `BaseHandler` does not find ``pt2: compile``, since compilation is ours; it loads what
+    ``pt2: export`` has left. An exported program looks like a model file, which sends `BaseHandler` to
+    `_load_pickled_model`.
 
     Parameters
     ----------
@@ -77,10 +95,12 @@ def prepared_for_base_handler(context: Any, config: Mapping[str, Any], *, hide_g
     gpu = properties.get("gpu_id")
     exported = not manifest.get("modelFile") and manifest.get("serializedFile", "").endswith(".pt2")
     if exported:
-        manifest["modelFile"] = _EXPORTED
+        manifest["modelFile"] = EXPORTED
     if hide_gpu:
         properties["gpu_id"] = None
-    context.model_yaml_config = {key: value for key, value in config.items() if key != "pt2"}
+    pt2 = config.get("pt2")
+    export = isinstance(pt2, Mapping) and "export" in pt2 and "compile" not in pt2
+    context.model_yaml_config = config if export else _WithoutCompilation(config)
     try:
         yield
     finally:
@@ -116,7 +136,7 @@ def source_of_archive(
     recipe:
         How another process makes this source.
     """
-    if files.model_file == _EXPORTED:
+    if files.model_file == EXPORTED:
         assert files.weights_path is not None
         return ExportedSource(name, files.weights_path)
     directory = Path(files.model_dir)

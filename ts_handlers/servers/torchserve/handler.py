@@ -1,14 +1,13 @@
 """TorchServe handlers: `CompiledHandler` for tensors as JSON, and a mixin that turns any handler class into one.
 
-The mixin changes TorchServe's `BaseHandler` in two places. It answers `_load_pickled_model` with a model from the
-store, and it hides the ``pt2`` section while `BaseHandler.initialize` runs, because this package compiles. Everything
-else stays the base class's. `ts_handlers.servers.torchserve.archive` has the rules for the archive.
+The mixin swaps the handler's module and leaves its methods alone. `ts_handlers.servers.torchserve.archive` has the
+rules for the archive, `ts_handlers.servers.torchserve.their_handler` those for the handler.
 """
 
 from __future__ import annotations
 
-import functools
 import gc
+import inspect
 import logging
 import os
 import time
@@ -22,7 +21,7 @@ import torch
 gc.freeze()
 
 from ts_handlers.compiled_model import ServedModel
-from ts_handlers.errors import InputError, SettingsError
+from ts_handlers.errors import InputError, MissError, SettingsError, one_line
 from ts_handlers.model.base import ModelSource
 from ts_handlers.model.module import ModuleSource
 from ts_handlers.servers.json_tensors import (
@@ -38,22 +37,35 @@ from ts_handlers.servers.json_tensors import (
 )
 from ts_handlers.servers.torchserve.answering import answer, answer_one_by_one, answer_together
 from ts_handlers.servers.torchserve.archive import (
+    EXPORTED,
     ArchiveFiles,
     gpu_of_worker,
     own_build,
     prepared_for_base_handler,
-    refuse_weights_alone,
+    refusing_weights_alone,
     source_of_archive,
 )
 from ts_handlers.servers.torchserve.base_handler import BaseHandler
 from ts_handlers.servers.torchserve.envelopes import guard_envelope
 from ts_handlers.servers.torchserve.metrics import Emitter
 from ts_handlers.servers.torchserve.micro_batching import MicroBatches, check_contexts, read_micro_batching
+from ts_handlers.servers.torchserve.ready import begin_serving
 from ts_handlers.servers.torchserve.recipes import handler_recipe
 from ts_handlers.servers.torchserve.request_batch import CurrentBatch, RequestBatch
-from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS, SECTION, Settings, parse_settings
+from ts_handlers.servers.torchserve.shares import Shares
+from ts_handlers.servers.torchserve.their_handler import (
+    answers_describe,
+    describe_uncompiled,
+    device_of,
+    is_base_handlers,
+    reason_not_to_compile,
+    refusing,
+    unwrapped,
+    with_their_description,
+    wrap_explanations,
+)
+from ts_handlers.settings import SECTION, Settings, parse_settings
 from ts_handlers.start import start_model
-from ts_handlers.system.cycle_collector import exempt_from_collection
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +76,10 @@ class CompiledHandlerMixin:
         class Handler(CompiledHandlerMixin, TheirHandler):
             pass
 
+    The methods of that class run as before. What is swapped is ``self.model``, a `torch.nn.Module`, for a `ServedModel`
+    that looks like it. Only `BaseHandler`'s own `inference` is replaced, by one that also takes dicts, lists and
+    tuples. A handler that holds nothing to compile is served as it is, with the reason in the log and in `describe`.
+
     `preprocess`, `inference`, `postprocess`, `initialize` and `handle` can be overridden as before. `load_model` can be
     overridden to build the eager model in another way than from the archive's model file.
 
@@ -73,16 +89,21 @@ class CompiledHandlerMixin:
     """
 
     model: Any
+    settings: Settings
     _current: CurrentBatch
+    _shares: Shares
     _micro_batches: MicroBatches | None = None
     _last_context: Any = None
     _gpu: torch.device | None = None
     _emitter: Emitter
+    _not_compiled: str | None = None
+    _submodels: Any = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Works for handlers that do not call their base class's constructor."""
         made = super().__new__(cls)
         made._current = CurrentBatch()
+        made._shares = Shares()
         return made
 
     @property
@@ -112,79 +133,107 @@ class CompiledHandlerMixin:
             With what was expected, what was found and what to do; TorchServe logs it and serves its other models.
         """
         config = getattr(context, "model_yaml_config", None) or {}
-        self.settings: Settings = parse_settings(config)
-        self._context = context
-        self._config = config
-        self._recipe = handler_recipe(type(self), context, config)
-        refuse_weights_alone(context.manifest["model"])
+        self.settings = self.__settings = parse_settings(config)  # a handler may set attributes of such names
+        self.__context = context
+        self.__config = config
+        self.__recipe = handler_recipe(type(self), context, config)
         self._gpu = gpu_of_worker(context)
-        across_workers = self.settings.contexts.across_workers
+        across_workers = self.__settings.contexts.across_workers
         if self._gpu is not None and not across_workers:
             torch.cuda.set_device(self._gpu)
-        with prepared_for_base_handler(context, config, hide_gpu=across_workers):
+        prepared = prepared_for_base_handler(context, config, hide_gpu=across_workers)
+        with refusing_weights_alone(context.manifest["model"]), prepared:
             super().initialize(context)  # type: ignore[misc]
         self.model_yaml_config = config
         guard_envelope()
-        self._start_module_of_base_handler()
+        if self.__settings.models:
+            from ts_handlers.servers.torchserve.submodules import start_submodels
+
+            self._submodels = start_submodels(self, context, self.__settings, self.__recipe, self._shares)
+        else:
+            self._start_module_of_base_handler()
+            self._shares.measure_served(self, self._served)
         self._start_micro_batches()
-        if isinstance(self.model, ServedModel):
-            self._model_is_ready(context)
+        if self._served is not None:
+            (self._emitter,) = begin_serving([self.model], config, getattr(context, "metrics", None))
+
+    @property
+    def _served(self) -> ServedModel | None:
+        """`self.model` if it is swapped."""
+        model = getattr(self, "model", None)
+        return model if isinstance(model, ServedModel) else None
 
     def _start_module_of_base_handler(self) -> None:
         """Start the model from the module that a handler below has built in a way of its own, if it has."""
-        model = self.model
-        if isinstance(model, torch.nn.Module) and not isinstance(model, torch.jit.ScriptModule):
-            self.model = self._start(ModuleSource(self._context.model_name, model.eval(), recipe=self._recipe))
-        if self.settings.contexts.across_workers and not isinstance(self.model, ServedModel):
+        model = unwrapped(getattr(self, "model", None))
+        if isinstance(model, ServedModel):
+            self.model = model
+            return
+        self._not_compiled = reason_not_to_compile(model)
+        if self._not_compiled is None:
+            self._not_compiled = self._start_module(model)
+        if self._not_compiled is None:
+            return
+        if self.__settings.contexts.across_workers:
             raise SettingsError(
-                f"{SECTION}.contexts.across_workers: a TorchScript model is served as it is, in each worker; archive "
-                "the model file and its weights, or remove the setting"
+                f"{SECTION}.contexts.across_workers: nothing can be shared, since {self._not_compiled}; archive the "
+                "model file and its weights, or remove the setting"
             )
+        logger.warning(
+            "%s: nothing is compiled, the handler serves as it is: %s", self.__context.model_name, self._not_compiled
+        )
+
+    def _start_module(self, module: torch.nn.Module) -> str | None:
+        """Swap a handler's module; returns why that is not possible, or None."""
+        folder = self.__context.system_properties.get("model_dir")
+        source = ModuleSource(self.__context.model_name, module.eval(), recipe=self.__recipe, folder=folder)
+        device = None if self.__settings.contexts.across_workers else device_of(module)
+        try:
+            self.model = self._start(source, device)
+        except (SettingsError, MissError):
+            raise
+        except Exception as error:
+            if self.__settings.strict or self.__settings.contexts.across_workers:
+                raise
+            logger.debug("details", exc_info=error)
+            return f"{type(error).__name__}: {one_line(error)}"
+        return None
 
     def _start_micro_batches(self) -> None:
-        section = read_micro_batching(self._config)
-        if section is None:
+        section = read_micro_batching(self.__config)
+        below: Any = super()
+        if section is None or not is_base_handlers(below.handle, "handle"):
             return
-        if not self.settings.contexts.across_workers:
-            check_contexts(section.parallelism.inference, self.settings.contexts.count)
-        device = self.device  # type: ignore[attr-defined]
-        self._micro_batches = MicroBatches(self, self._current, torch.device(device), section)
-
-    def _model_is_ready(self, context: Any) -> None:
-        self._check_startup_timeout()
-        self._emitter = Emitter(self.model.metrics)
-        self._emitter.emit(getattr(context, "metrics", None))
-        outcome = self.model.outcome
-        exempt_from_collection(outcome.result == "built" or bool(outcome.fallbacks))
-        if self.model.background is not None:
-            self.model.background.when_done(lambda: self._after_swap(context))
-
-    def _after_swap(self, context: Any) -> None:
-        self._emitter.emit(getattr(context, "metrics", None))
-        background = self.model.background
-        background.wait_for_idle_window()  # a full pass holds the interpreter; a call under way holds the eager module
-        exempt_from_collection(background.left_module)
+        if not self.__settings.contexts.across_workers:
+            check_contexts(section.parallelism.inference, self.__settings.contexts.count)
+        device = torch.device(getattr(self, "device", None) or "cpu")
+        self._micro_batches = MicroBatches(self, self._current, device, section)
 
     @property
     def model_device(self) -> torch.device:
         """Where the model runs. `device` is where `preprocess` puts its tensors, the CPU with
         ``contexts: {across_workers: true}``."""
-        device: torch.device = self._gpu or self.device  # type: ignore[attr-defined]
-        return device
+        return self._gpu or torch.device(getattr(self, "device", None) or "cpu")
 
-    def _start(self, source: ModelSource) -> ServedModel:
-        return start_model(source, self.settings, self.model_device)
+    def _start(self, source: ModelSource, device: torch.device | None = None) -> ServedModel:
+        return start_model(source, self.__settings, device or self.model_device)
 
-    def _load_pickled_model(self, model_dir: str, model_file: str, model_pt_path: str | None) -> Any:
+    def _load_pickled_model(
+        self, model_dir: str, model_file: str, model_pt_path: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Answer `BaseHandler.initialize` with a model from the store."""
+        below: Any = super()
+        if args or kwargs:  # a method of that name with a signature of its own
+            return below._load_pickled_model(model_dir, model_file, model_pt_path, *args, **kwargs)
         files = ArchiveFiles(model_dir, model_file, model_pt_path)
         overridden = type(self).load_model is not CompiledHandlerMixin.load_model
-        below: Any = super()
         build = own_build(self.load_model if overridden else None, below._load_pickled_model, files)
-        name = self._context.model_name
-        return self._start(source_of_archive(name, type(self), files, self.settings, build, self._recipe))
+        source = source_of_archive(self.__context.model_name, type(self), files, self.__settings, build, self.__recipe)
+        if self.__settings.models and files.model_file != EXPORTED:  # parts of it are compiled
+            return source.eager()
+        return self._start(source)
 
-    def load_model(self, model_dir: str, model_file: str, weights_path: str | None) -> torch.nn.Module:
+    def load_model(self, *args: Any, **kwargs: Any) -> Any:
         """Build the eager model. Override to build it in another way; called only when an artifact is built or checked.
 
         Parameters
@@ -196,49 +245,49 @@ class CompiledHandlerMixin:
         -------
         The module with its weights loaded.
         """
-        raise NotImplementedError
+        below: Any = getattr(super(), "load_model", None)
+        if below is None:
+            raise NotImplementedError
+        return below(*args, **kwargs)  # a method of theirs that has this name
 
-    def _check_startup_timeout(self) -> None:
-        """Warn when building takes longer than TorchServe waits for a worker."""
-        limit = self._config.get("startupTimeout", DEFAULT_STARTUP_TIMEOUT_SECONDS)
-        took = sum(self.model.metrics.build_ms.values()) / 1000
-        if isinstance(limit, (int, float)) and took > 0.8 * limit:
-            logger.warning(
-                "building took %.0f s of the %s s that TorchServe waits for a worker (startupTimeout); set "
-                "startupTimeout: %d in model-config.yaml",
-                *(took, limit, int(took * 3) + 60),
-            )
-
-    def preprocess(self, data: Any) -> Any:
+    def preprocess(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         """The wrapped handler's preprocess; a ValueError in it refuses the request."""
-        return super().preprocess(data)  # type: ignore[misc]
+        return super().preprocess(data, *args, **kwargs)  # type: ignore[misc]
 
-    def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the model: a tensor or a tuple of tensors by position, a mapping by name, without declared inputs as
-        `forward` takes it."""
-        if not isinstance(self.model, ServedModel):
-            return super().inference(data, *args, **kwargs)  # type: ignore[misc]
-        return self.model.call_with(data, *args, **kwargs)
+    def inference(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped handler's inference; in place of `BaseHandler`'s own the model is called with a tensor or a tuple
+        of tensors by position, with a mapping by name, and without declared inputs as `forward` takes it."""
+        below: Any = super()
+        if self._served is None or not is_base_handlers(below.inference, "inference"):
+            return below.inference(*args, **kwargs)
+        return self.model.call_with(*args, **kwargs)
 
     def handle(self, data: Any, context: Any) -> Any:
         """Answer a batch. A request that fails leaves the others alone: HTTP 400 when the model cannot answer it, 503
         when no execution context came free, and what TorchServe answers to a batch of one for any other error."""
         self.context = context
-        compiled = isinstance(self.model, ServedModel)
-        if compiled:
-            self.model.answering += 1
+        if self._submodels is not None:
+            with self._submodels.batch(context):
+                return self._answer(RequestBatch(data, context))
+        served = self._served
+        if served is not None:
+            served.answering += 1
         try:
             return self._answer(RequestBatch(data, context))
         finally:
-            if compiled:
-                self.model.answering -= 1
+            if served is not None:
+                served.answering -= 1
                 torchserve_metrics = getattr(context, "metrics", None)
                 self._emitter.emit(torchserve_metrics)
-                self._emitter.emit_contexts(torchserve_metrics, self.model.context_stats())
+                self._emitter.emit_contexts(torchserve_metrics, served.context_stats())
 
     def _answer(self, batch: RequestBatch) -> Any:
+        below: Any = super()
+        if inspect.iscoroutinefunction(below.handle):  # its answers are not there yet
+            return self._answer_below(batch)
         if self._micro_batches is None or not batch.rows or os.environ.get("ENABLE_TORCH_PROFILER"):
-            return answer(batch, lambda part: answer_together(part, self._answer_below), self._answer_below)
+            with self._shares.batch():
+                return answer(batch, lambda part: answer_together(part, self._answer_below), self._answer_below)
         return answer(batch, self._answer_by_parts, self._answer_below)
 
     def _answer_by_parts(self, batch: RequestBatch) -> Any:
@@ -252,17 +301,24 @@ class CompiledHandlerMixin:
 
     def _is_describe(self) -> bool:
         """Whether the first request is TorchServe's describe; a prediction with its header is a prediction."""
+        below: Any = super()
         batch = self._current.batch
-        return bool(super()._is_describe() if batch is None else batch.is_describe())  # type: ignore[misc]
+        if batch is None or not is_base_handlers(below._is_describe, "_is_describe"):
+            return bool(below._is_describe())
+        return batch.is_describe()
 
     def _answer_below(self, batch: RequestBatch) -> Any:
+        below: Any = super()
         with self._current.use(batch):
-            return super().handle(batch.rows, batch.context)  # type: ignore[misc]
+            if answers_describe(below.handle, batch):
+                return [self.describe_handle()]
+            return below.handle(batch.rows, batch.context)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "preprocess" in cls.__dict__:
-            cls.preprocess = _refusing(cls.__dict__["preprocess"])  # type: ignore[method-assign]
+            cls.preprocess = refusing(cls.__dict__["preprocess"])  # type: ignore[method-assign]
+        wrap_explanations(cls)
 
     def request_body(self, row: Any) -> Any:
         """The body of one request: bytes, text or what TorchServe parsed from JSON.
@@ -282,30 +338,15 @@ class CompiledHandlerMixin:
 
     def describe_handle(self) -> dict[str, Any]:
         """What TorchServe's describe API shows as ``customizedMetadata``."""
-        if isinstance(self.model, ServedModel):
-            facts = self.model.describe()
-        else:
-            facts = {"backend": "torchscript" if isinstance(self.model, torch.jit.ScriptModule) else "other"}
+        served = self._served
+        facts = describe_uncompiled(self, self._not_compiled) if served is None else served.describe()
+        facts = facts if self._submodels is None else self._submodels.describe()
+        facts["time"] = self._shares.describe()
         facts["pid"] = os.getpid()
-        return facts
+        return with_their_description(facts, getattr(super(), "describe_handle", None))
 
 
-def _refusing(preprocess: Any) -> Any:
-    """Make every ValueError of a preprocess (broken JSON, bad text, a wrong shape) a refusal of the request."""
-
-    @functools.wraps(preprocess)
-    def wrapped(self: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return preprocess(self, data, *args, **kwargs)
-        except InputError:
-            raise
-        except ValueError as error:
-            raise InputError(f"the request cannot be read: {error}") from error
-
-    return wrapped
-
-
-CompiledHandlerMixin.preprocess = _refusing(CompiledHandlerMixin.preprocess)  # type: ignore[method-assign]
+CompiledHandlerMixin.preprocess = refusing(CompiledHandlerMixin.preprocess)  # type: ignore[method-assign]
 
 
 class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
@@ -319,6 +360,12 @@ class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
     """
 
     _answers_alone = False
+
+    def _start(self, source: ModelSource, device: torch.device | None = None) -> ServedModel:
+        own = type(self).preprocess is CompiledHandler.preprocess
+        if own and source.weights_by_name and self.settings.backends != ("eager",) and not self.settings.inputs:
+            raise SettingsError(f"{SECTION}.inputs: needed by the default preprocess; declare them or override it")
+        return super()._start(source, device)
 
     def preprocess(self, data: Any) -> Any:
         """JSON bodies to input tensors, concatenated along dimension 0."""
