@@ -110,6 +110,12 @@ def prepared_for_base_handler(context: Any, config: Mapping[str, Any], *, hide_g
             del manifest["modelFile"]
 
 
+def name_of_model(context: Any) -> str:
+    """The name under which TorchServe serves the model; a context without one, as in tests, has the archive's."""
+    name = getattr(context, "model_name", None) or context.manifest["model"].get("modelName")
+    return str(name or "model")
+
+
 def gpu_of_worker(context: Any) -> torch.device | None:
     """The GPU that TorchServe has given this worker; None for the CPU."""
     gpu = context.system_properties.get("gpu_id")

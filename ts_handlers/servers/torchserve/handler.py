@@ -39,6 +39,7 @@ from ts_handlers.servers.torchserve.answering import answer, answer_one_by_one, 
 from ts_handlers.servers.torchserve.archive import (
     ArchiveFiles,
     gpu_of_worker,
+    name_of_model,
     own_build,
     prepared_for_base_handler,
     refusing_weights_alone,
@@ -50,6 +51,7 @@ from ts_handlers.servers.torchserve.metrics import Emitter
 from ts_handlers.servers.torchserve.micro_batching import MicroBatches, check_contexts, read_micro_batching
 from ts_handlers.servers.torchserve.recipes import handler_recipe
 from ts_handlers.servers.torchserve.request_batch import CurrentBatch, RequestBatch
+from ts_handlers.servers.torchserve.startup_timeout import warn_of_startup_timeout
 from ts_handlers.servers.torchserve.their_handler import (
     answers_describe,
     describe_uncompiled,
@@ -61,7 +63,7 @@ from ts_handlers.servers.torchserve.their_handler import (
     with_their_description,
     wrap_explanations,
 )
-from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS, SECTION, Settings, parse_settings
+from ts_handlers.settings import SECTION, Settings, parse_settings
 from ts_handlers.start import start_model
 from ts_handlers.system.cycle_collector import exempt_from_collection
 
@@ -131,6 +133,7 @@ class CompiledHandlerMixin:
         self.settings = self.__settings = parse_settings(config)  # a handler may set attributes of such names
         self.__context = context
         self.__config = config
+        self.__name = name_of_model(context)
         self.__recipe = handler_recipe(type(self), context, config)
         self._gpu = gpu_of_worker(context)
         across_workers = self.__settings.contexts.across_workers
@@ -168,14 +171,12 @@ class CompiledHandlerMixin:
                 f"{SECTION}.contexts.across_workers: nothing can be shared, since {self._not_compiled}; archive the "
                 "model file and its weights, or remove the setting"
             )
-        logger.warning(
-            "%s: nothing is compiled, the handler serves as it is: %s", self.__context.model_name, self._not_compiled
-        )
+        logger.warning("%s: nothing is compiled, the handler serves as it is: %s", self.__name, self._not_compiled)
 
     def _start_module(self, module: torch.nn.Module) -> str | None:
         """Swap a handler's module; returns why that is not possible, or None."""
         folder = self.__context.system_properties.get("model_dir")
-        source = ModuleSource(self.__context.model_name, module.eval(), recipe=self.__recipe, folder=folder)
+        source = ModuleSource(self.__name, module.eval(), recipe=self.__recipe, folder=folder)
         device = None if self.__settings.contexts.across_workers else device_of(module)
         try:
             self.model = self._start(source, device)
@@ -199,7 +200,7 @@ class CompiledHandlerMixin:
         self._micro_batches = MicroBatches(self, self._current, device, section)
 
     def _model_is_ready(self, context: Any) -> None:
-        self._check_startup_timeout()
+        warn_of_startup_timeout(self.__config, self.model.metrics)
         self._emitter = Emitter(self.model.metrics)
         self._emitter.emit(getattr(context, "metrics", None))
         outcome = self.model.outcome
@@ -232,8 +233,7 @@ class CompiledHandlerMixin:
         files = ArchiveFiles(model_dir, model_file, model_pt_path)
         overridden = type(self).load_model is not CompiledHandlerMixin.load_model
         build = own_build(self.load_model if overridden else None, below._load_pickled_model, files)
-        name = self.__context.model_name
-        return self._start(source_of_archive(name, type(self), files, self.__settings, build, self.__recipe))
+        return self._start(source_of_archive(self.__name, type(self), files, self.__settings, build, self.__recipe))
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         """Build the eager model. Override to build it in another way; called only when an artifact is built or checked.
@@ -251,17 +251,6 @@ class CompiledHandlerMixin:
         if below is None:
             raise NotImplementedError
         return below(*args, **kwargs)  # a method of theirs that has this name
-
-    def _check_startup_timeout(self) -> None:
-        """Warn when building takes longer than TorchServe waits for a worker."""
-        limit = self.__config.get("startupTimeout", DEFAULT_STARTUP_TIMEOUT_SECONDS)
-        took = sum(self.model.metrics.build_ms.values()) / 1000
-        if isinstance(limit, (int, float)) and took > 0.8 * limit:
-            logger.warning(
-                "building took %.0f s of the %s s that TorchServe waits for a worker (startupTimeout); set "
-                "startupTimeout: %d in model-config.yaml",
-                *(took, limit, int(took * 3) + 60),
-            )
 
     def preprocess(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         """The wrapped handler's preprocess; a ValueError in it refuses the request."""
