@@ -28,7 +28,7 @@ from typing import Any
 import command_line
 import environment
 
-from ts_handlers.testing import find_java_home
+from ts_handlers.testing.server import find_java_home
 
 HERE = Path(__file__).resolve().parent
 UNIT = "ts/torch_handler/unit_tests"
@@ -105,42 +105,47 @@ def read_report(report: Path) -> dict[str, str]:
     return outcomes
 
 
-def write_seeded_weights(checkout: Path) -> None:
-    """Put random weights of a seed where the tests would put what they download, and where a file is missing."""
-    import torch
+def write_seeded_weights(checkout: Path, files: list[str]) -> None:
+    """Put random weights of a seed where these tests would put what they download, and where a file is missing."""
     import torchvision
     from torchvision.models import detection, segmentation
 
-    (checkout / ".cache").mkdir(exist_ok=True)
-    downloads: dict[str, Any] = {
-        Path(torchvision.models.ResNet18_Weights.DEFAULT.url).name: torchvision.models.resnet18,
-        "fcn_resnet101_coco-7ecb50ca.pth": lambda: segmentation.fcn_resnet101(
-            weights=None, weights_backbone=None, num_classes=21, aux_loss=True
-        ),
-        "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth": lambda: detection.fasterrcnn_resnet50_fpn(
-            weights=None, weights_backbone=None, num_classes=91
-        ),
-    }
-    for name, make in downloads.items():
-        _save(make, checkout / ".cache" / name)
-    densenet = checkout / "examples/pt2/torch_compile/densenet161-8d451a50.pth"
-    _save(torchvision.models.densenet161, densenet)
-    for model, kind, weights in (
-        ("examples/image_classifier/mnist/mnist.py", "Net", "mnist_cnn.pt"),
-        ("examples/stateful/model.py", "Net", "model_cnn.pt"),
-    ):
+    def model_of(file: str) -> Any:
         space: dict[str, Any] = {"__name__": "seeded"}
-        file = checkout / model
-        exec(compile(file.read_text("utf-8"), str(file), "exec"), space)  # their own model file
-        _save(space[kind], file.parent / weights)
-    torch.manual_seed(0)
+        exec(compile((checkout / file).read_text("utf-8"), file, "exec"), space)  # their own model file
+        return space["Net"]
+
+    def segmenter() -> Any:
+        return segmentation.fcn_resnet101(weights=None, weights_backbone=None, num_classes=21, aux_loss=True)
+
+    def detector() -> Any:
+        return detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
+
+    resnet = ".cache/" + Path(torchvision.models.ResNet18_Weights.DEFAULT.url).name
+    mnist, stateful = "examples/image_classifier/mnist", "examples/stateful"
+    for test, path, make in (
+        ("image_classifier", resnet, torchvision.models.resnet18),
+        ("micro_batching", resnet, torchvision.models.resnet18),
+        ("image_segmenter", ".cache/fcn_resnet101_coco-7ecb50ca.pth", segmenter),
+        ("object_detector", ".cache/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth", detector),
+        (
+            "example_torch_compile",
+            "examples/pt2/torch_compile/densenet161-8d451a50.pth",
+            torchvision.models.densenet161,
+        ),
+        ("mnist", f"{mnist}/mnist_cnn.pt", lambda: model_of(f"{mnist}/mnist.py")()),
+        ("stateful", f"{stateful}/model_cnn.pt", lambda: model_of(f"{stateful}/model.py")()),
+    ):
+        if any(test in file for file in files):
+            _save(make, checkout / path)
 
 
 def _save(make: Any, path: Path) -> None:
     import torch
 
     if not path.exists():
-        torch.manual_seed(0)
+        path.parent.mkdir(exist_ok=True)
+        torch.manual_seed(1)
         torch.save(make().state_dict(), path)
 
 
@@ -149,7 +154,7 @@ def run(checkout: Path, files: list[str], seeded: bool, work: Path) -> dict[str,
     copy = work / "checkout"
     shutil.copytree(checkout, copy, symlinks=True, ignore=shutil.ignore_patterns(".git"))
     if seeded:
-        write_seeded_weights(copy)
+        write_seeded_weights(copy, files)
     found: dict[str, Any] = {}
     for file in files:
         found[file] = {}

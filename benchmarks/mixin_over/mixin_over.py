@@ -15,12 +15,14 @@ from types import ModuleType
 from typing import Any
 
 LOADER = "ts.model_loader"
+_put_over: list[str] = []
 
 
 def over(kind: type) -> type:
     """The two lines over a handler class."""
     from ts_handlers import CompiledHandlerMixin
 
+    _put_over.append(kind.__name__)
     return type(f"Warm{kind.__name__}", (CompiledHandlerMixin, kind), {"__module__": kind.__module__})
 
 
@@ -48,6 +50,11 @@ def pytest_pycollect_makeitem(collector: Any, name: str, obj: Any) -> None:
     for each, value in list(vars(module).items()):
         if is_handler(value):
             setattr(module, each, over(value))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say over which handlers the mixin was."""
+    terminalreporter.write_line(f"the mixin was over: {', '.join(_put_over) or 'no class of the test module'}")
 
 
 def patch_loader(loader: ModuleType) -> None:
