@@ -119,6 +119,21 @@ class ServedModel(GuardedModel, abc.ABC):
         self.answering = 0
         self._other_forms: dict[str, int] = {}
         self._measured: Callable[[], AbstractContextManager[None]] | None = None
+        self._when_called: tuple[Any, ...] = ()  # a module as an attribute would be the eager module's
+
+    def compile_when_called(self, options: Mapping[str, Any]) -> None:
+        """Answer the eager module's calls with `torch.compile` of it, which compiles at the first call in each process.
+
+        Parameters
+        ----------
+        options:
+            Those of `torch.compile`.
+        """
+        self._when_called = (torch.compile(self._eager_module(), **options),)
+
+    def _module_at_hand(self) -> torch.nn.Module | None:
+        when_called = self.__dict__.get("_when_called")
+        return when_called[0] if when_called else super()._module_at_hand()
 
     @abc.abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -198,7 +213,7 @@ class ServedModel(GuardedModel, abc.ABC):
     def _run_eager(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         # Not in inference mode: a handler may change an output in place, as it may change the module's own.
         with torch.no_grad():
-            return self._eager_module()(*args, **kwargs)
+            return (self._when_called[0] if self._when_called else self._eager_module())(*args, **kwargs)
 
 
 class CompiledModel(ServedModel):

@@ -62,6 +62,10 @@ def start_here(
         metrics.observer = lambda phase: progress(phase, start.estimate)
     model = start.run()
     log_outcome(event, source.name, model)
+    if model.outcome.fallbacks:
+        from ts_handlers.startup.advice import fallback_line
+
+        logger.warning(fallback_line(source.name, model.outcome))
     if model.store is not None and (metrics.counters["build"] or metrics.counters["canary_recorded"]):
         from ts_handlers.store.upkeep.space import make_room_in_background
 

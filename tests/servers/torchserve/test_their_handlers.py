@@ -399,7 +399,16 @@ def test_compiled_module_of_theirs_is_compiled_by_us(archive: Path, tmp_path: Pa
     assert close(handler.model(x=X), torch.tensor(expected(archive, ROWS)))
 
 
-@pytest.mark.parametrize("pt2", [None, {"compile": {"enable": True, "backend": "inductor"}}])
+@pytest.mark.parametrize(
+    "pt2",
+    [
+        None,
+        *(
+            pytest.param(x, marks=pytest.mark.compile)
+            for x in ({"compile": {"enable": True, "mode": "default"}}, "inductor")
+        ),
+    ],
+)
 def test_without_inputs_eager_serves_and_the_reason_proposes_them(
     pt2: Any, archive: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -411,6 +420,11 @@ def test_without_inputs_eager_serves_and_the_reason_proposes_them(
     proposal = "inputs: [{name: x, dtype: float32, shape: [batch, 4]}], dimensions: {batch: {min: 1, max: 16}}"
     assert proposal in facts["fallbacks"][0]["reason"]
     assert proposal in caplog.text
+    assert isinstance(handler.model, torch._dynamo.OptimizedModule) == (pt2 is not None)
+    assert any("at the first request of each process" in note for note in facts["notes"]) == (pt2 is not None)
+    assert (facts["counters"]["compile_after_ready"] > 0) == (pt2 is not None)
+    wanted = [Classifier.labels[torch.tensor(row).argmax()] for row in expected(archive, ROWS)]
+    assert ask(handler, context, ROWS[:1], ROWS[1:]) == [(200, label) for label in wanted]
 
 
 @pytest.mark.parametrize("asked", [{"strict": True}, {"on_miss": "fail"}])
@@ -549,3 +563,25 @@ def test_answers_through_an_envelope_are_those_of_plain(
         answers.append(JSONEnvelope(each.handle).handle(body, context))
     assert answers[0] == answers[1]
     assert len(json.loads(answers[0][0])["predictions"]) == 2
+
+
+@pytest.mark.parametrize("pt2", [{"compile": {"enable": True, "backend": "aot_eager"}}, "aot_eager"])
+def test_a_compiler_that_only_torchserve_knows_is_left_to_it(
+    pt2: Any, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.syspath_prepend(archive)
+    monkeypatch.delitem(sys.modules, "model", raising=False)
+    none = {"backends": None}
+    handler, context = start(Classifier, archive, tmp_path, section=none, pt2=copy.deepcopy(pt2))
+    assert isinstance(handler.model, torch._dynamo.OptimizedModule)
+    wanted = [Classifier.labels[torch.tensor(row).argmax()] for row in expected(archive, ROWS)]
+    assert ask(handler, context, ROWS[:1], ROWS[1:]) == [(200, label) for label in wanted]
+    assert "'aot_eager' has no persistent artifact" in handler.describe_handle()["reason"]
+    assert "nothing is compiled, the handler serves as it is: pt2.compile.backend: 'aot_eager'" in caplog.text
+    for section in ({"strict": True}, {"on_miss": "fail"}):
+        with pytest.raises(SettingsError, match="has no persistent artifact"):
+            start(Classifier, archive, tmp_path, section={**none, **section}, pt2=copy.deepcopy(pt2))
+    with pytest.raises(SettingsError, match="'inductr' has no persistent artifact"):
+        start(Classifier, archive, tmp_path, section=none, pt2={"compile": {"enable": True, "backend": "inductr"}})
+    with pytest.raises(SettingsError, match="has no persistent artifact"):
+        CompiledHandler().initialize(make_context(archive, tmp_path / "store", section=none, pt2=copy.deepcopy(pt2)))

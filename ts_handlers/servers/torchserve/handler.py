@@ -40,6 +40,7 @@ from ts_handlers.servers.torchserve.archive import (
     EXPORTED,
     ArchiveFiles,
     gpu_of_worker,
+    name_of_model,
     own_build,
     prepared_for_base_handler,
     refusing_weights_alone,
@@ -55,9 +56,11 @@ from ts_handlers.servers.torchserve.request_batch import CurrentBatch, RequestBa
 from ts_handlers.servers.torchserve.shares import Shares
 from ts_handlers.servers.torchserve.their_handler import (
     answers_describe,
+    compile_as_plain,
     describe_uncompiled,
     device_of,
     is_base_handlers,
+    read_settings,
     reason_not_to_compile,
     refusing,
     unwrapped,
@@ -133,15 +136,18 @@ class CompiledHandlerMixin:
             With what was expected, what was found and what to do; TorchServe logs it and serves its other models.
         """
         config = getattr(context, "model_yaml_config", None) or {}
-        self.settings = self.__settings = parse_settings(config)  # a handler may set attributes of such names
+        self.__settings, self._not_compiled = self._read_settings(config)
+        self.settings = self.__settings  # a handler may set attributes of such names
         self.__context = context
         self.__config = config
+        self.__name = name_of_model(context)
         self.__recipe = handler_recipe(type(self), context, config)
         self._gpu = gpu_of_worker(context)
         across_workers = self.__settings.contexts.across_workers
         if self._gpu is not None and not across_workers:
             torch.cuda.set_device(self._gpu)
-        prepared = prepared_for_base_handler(context, config, hide_gpu=across_workers)
+        left = self._not_compiled is not None
+        prepared = prepared_for_base_handler(context, config, hide_gpu=across_workers, compiles=left)
         with refusing_weights_alone(context.manifest["model"]), prepared:
             super().initialize(context)  # type: ignore[misc]
         self.model_yaml_config = config
@@ -163,13 +169,15 @@ class CompiledHandlerMixin:
         model = getattr(self, "model", None)
         return model if isinstance(model, ServedModel) else None
 
+    _read_settings = staticmethod(read_settings)
+
     def _start_module_of_base_handler(self) -> None:
         """Start the model from the module that a handler below has built in a way of its own, if it has."""
         model = unwrapped(getattr(self, "model", None))
         if isinstance(model, ServedModel):
             self.model = model
             return
-        self._not_compiled = reason_not_to_compile(model)
+        self._not_compiled = self._not_compiled or reason_not_to_compile(model)
         if self._not_compiled is None:
             self._not_compiled = self._start_module(model)
         if self._not_compiled is None:
@@ -179,14 +187,12 @@ class CompiledHandlerMixin:
                 f"{SECTION}.contexts.across_workers: nothing can be shared, since {self._not_compiled}; archive the "
                 "model file and its weights, or remove the setting"
             )
-        logger.warning(
-            "%s: nothing is compiled, the handler serves as it is: %s", self.__context.model_name, self._not_compiled
-        )
+        logger.warning("%s: nothing is compiled, the handler serves as it is: %s", self.__name, self._not_compiled)
 
     def _start_module(self, module: torch.nn.Module) -> str | None:
         """Swap a handler's module; returns why that is not possible, or None."""
         folder = self.__context.system_properties.get("model_dir")
-        source = ModuleSource(self.__context.model_name, module.eval(), recipe=self.__recipe, folder=folder)
+        source = ModuleSource(self.__name, module.eval(), recipe=self.__recipe, folder=folder)
         device = None if self.__settings.contexts.across_workers else device_of(module)
         try:
             self.model = self._start(source, device)
@@ -216,19 +222,20 @@ class CompiledHandlerMixin:
         return self._gpu or torch.device(getattr(self, "device", None) or "cpu")
 
     def _start(self, source: ModelSource, device: torch.device | None = None) -> ServedModel:
-        return start_model(source, self.__settings, device or self.model_device)
+        model = start_model(source, self.__settings, device or self.model_device)
+        return compile_as_plain(model, self.__config, self.__settings)
 
     def _load_pickled_model(
         self, model_dir: str, model_file: str, model_pt_path: str | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """Answer `BaseHandler.initialize` with a model from the store."""
         below: Any = super()
-        if args or kwargs:  # a method of that name with a signature of its own
+        if args or kwargs or self._not_compiled:  # a signature of its own, or nothing to be compiled
             return below._load_pickled_model(model_dir, model_file, model_pt_path, *args, **kwargs)
         files = ArchiveFiles(model_dir, model_file, model_pt_path)
         overridden = type(self).load_model is not CompiledHandlerMixin.load_model
         build = own_build(self.load_model if overridden else None, below._load_pickled_model, files)
-        source = source_of_archive(self.__context.model_name, type(self), files, self.__settings, build, self.__recipe)
+        source = source_of_archive(self.__name, type(self), files, self.__settings, build, self.__recipe)
         if self.__settings.models and files.model_file != EXPORTED:  # parts of it are compiled
             return source.eager()
         return self._start(source)
@@ -366,6 +373,10 @@ class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
         if own and source.weights_by_name and self.settings.backends != ("eager",) and not self.settings.inputs:
             raise SettingsError(f"{SECTION}.inputs: needed by the default preprocess; declare them or override it")
         return super()._start(source, device)
+
+    @staticmethod
+    def _read_settings(config: Any) -> tuple[Settings, str | None]:
+        return parse_settings(config), None  # its methods need a model of ours
 
     def preprocess(self, data: Any) -> Any:
         """JSON bodies to input tensors, concatenated along dimension 0."""

@@ -168,7 +168,8 @@ class MicroBatches:
         except Exception as error:
             if not part.batch.can_be_split:
                 return requests.refuse_or_raise(error)
-            if count == 1 or isinstance(error, BusyError):  # each would wait as long again
+            # Behind one that found no context each would wait as long again.
+            if count == 1 or isinstance(error, BusyError) or not requests.can_be_repeated:
                 return list(requests.refuse(error))
             return part.one_by_one(requests)
         if requests.has_answers(value):
@@ -176,7 +177,7 @@ class MicroBatches:
         wrong = RuntimeError(f"postprocess: expected a list of {count} answers, found {_summary(value)}")
         if not part.batch.can_be_split:
             raise wrong
-        return part.one_by_one(requests) if count > 1 else requests.refuse(wrong)
+        return part.one_by_one(requests) if requests.can_be_repeated else requests.refuse(wrong)
 
 
 @dataclasses.dataclass(eq=False)

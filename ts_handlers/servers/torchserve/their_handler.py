@@ -6,18 +6,23 @@ leaves the methods alone, so whatever is no module is served as TorchServe would
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
-from ts_handlers.compiled_model import ServedModel
-from ts_handlers.errors import InputError
+from ts_handlers.compiled_model import CompiledModel, ServedModel
+from ts_handlers.errors import ForeignBackendError, InputError, one_line
 from ts_handlers.model.explanations import explanations
 from ts_handlers.servers.torchserve.base_handler import BaseHandler
 from ts_handlers.servers.torchserve.request_batch import RequestBatch
+from ts_handlers.settings import Settings, parse_settings
+
+logger = logging.getLogger(__name__)
 
 EXPLAIN = ("explain_handle", "get_insights")
 """Methods of a handler that explain answers; `get_insights` is captum's in TorchServe's own handlers."""
@@ -33,6 +38,58 @@ def unwrapped(model: Any) -> Any:
     if isinstance(model, ServedModel) or not isinstance(model, torch.nn.Module):
         return model
     return getattr(model, "_orig_mod", model)
+
+
+def read_settings(config: Mapping[str, Any]) -> tuple[Settings, str | None]:
+    """The settings, and why nothing is compiled where ``pt2`` names a compiler that only plain TorchServe knows.
+
+    Such a model is loaded and compiled by `BaseHandler`, in each process, as without this package.
+
+    Raises
+    ------
+    SettingsError
+        Also for a compiler that TorchServe does not know, and with ``strict: true`` or ``on_miss: fail``.
+    """
+    try:
+        return parse_settings(config), None
+    except ForeignBackendError as error:
+        from ts.utils.util import PT2Backend
+
+        settings = parse_settings({name: value for name, value in config.items() if name != "pt2"})
+        known = error.backend in {backend.value for backend in PT2Backend}
+        if not known or settings.strict or settings.on_miss == "fail":
+            raise
+        return settings, one_line(error)
+
+
+def options_when_called(config: Mapping[str, Any], settings: Settings) -> dict[str, Any] | None:
+    """The options of `torch.compile` where ``pt2`` asks for Inductor and no inputs are declared; None otherwise.
+
+    Nothing can be built ahead then. Plain TorchServe would compile at the first request of each process.
+    """
+    pt2 = config.get("pt2")
+    asked = isinstance(pt2, str) or (
+        isinstance(pt2, Mapping) and bool(pt2) and ("compile" in pt2 or "export" not in pt2)
+    )
+    chosen = settings.compile
+    if not asked or settings.inputs or not chosen.enable or chosen.backend != "inductor" or settings.strict:
+        return None
+    options: dict[str, Any] = {"backend": chosen.backend, "mode": chosen.mode, "options": chosen.options or None}
+    options.update(dynamic=chosen.dynamic, fullgraph=chosen.fullgraph or None)
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def compile_as_plain(model: ServedModel, config: Mapping[str, Any], settings: Settings) -> ServedModel:
+    """The model, which `torch.compile` compiles at its first request where `options_when_called` says so."""
+    options = options_when_called(config, settings)
+    if options is None or model.outcome.backend != "eager" or not isinstance(model, CompiledModel):
+        return model
+    model.compile_when_called(options)
+    note = "no inputs are declared: torch.compile compiles at the first request of each process, as pt2 asks"
+    model.outcome = dataclasses.replace(model.outcome, notes=(*model.outcome.notes, note))
+    shown = ", ".join(f"{name} {value}" for name, value in options.items())
+    logger.info("%s. Compiled model with %s", note, shown)
+    return model
 
 
 def reason_not_to_compile(model: Any, name: str = "self.model") -> str | None:
