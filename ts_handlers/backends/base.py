@@ -157,7 +157,7 @@ class Target:
     @functools.cached_property
     def example_sizes(self) -> dict[str, int]:
         """The sizes to optimise for: the first warm-up entry where it says so."""
-        wanted = self.settings.warmup[0] if self.settings.warmup else None
+        wanted = self.settings.warmup_sizes[0] if self.settings.warmup_sizes else None
         return self.require_signature().example_sizes(wanted)
 
     def check_source(self) -> None:

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -58,12 +58,16 @@ from ts_handlers.servers.torchserve.their_handler import (
     reason_not_to_compile,
     refusing,
     unwrapped,
+    warn_of_startup_timeout,
     with_their_description,
     wrap_explanations,
 )
-from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS, SECTION, Settings, parse_settings
+from ts_handlers.settings import SECTION, Settings, parse_settings
 from ts_handlers.start import start_model
 from ts_handlers.system.cycle_collector import exempt_from_collection
+
+if TYPE_CHECKING:
+    from ts_handlers.servers.torchserve.samples import SampledStart
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +98,7 @@ class CompiledHandlerMixin:
     _gpu: torch.device | None = None
     _emitter: Emitter
     _not_compiled: str | None = None
+    _sampled: SampledStart | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Works for handlers that do not call their base class's constructor."""
@@ -142,6 +147,8 @@ class CompiledHandlerMixin:
         self.model_yaml_config = config
         guard_envelope()
         self._start_module_of_base_handler()
+        if self._sampled is not None:
+            self.model = self._sampled.finish(self._answer_below) or self.model
         self._start_micro_batches()
         if self._served is not None:
             self._model_is_ready(context)
@@ -199,7 +206,7 @@ class CompiledHandlerMixin:
         self._micro_batches = MicroBatches(self, self._current, device, section)
 
     def _model_is_ready(self, context: Any) -> None:
-        self._check_startup_timeout()
+        warn_of_startup_timeout(self.model, self.__config)
         self._emitter = Emitter(self.model.metrics)
         self._emitter.emit(getattr(context, "metrics", None))
         outcome = self.model.outcome
@@ -220,7 +227,12 @@ class CompiledHandlerMixin:
         return self._gpu or torch.device(getattr(self, "device", None) or "cpu")
 
     def _start(self, source: ModelSource, device: torch.device | None = None) -> ServedModel:
-        return start_model(source, self.__settings, device or self.model_device)
+        if self.__settings.inputs or not self.__settings.samples:
+            return start_model(source, self.__settings, device or self.model_device)
+        from ts_handlers.servers.torchserve.samples import SampledStart
+
+        self._sampled = SampledStart(self.__settings, type(self), self.__context, self.__config)
+        return self._sampled.start(source, device or self.model_device)
 
     def _load_pickled_model(
         self, model_dir: str, model_file: str, model_pt_path: str | None = None, *args: Any, **kwargs: Any
@@ -252,17 +264,6 @@ class CompiledHandlerMixin:
             raise NotImplementedError
         return below(*args, **kwargs)  # a method of theirs that has this name
 
-    def _check_startup_timeout(self) -> None:
-        """Warn when building takes longer than TorchServe waits for a worker."""
-        limit = self.__config.get("startupTimeout", DEFAULT_STARTUP_TIMEOUT_SECONDS)
-        took = sum(self.model.metrics.build_ms.values()) / 1000
-        if isinstance(limit, (int, float)) and took > 0.8 * limit:
-            logger.warning(
-                "building took %.0f s of the %s s that TorchServe waits for a worker (startupTimeout); set "
-                "startupTimeout: %d in model-config.yaml",
-                *(took, limit, int(took * 3) + 60),
-            )
-
     def preprocess(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         """The wrapped handler's preprocess; a ValueError in it refuses the request."""
         return super().preprocess(data, *args, **kwargs)  # type: ignore[misc]
@@ -287,9 +288,7 @@ class CompiledHandlerMixin:
         finally:
             if served is not None:
                 served.answering -= 1
-                torchserve_metrics = getattr(context, "metrics", None)
-                self._emitter.emit(torchserve_metrics)
-                self._emitter.emit_contexts(torchserve_metrics, served.context_stats())
+                self._emitter.emit_all(getattr(context, "metrics", None), served.context_stats())
 
     def _answer(self, batch: RequestBatch) -> Any:
         below: Any = super()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from ts_handlers.errors import InputError
 from ts_handlers.model.explanations import explanations
 from ts_handlers.servers.torchserve.base_handler import BaseHandler
 from ts_handlers.servers.torchserve.request_batch import RequestBatch
+from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS
+
+logger = logging.getLogger(__name__)
 
 EXPLAIN = ("explain_handle", "get_insights")
 """Methods of a handler that explain answers; `get_insights` is captum's in TorchServe's own handlers."""
@@ -98,6 +102,26 @@ def wrap_explanations(kind: type) -> None:
         method = inspect.getattr_static(kind, name, None)
         if inspect.isfunction(method) and not hasattr(method, "explains"):
             setattr(kind, name, explaining(method))
+
+
+def warn_of_startup_timeout(model: ServedModel, config: Mapping[str, Any]) -> None:
+    """Warn when building took longer than TorchServe waits for a worker.
+
+    Parameters
+    ----------
+    model:
+        The model that has started.
+    config:
+        The parsed model-config.yaml.
+    """
+    limit = config.get("startupTimeout", DEFAULT_STARTUP_TIMEOUT_SECONDS)
+    took = sum(model.metrics.build_ms.values()) / 1000
+    if isinstance(limit, (int, float)) and took > 0.8 * limit:
+        logger.warning(
+            "building took %.0f s of the %s s that TorchServe waits for a worker (startupTimeout); set "
+            "startupTimeout: %d in model-config.yaml",
+            *(took, limit, int(took * 3) + 60),
+        )
 
 
 def answers_describe(below: Any, batch: RequestBatch) -> bool:
