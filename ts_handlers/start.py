@@ -89,7 +89,7 @@ def start_model(
     """
     captured = _captured.get()
     if captured is not None:
-        captured.append(Made(source, settings, torch.device(device)))
+        captured.append(Made(source, settings, torch.device(device), observed is not None))
         raise _Captured
     settings = _beside_serving(source, settings)
     if settings.contexts.across_workers:
@@ -114,6 +114,11 @@ def _beside_serving(source: ModelSource, settings: Settings) -> Settings:
 
 class _Captured(BaseException):
     """Ends whoever called `start_model`; no Exception, so that nobody takes it for a failure."""
+
+
+def is_captured() -> bool:
+    """Whether `start_model` starts nothing now, see `captured_start`."""
+    return _captured.get() is not None
 
 
 @contextlib.contextmanager

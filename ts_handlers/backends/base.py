@@ -136,12 +136,12 @@ class Target:
         return Signature(self.settings.inputs, self.settings.dimensions) if self.settings.inputs else None
 
     def require_signature(self) -> Signature:
-        """The declared signature; raises `SettingsError` with an example when there is none."""
+        """The declared signature; raises `SettingsError` with a proposal when there is none."""
         if self.signature is None:
+            from ts_handlers.model.proposal import proposal_text
+
             raise SettingsError(
-                f"{SECTION}.inputs: a compiling backend needs the model's inputs, found none; declare them, as "
-                "inputs: [{name: x, dtype: float32, shape: [batch, 3, 224, 224]}] with "
-                "dimensions: {batch: {min: 1, max: 16}}"
+                f"{SECTION}.inputs: a compiling backend needs the model's inputs, found none{proposal_text(self.eager)}"
             )
         return self.signature
 

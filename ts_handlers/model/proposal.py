@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Callable
 
 import torch
 
@@ -27,6 +29,22 @@ def propose_inputs(module: torch.nn.Module) -> str | None:
     """
     declaration = guess_declaration(module)
     return None if declaration is None else as_line(declaration)
+
+
+def proposal_text(make_module: Callable[[], torch.nn.Module]) -> str:
+    """What a message that asks for `inputs` ends with: the proposal, or how to get one.
+
+    Parameters
+    ----------
+    make_module:
+        Returns the eager module; what it raises is none of the message's business.
+    """
+    proposal = None
+    with contextlib.suppress(Exception):
+        proposal = propose_inputs(make_module())
+    if proposal is None:
+        return "; name a request's body in samples, or declare them, as `ts-handlers suggest ARCHIVE` proposes"
+    return f"; declare them, as `{proposal}` (names are those of forward, check dtypes and sizes), or name samples"
 
 
 def guess_declaration(module: torch.nn.Module) -> Declaration | None:

@@ -175,7 +175,7 @@ class _Starter:
             return
         from ts_handlers.startup.observation import Observation
 
-        def build(declaration: Declaration, published: Callable[[], None]) -> Background:
+        def build(model: CompiledModel, declaration: Declaration, published: Callable[[], None]) -> Background:
             settings = declaration.applied_to(self._settings)
             beside = _Starter(new_target(source, settings, self._target.device), Metrics())
             beside._store = self._store
@@ -204,13 +204,12 @@ class _Starter:
         SettingsError
             An artifact was asked for in earnest: `strict: true` or `on_miss: fail`.
         """
-        from ts_handlers.model.proposal import propose_inputs
+        from ts_handlers.model.proposal import proposal_text
 
         if self._settings.strict or self._settings.on_miss == "fail":
             self._target.require_signature()
-        proposal = propose_inputs(self._target.eager())
-        reason = f"{SECTION}.inputs: a compiling backend needs the model's inputs, found none; declare them" + (
-            f", as `{proposal}` (names are those of forward, check dtypes and sizes)" if proposal else ""
+        reason = f"{SECTION}.inputs: a compiling backend needs the model's inputs, found none" + proposal_text(
+            self._target.eager
         )
         logger.warning("%s: serving eagerly: %s", self._target.source.name, reason)
         for backend in backends:

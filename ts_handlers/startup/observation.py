@@ -14,6 +14,7 @@ import atexit
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -55,7 +56,7 @@ def calls_identity(name: str, *facts: str) -> str:
 class Build(Protocol):
     """Begins a build for a declaration beside the model that serves; `published` is called when the store has it."""
 
-    def __call__(self, declaration: Declaration, published: Callable[[], None]) -> Background:
+    def __call__(self, model: CompiledModel, declaration: Declaration, published: Callable[[], None]) -> Background:
         """Begin, and return what can be waited for."""
 
 
@@ -87,7 +88,8 @@ class Observation:
         declared: Declaration | None,
         build: Build,
     ) -> None:
-        self._model = model
+        self._model = weakref.ref(model)
+        self._name = model._target.source.name
         self._store = store
         self._identity = identity
         self._limits = limits
@@ -106,9 +108,11 @@ class Observation:
         # What a handler does to its model after the start would be lost with the swap.
         self._module = ModuleState(model._eager_module()) if declared is None else None
         self._lock = threading.Lock()
+        self._writing = threading.Lock()
         self._wake = threading.Event()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
+        weakref.finalize(model, self.close)
         if self._first is not None:
             self._begin()
 
@@ -120,7 +124,7 @@ class Observation:
             form = (*map(_form, args), *((name, _form(value)) for name, value in kwargs.items()))
             found = self._known.get(form)
             if found is None:
-                found = call_kind(self._model._eager_module(), args, kwargs)
+                found = call_kind(self._served()._eager_module(), args, kwargs)
                 if len(self._known) < _REMEMBERED:
                     self._known[form] = found
             with self._lock:
@@ -168,8 +172,9 @@ class Observation:
                 if not self._is_due():
                     self._wake.wait(self._seconds_left())
                 self._wake.clear()
+                due = self._is_due()
                 self._flush()
-                if self._is_due():
+                if due:
                     self._build_now()
                 self._closed.wait(_PAUSE_SECONDS)
         except Exception as error:
@@ -182,16 +187,22 @@ class Observation:
             return None
         return max(0.0, self._first + seconds - time.time())
 
+    def _served(self) -> CompiledModel:
+        model = self._model()
+        assert model is not None, "the model is gone, and with it its calls"
+        return model
+
     def _flush(self) -> None:
-        with self._lock:
-            new, self._new = self._new, ObservedCalls()
-        if new.count:
-            self._store.add_calls(self._identity, new)
+        with self._writing:
+            with self._lock:
+                new, self._new = self._new, ObservedCalls()
+            if new.count:
+                self._store.add_calls(self._identity, new)
 
     def _give_up(self, reason: str) -> None:
         self._state, self._reason = "off", reason
         self._closed.set()
-        logger.warning("%s: stays as it is: %s", self._model._target.source.name, reason)
+        logger.warning("%s: stays as it is: %s", self._name, reason)
 
     def _build_now(self) -> None:
         """Build for what is known, or take over what another process has built for meanwhile."""
@@ -205,10 +216,9 @@ class Observation:
             if declaration is None:
                 self._begin_again()
                 return
-            logger.info(
-                "%s: building for the calls that were seen: %s", self._model._target.source.name, as_line(declaration)
-            )
-            build = self._build(declaration, lambda: self._is_published(declaration))
+            self.check_module()
+            logger.info("%s: building for the calls that were seen: %s", self._name, as_line(declaration))
+            build = self._build(self._served(), declaration, lambda: self._is_published(declaration))
             build.wait()
         facts = build.describe()
         if facts["state"] != "swapped":
@@ -231,7 +241,7 @@ class Observation:
             return stored
         record = self._store.read_calls(self._identity)
         calls = ObservedCalls() if record is None else record.calls
-        if declared is not None and self._here.count > self._model.pool.stats().lent - self._here.count:
+        if declared is not None and self._here.count > self._served().pool.stats().lent - self._here.count:
             calls, declared = self._here, None  # most calls have another form than before
         elif declared is not None:
             calls = calls.like(declared.inputs)

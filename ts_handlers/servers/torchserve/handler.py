@@ -54,6 +54,7 @@ from ts_handlers.servers.torchserve.their_handler import (
     answers_describe,
     describe_uncompiled,
     device_of,
+    inputs_needed,
     is_base_handlers,
     reason_not_to_compile,
     refusing,
@@ -63,7 +64,7 @@ from ts_handlers.servers.torchserve.their_handler import (
     wrap_explanations,
 )
 from ts_handlers.settings import SECTION, Settings, parse_settings
-from ts_handlers.start import start_model
+from ts_handlers.start import is_captured, start_model
 from ts_handlers.system.cycle_collector import exempt_from_collection
 
 if TYPE_CHECKING:
@@ -368,16 +369,16 @@ class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
     _answers_alone = False
 
     def _start(self, source: ModelSource, device: torch.device | None = None) -> ServedModel:
-        own = type(self).preprocess is CompiledHandler.preprocess
+        own = type(self).preprocess is CompiledHandler.preprocess and not is_captured()
         if own and source.weights_by_name and self.settings.backends != ("eager",) and not self.settings.inputs:
-            raise SettingsError(f"{SECTION}.inputs: needed by the default preprocess; declare them or override it")
+            raise inputs_needed(source.eager)
         return super()._start(source, device)
 
     def preprocess(self, data: Any) -> Any:
         """JSON bodies to input tensors, concatenated along dimension 0."""
         specs = self.settings.inputs
         if not specs:
-            raise SettingsError(f"{SECTION}.inputs: needed by the default preprocess; declare them or override it")
+            raise inputs_needed(lambda: self.model)
         if len(data) > 1 and (self._answers_alone or not have_rows(specs)):
             raise InputError(NOT_BY_ROW)
         if len(data) > 1 and not (isinstance(self.model, ServedModel) and self.model.outcome.independent_rows):
