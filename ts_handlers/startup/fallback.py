@@ -42,6 +42,7 @@ from ts_handlers.store.opening import open_store
 
 if TYPE_CHECKING:
     from ts_handlers.model.declaration import Declaration
+    from ts_handlers.startup.observed_sizes import ObservedSizes
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class _Starter:
         self._slots = ModuleSlots(target.settings.contexts, target.device)
         self.identity: str | None = None
         self.declared: Declaration | None = None
+        self._sizes: ObservedSizes | None = None
         self.estimate: float | None = None
 
     def run(self) -> CompiledModel:
@@ -115,6 +117,8 @@ class _Starter:
         remaining = [get_backend(name) for name in self._settings.backends]
         if self._lacks_inputs(remaining):
             remaining = self._as_observed(remaining)
+        elif self._settings.warmup == "observed":
+            self._warm_up_as_observed()
         last: Exception | None = None
         missed: MissError | None = None  # of a backend whose part others may cover: they are looked up too
         while remaining:
@@ -164,9 +168,22 @@ class _Starter:
             self.declared = self._open_store().read_declaration(self.identity)
         if self.declared is None:
             return self._without_inputs(backends)
-        self._settings = self.declared.applied_to(self._settings)
-        self._target = new_target(self._target.source, self._settings, self._target.device)
+        self._adopt(self.declared.applied_to(self._settings))
         return backends
+
+    def _warm_up_as_observed(self) -> None:
+        """Take the sizes that calls had most often for warm-up; where they are not known yet, count them."""
+        from ts_handlers.startup.observed_sizes import ObservedSizes
+
+        limits = self._settings.observing
+        if self._target.signature is None or limits is None:
+            return
+        self._sizes = ObservedSizes(self._target, self._open_store(), limits)
+        self._adopt(msgspec.structs.replace(self._settings, warmup=self._sizes.known() or ()))
+
+    def _adopt(self, settings: Settings) -> None:
+        self._settings = settings
+        self._target = new_target(self._target.source, settings, self._target.device)
 
     def _observe(self, model: CompiledModel) -> None:
         """Have calls noted where nobody has declared the inputs, if another process can build the model."""
@@ -318,7 +335,7 @@ class _Starter:
         target = new_target(self._target.source, settings, self._target.device)
         target.kept.wanted = False  # the module that would be put back serves meanwhile
         start = _Starter(target, Metrics(), windows=windows)
-        start._store = self._store
+        start._store, start._sizes = self._store, self._sizes
         if self._settings.contexts.cuda_graphs:
             start._notes.append("without CUDA graphs until the next start")
         return start.run()
@@ -344,6 +361,8 @@ class _Starter:
             if served.result == "built" and self._target.device.type == "cuda":
                 torch.cuda.empty_cache()  # what the build leaves in torch's allocator
         loaded = prepare(served.loaded, None, self._slots).served
+        if self._sizes is not None:
+            loaded = dataclasses.replace(loaded, run=self._sizes.around(loaded.run))
         model = CompiledModel(self._target, loaded, outcome, self._metrics, self._slots)
         model.store = self._store  # keeps the entry from being evicted while the model is served
         self._observe(model)
