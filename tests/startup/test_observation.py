@@ -16,9 +16,13 @@ from tests.support import file_backend
 from tests.support.background_builds import CHILD_SITE, begun
 from tests.support.models import archive_source, eager_model, settings_of
 from ts_handlers import CompiledModel, start_model
+from ts_handlers.backends import get_backend
 from ts_handlers.model.declaration import Declaration
 from ts_handlers.model.observed_calls import ObservedCalls
-from ts_handlers.startup.observation import identity_of
+from ts_handlers.startup.address import key_in_store
+from ts_handlers.startup.fallback import start_here
+from ts_handlers.startup.observation import identity_of, told_by_calls
+from ts_handlers.startup.target import new_target
 from ts_handlers.store.local.layout import OBSERVED
 from ts_handlers.store.local.store import LocalStore
 
@@ -270,3 +274,40 @@ def test_a_damaged_record_is_as_good_as_none(start: Start, archive: Path, tmp_pa
     call(again, archive, 2)
     assert wait_for(again, is_settled)["background"]["state"] == "swapped"  # the calls are known
     assert start().outcome.result == "hit"
+
+
+def test_a_machine_without_room_for_a_second_copy_is_left_alone(
+    start: Start, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ts_handlers.startup.observation.available_memory", lambda: 1 << 20)
+    model = start()
+    for _ in range(4):
+        call(model, archive, 2)
+    facts = wait_for(model, lambda facts: facts["observed"]["state"] == "off")
+    assert "1 are free; build with `ts-handlers prewarm`" in facts["observed"]["reason"]
+    assert begun(tmp_path) == []
+
+
+def test_backends_that_find_no_limits_of_indices_are_not_used_unasked(
+    start: Start, archive: Path, tmp_path: Path
+) -> None:
+    module_file = archive / "model.py"
+    module_file.write_text(module_file.read_text().replace("self.layer(x)", "self.layer(x.float())"))
+    model = start(backends=["inductor", "eager"])
+    for rows in (1, 2, 3, 4):
+        model(torch.ones(rows, 4, dtype=torch.int64))
+    facts = wait_for(model, lambda facts: facts["observed"]["state"] == "off")
+    assert "inputs may be indices, whose limits the backends inductor, eager do not find" in facts["observed"]["reason"]
+    assert begun(tmp_path) == []
+
+
+def test_ahead_of_a_start_the_same_is_built(start: Start, archive: Path, tmp_path: Path) -> None:
+    """As `prewarm` and `explain` do, which know no more than the record."""
+    model = start()
+    for _ in range(4):
+        call(model, archive, 2)
+    wait_for(model, is_settled)
+    settings = settings_of({"store": str(tmp_path / "store"), "backends": ["aot_inductor", "eager"]})
+    target = told_by_calls(new_target(archive_source(archive), settings, "cpu"), LocalStore(tmp_path / "store"))
+    assert key_in_store(get_backend("aot_inductor"), target, LocalStore(tmp_path / "store")).digest == model.outcome.key
+    assert start_here(archive_source(archive), settings).outcome.result == "hit"

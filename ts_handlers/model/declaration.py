@@ -17,6 +17,9 @@ WARMUPS = 3
 """Sizes that are warmed up, the most frequent ones."""
 ROWS = 16
 """Rows up to which dimension 0 goes at least, once it was seen to vary."""
+WITHOUT_LIMITS = ("inductor", "torch_tensorrt")
+"""Backends that have no whole graph, in which the tables that an index looks up could be found."""
+_INDICES = ("int64", "int32")
 _Axis = tuple[int, int]
 
 
@@ -32,10 +35,22 @@ class Declaration(msgspec.Struct, frozen=True):
         return (self.inputs, self.dimensions) == (other.inputs, other.dimensions)
 
     def applied_to(self, settings: Settings) -> Settings:
-        """The settings with this declaration in the place of theirs; calls outside it are answered eagerly."""
+        """The settings with this declaration in the place of theirs; calls outside it are answered eagerly.
+
+        Where an input may be an index, the backends are left out that cannot tell its limits: nobody has declared any,
+        and in their artifacts an index that is out of range may end the process, which it does not in eager code.
+        """
         warmup = settings.warmup if settings.warmup_sizes else self.warmup
+        backends = settings.backends
+        if any(spec.dtype in _INDICES for spec in self.inputs):
+            backends = tuple(name for name in backends if name not in WITHOUT_LIMITS) or ("eager",)
         return msgspec.structs.replace(
-            settings, inputs=self.inputs, dimensions=self.dimensions, warmup=warmup, outside="eager"
+            settings,
+            inputs=self.inputs,
+            dimensions=self.dimensions,
+            warmup=warmup,
+            outside="eager",
+            backends=backends,
         )
 
 

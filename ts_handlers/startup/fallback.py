@@ -23,7 +23,7 @@ import torch
 from ts_handlers.backends import get_backend
 from ts_handlers.backends.base import Backend, Target
 from ts_handlers.compiled_model import Background, CompiledModel, Outcome, log_outcome
-from ts_handlers.errors import FINAL, MissError, RefitError, one_line, without_frames
+from ts_handlers.errors import FINAL, BuildError, MissError, RefitError, one_line, without_frames
 from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.execution.torch_device import begin_cuda
 from ts_handlers.metrics import Metrics, start_under_way
@@ -169,7 +169,7 @@ class _Starter:
         if self.declared is None:
             return self._without_inputs(backends)
         self._adopt(self.declared.applied_to(self._settings))
-        return backends
+        return [get_backend(name) for name in self._settings.backends]
 
     def _warm_up_as_observed(self) -> None:
         """Take the sizes that calls had most often for warm-up; where they are not known yet, count them."""
@@ -196,7 +196,12 @@ class _Starter:
             settings = declaration.applied_to(self._settings)
             beside = _Starter(new_target(source, settings, self._target.device), Metrics())
             beside._store = self._store
-            backend = next(each for each in map(get_backend, settings.backends) if each.persistent)
+            backend = next((each for each in map(get_backend, settings.backends) if each.persistent), None)
+            if backend is None:
+                raise BuildError(
+                    f"the inputs may be indices, whose limits the backends {', '.join(self._settings.backends)} do not "
+                    "find; declare inputs with limits, or name the backend aot_inductor"
+                )
             names = tuple(spec.name for spec in declaration.inputs)
 
             def load(name: str, windows: IdleWindows) -> CompiledModel:

@@ -31,11 +31,16 @@ from ts_handlers.settings.sections import ObserveSettings
 from ts_handlers.store.base import Store
 from ts_handlers.store.local.layout import BACKGROUND, LEASES
 from ts_handlers.store.local.lease import hold_lease
+from ts_handlers.system.memory import available_memory
 
 logger = logging.getLogger(__name__)
 
 _REMEMBERED = 1000
 """Forms of calls that are known without looking at `forward`."""
+COPIES = 2
+"""Copies of the weights beside the one that serves: the build's, and while the worker swaps the artifact's."""
+BUILD_BYTES = 1 << 30
+"""What importing torch and a compiler takes on the host."""
 _PAUSE_SECONDS = 1.0
 """Between two writes of a record."""
 
@@ -51,6 +56,16 @@ def identity_of(target: Target) -> str | None:
 def calls_identity(name: str, *facts: str) -> str:
     """A digest of a model's name and of what shapes its calls, 32 hexadecimal digits."""
     return digest_text("\n".join(("calls", name, *facts)))[:32]
+
+
+def told_by_calls(target: Target, store: Store) -> Target:
+    """The target as a start takes it where earlier calls have told the inputs; otherwise the same one."""
+    settings, source = target.settings, target.source
+    if settings.inputs or not source.weights_by_name or settings.observing is None:
+        return target
+    identity = identity_of(target)
+    declaration = None if identity is None else store.read_declaration(identity)
+    return target if declaration is None else Target(source, declaration.applied_to(settings), target.device)
 
 
 class Build(Protocol):
@@ -217,6 +232,7 @@ class Observation:
                 self._begin_again()
                 return
             self.check_module()
+            check_room(self._served())
             logger.info("%s: building for the calls that were seen: %s", self._name, as_line(declaration))
             build = self._build(self._served(), declaration, lambda: self._is_published(declaration))
             build.wait()
@@ -264,3 +280,23 @@ class Observation:
 
 def _form(value: Any) -> Any:
     return (value.dtype, value.shape, value.layout) if isinstance(value, torch.Tensor) else type(value)
+
+
+def check_room(model: CompiledModel) -> None:
+    """Raise `BuildError` where a second copy of the model could leave no memory to the requests.
+
+    Nobody has asked for this build, so a machine that is full already is left alone.
+    """
+    module = model._eager_module()
+    size = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    needed = COPIES * size
+    free: int | None
+    if model.device.type == "cuda":
+        free, where = torch.cuda.mem_get_info(model.device)[0], str(model.device)
+    else:
+        free, where, needed = available_memory(), "memory", needed + BUILD_BYTES
+    if free is not None and free < needed:
+        raise BuildError(
+            f"a build beside the model may need {needed >> 20} MiB of {where}, {free >> 20} are free; build with "
+            "`ts-handlers prewarm` where the model does not serve, or declare inputs"
+        )
