@@ -58,6 +58,21 @@ class Background(Protocol):
         """Give up: never swap."""
 
 
+class Observer(Protocol):
+    """What notes the calls that the eager module answers; see `ts_handlers.startup.observation`.
+
+    `refuses_changes` tells whether a change of the eager module would be lost, so that it must be refused.
+    """
+
+    refuses_changes: bool
+
+    def note(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Note a call that was answered; never raises."""
+
+    def describe(self) -> dict[str, Any]:
+        """What is known, JSON-compatible."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """How a start ended; the contents of `describe`.
@@ -231,7 +246,8 @@ class CompiledModel(ServedModel):
         self._device = target.device
         self._outside_eager = target.settings.outside == "eager"
         self._slots = slots
-        self._eager: Run | None = None
+        self._eager: dict[tuple[str, ...], Run] = {}  # by the names of the inputs
+        self._observer: Observer | None = None
         self._lock = threading.Lock()
         self._order = self._order_of_arguments()
         self.store: Store | None = None
@@ -267,7 +283,8 @@ class CompiledModel(ServedModel):
         loaded = self._loaded
         signature = loaded.signature
         if not signature.inputs:
-            return self._call_eager(args, kwargs)
+            return self._noted(self._call_eager(args, kwargs), args, kwargs)
+        given = args, kwargs
         if (
             self._order is not None
             and len(args) <= len(self._order)
@@ -282,7 +299,7 @@ class CompiledModel(ServedModel):
                 return loaded.run(tensors)
             except InputError as refusal:
                 if other_form(signature, args, kwargs) is not None:
-                    return self._answer_other_form(signature, args, kwargs, refusal)
+                    return self._noted(self._answer_other_form(signature, args, kwargs, refusal), *given)
                 tensors = signature.bind(args, kwargs, self._device)  # a value outside its limits is refused anyway
                 if not self._outside_eager:
                     self.signature.check(tensors)  # what is declared and not compiled is answered eagerly
@@ -293,10 +310,23 @@ class CompiledModel(ServedModel):
             self.metrics.count("busy")
             raise
         self.metrics.count("outside_eager")
+        return self._noted(self._slots.call(self.keep_eager(signature.names), tensors), *given)
+
+    def keep_eager(self, names: tuple[str, ...]) -> Run:
+        """Keep the eager module at hand for calls outside the ranges of inputs of these names; returns its `run`."""
         with self._lock:
-            if self._eager is None:
-                self._eager = eager_run(self._target, signature.names)
-        return self._slots.call(self._eager, tensors)
+            if names not in self._eager:
+                self._eager[names] = eager_run(self._target, names)
+            return self._eager[names]
+
+    def observe(self, observer: Observer | None) -> None:
+        """Have the calls that the eager module answers noted from now on."""
+        self._observer = observer
+
+    def _noted(self, answer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if self._observer is not None:
+            self._observer.note(args, kwargs)
+        return answer
 
     def call_with(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the model with what a handler's `preprocess` gave."""
@@ -309,9 +339,13 @@ class CompiledModel(ServedModel):
 
     def swap(self, other: CompiledModel) -> None:
         """Serve from the next call on what `other` serves; calls that are running end as they began."""
-        before = self._loaded
-        if self._outside_eager and before.signature.names == other._loaded.signature.names:
-            self._eager = before.run
+        before, names = self._loaded, other._loaded.signature.names
+        if self._outside_eager and before.signature.names == names and self.outcome.backend == "eager":
+            self._eager[names] = before.run
+        if before.signature.inputs != other._loaded.signature.inputs:  # of calls, where nothing was declared
+            self._target = self._made_for = other._target
+            self._outside_eager = other._outside_eager
+            self._order = other._order
         self.outcome = other.outcome
         self.store = other.store
         self._slots = other._slots
@@ -330,7 +364,8 @@ class CompiledModel(ServedModel):
     @property
     def _serving_module(self) -> torch.nn.Module | None:
         # With a build in the background it would be lost with the swap.
-        serves = self.outcome.backend == "eager" and self.background is None
+        refused = self.background is not None or (self._observer is not None and self._observer.refuses_changes)
+        serves = self.outcome.backend == "eager" and not refused
         return self._eager_module() if serves else super()._serving_module
 
     @property
@@ -354,6 +389,7 @@ class CompiledModel(ServedModel):
         facts["device"] = str(self._device)
         facts["graphs_in_process"] = compiled_graphs()
         facts["background"] = None if self.background is None else self.background.describe()
+        facts["observed"] = None if self._observer is None else self._observer.describe()
         return facts
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -59,6 +59,7 @@ from ts_handlers.servers.torchserve.their_handler import (
     compile_as_plain,
     describe_uncompiled,
     device_of,
+    inputs_needed,
     is_base_handlers,
     read_settings,
     reason_not_to_compile,
@@ -68,7 +69,10 @@ from ts_handlers.servers.torchserve.their_handler import (
     wrap_explanations,
 )
 from ts_handlers.settings import SECTION, Settings, parse_settings
-from ts_handlers.start import start_model
+from ts_handlers.start import is_captured, start_model
+
+if TYPE_CHECKING:
+    from ts_handlers.servers.torchserve.samples import SampledStart
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +105,7 @@ class CompiledHandlerMixin:
     _emitter: Emitter
     _not_compiled: str | None = None
     _submodels: Any = None
+    _sampled: SampledStart | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Works for handlers that do not call their base class's constructor."""
@@ -158,6 +163,9 @@ class CompiledHandlerMixin:
             self._submodels = start_submodels(self, context, self.__settings, self.__recipe, self._shares)
         else:
             self._start_module_of_base_handler()
+            if self._sampled is not None:
+                started = self._sampled.finish(self._answer_below)
+                self.model = self.model if started is None else self._as_plain(started)
             self._shares.measure_served(self, self._served)
         self._start_micro_batches()
         if self._served is not None:
@@ -222,7 +230,14 @@ class CompiledHandlerMixin:
         return self._gpu or torch.device(getattr(self, "device", None) or "cpu")
 
     def _start(self, source: ModelSource, device: torch.device | None = None) -> ServedModel:
-        model = start_model(source, self.__settings, device or self.model_device)
+        if self.__settings.inputs or not self.__settings.samples:
+            return self._as_plain(start_model(source, self.__settings, device or self.model_device))
+        from ts_handlers.servers.torchserve.samples import SampledStart
+
+        self._sampled = SampledStart(self.__settings, type(self), self.__context, self.__config)
+        return self._sampled.start(source, device or self.model_device)
+
+    def _as_plain(self, model: ServedModel) -> ServedModel:
         return compile_as_plain(model, self.__config, self.__settings)
 
     def _load_pickled_model(
@@ -284,9 +299,7 @@ class CompiledHandlerMixin:
         finally:
             if served is not None:
                 served.answering -= 1
-                torchserve_metrics = getattr(context, "metrics", None)
-                self._emitter.emit(torchserve_metrics)
-                self._emitter.emit_contexts(torchserve_metrics, served.context_stats())
+                self._emitter.emit_all(getattr(context, "metrics", None), served.context_stats())
 
     def _answer(self, batch: RequestBatch) -> Any:
         below: Any = super()
@@ -369,9 +382,9 @@ class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
     _answers_alone = False
 
     def _start(self, source: ModelSource, device: torch.device | None = None) -> ServedModel:
-        own = type(self).preprocess is CompiledHandler.preprocess
+        own = type(self).preprocess is CompiledHandler.preprocess and not is_captured()
         if own and source.weights_by_name and self.settings.backends != ("eager",) and not self.settings.inputs:
-            raise SettingsError(f"{SECTION}.inputs: needed by the default preprocess; declare them or override it")
+            raise inputs_needed(source.eager)
         return super()._start(source, device)
 
     @staticmethod
@@ -382,7 +395,7 @@ class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
         """JSON bodies to input tensors, concatenated along dimension 0."""
         specs = self.settings.inputs
         if not specs:
-            raise SettingsError(f"{SECTION}.inputs: needed by the default preprocess; declare them or override it")
+            raise inputs_needed(lambda: self.model)
         if len(data) > 1 and (self._answers_alone or not have_rows(specs)):
             raise InputError(NOT_BY_ROW)
         if len(data) > 1 and not (isinstance(self.model, ServedModel) and self.model.outcome.independent_rows):

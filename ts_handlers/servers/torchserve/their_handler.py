@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from ts_handlers.compiled_model import CompiledModel, ServedModel
-from ts_handlers.errors import ForeignBackendError, InputError, one_line
+from ts_handlers.errors import ForeignBackendError, InputError, SettingsError, one_line
 from ts_handlers.model.explanations import explanations
 from ts_handlers.servers.torchserve.base_handler import BaseHandler
 from ts_handlers.servers.torchserve.request_batch import RequestBatch
-from ts_handlers.settings import Settings, parse_settings
+from ts_handlers.settings import SECTION, Settings, parse_settings
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +157,13 @@ def wrap_explanations(kind: type) -> None:
         method = inspect.getattr_static(kind, name, None)
         if inspect.isfunction(method) and not hasattr(method, "explains"):
             setattr(kind, name, explaining(method))
+
+
+def inputs_needed(make_module: Callable[[], torch.nn.Module]) -> SettingsError:
+    """What the default preprocess raises where nobody has declared the inputs; `make_module` returns the module."""
+    from ts_handlers.model.proposal import proposal_text
+
+    return SettingsError(f"{SECTION}.inputs: needed by the default preprocess{proposal_text(make_module)}")
 
 
 def answers_describe(below: Any, batch: RequestBatch) -> bool:

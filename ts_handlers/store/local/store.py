@@ -22,6 +22,7 @@ from ts_handlers.store.base import Corrupt, Hit, Miss, NoPendingWrites
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest, verify_files, write_manifest
 from ts_handlers.store.local.layout import ENTRIES, LEASES, SHARED, STAGING
 from ts_handlers.store.local.lease import Lease, hold_lease
+from ts_handlers.store.local.observed import ObservedRecords
 from ts_handlers.store.local.ownership import NotOursError, OwnedTree, check_path, make_private_folders
 from ts_handlers.store.local.records import Records
 from ts_handlers.store.local.trash import move_aside
@@ -41,7 +42,7 @@ _DAMAGE = (errno.EISDIR, errno.ELOOP)
 something about this process or this moment."""
 
 
-class LocalStore(Records):
+class LocalStore(Records, ObservedRecords):
     """Entries below `root`, which is made if it does not exist.
 
     The entries that a store object has found or published stay locked against eviction until it is closed or
