@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.soak import blame, descriptors, faults, process, race
-from tests.soak.command import PARTS
+from tests.soak.command import PARTS, _run_all
 from tests.soak.subject import Subject
 from tests.soak.tally import MUST_BE_ZERO, Tally
 from tests.support import workers
@@ -63,6 +63,15 @@ def test_short_soak(part: str) -> None:
 def test_the_shares_of_the_parts_are_a_whole() -> None:
     assert sum(share for _, share in PARTS.values()) == pytest.approx(1)
     assert set(PARTS) - {"flip-real"} == set(SHORT)
+
+
+def test_parts_that_run_at_once_are_counted_as_one_after_the_other() -> None:
+    parts = {"blame": 40, "no such part": 1}
+    found = {name: tally for name, tally, _ in _run_all(parts, 7, 2)}
+    (_, alone, _) = next(_run_all({"blame": 40}, 7, 1))
+    assert (found["blame"].trials, found["blame"].counts) == (40, alone.counts)
+    assert found["no such part"].counts == {"crash": 1}
+    assert "KeyError" in found["no such part"].failures[0]
 
 
 def _blame(tmp_path: Path) -> Tally:
