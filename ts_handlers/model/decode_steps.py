@@ -243,7 +243,8 @@ def _recorded(module: torch.nn.Module, calls: list[dict[str, Any]]) -> Iterator[
     try:
         yield
     finally:
-        vars(module).clear()
+        for name in vars(module).keys() - before.keys():
+            del vars(module)[name]
         vars(module).update(before)
 
 
