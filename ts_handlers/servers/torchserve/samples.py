@@ -104,16 +104,22 @@ class SampledStart:
         self._waiting = _Waiting(source, device, model, calls, identity)
         return model
 
-    def finish(self, answer: Answer) -> ServedModel | None:
-        """Run the samples and start the model for what they have told; None where nothing waits for that.
+    def finish(self, served: Any, answer: Answer) -> Any:
+        """Run the samples and start the model for what they have told.
 
         Parameters
         ----------
+        served:
+            The handler's ``self.model`` now.
         answer:
             Lets the handler answer a batch, with `preprocess` and all that follows.
+
+        Returns
+        -------
+        The model; `served` where nothing waits for samples, or the handler has put something else in its place.
         """
-        if self._waiting is None:
-            return None
+        if self._waiting is None or served is not self._waiting.model:
+            return served
         source, device, model, calls, identity = self._waiting
         self._waiting = None
         kept = KeptState()
