@@ -322,7 +322,7 @@ class CompiledModel(ServedModel):
         before, names = self._loaded, other._loaded.signature.names
         if self._outside_eager and before.signature.names == names and self.outcome.backend == "eager":
             self._eager[names] = before.run
-        if before.signature.inputs != other._loaded.signature.inputs:  # of calls, where nothing was declared
+        if not _declare_the_same(self._target, other._target):  # calls have told the other one's
             self._target = self._made_for = other._target
             self._outside_eager = other._outside_eager
             self._order = other._order
@@ -371,6 +371,10 @@ class CompiledModel(ServedModel):
         facts["background"] = None if self.background is None else self.background.describe()
         facts["observed"] = None if self._observer is None else self._observer.describe()
         return facts
+
+
+def _declare_the_same(a: Target, b: Target) -> bool:
+    return (a.settings.inputs, a.settings.dimensions) == (b.settings.inputs, b.settings.dimensions)
 
 
 def log_outcome(event: str, name: str, model: ServedModel) -> None:

@@ -312,3 +312,16 @@ def test_what_a_handler_has_put_in_the_models_place_stays(archive: Path, tmp_pat
     answer = ask(handler, context, ROWS[:1])[0]
     assert answer[0] == 200
     assert close(answer[1], [value + 1 for value in expected(archive, ROWS[:1])[0]])
+
+
+def test_fields_of_a_form_arrive_under_their_names(archive: Path, tmp_path: Path) -> None:
+    class Fields(Rows):
+        def preprocess(self, data: Any) -> torch.Tensor:
+            rows = [json.loads(bytes(row["rows"])) for row in data]
+            assert {row["more"] for row in data} == {"text"}
+            return torch.cat([torch.tensor(row) for row in rows])
+
+    (archive / "rows.bin").write_text(json.dumps(ROWS[:1]))
+    (archive / "more.txt").write_text("text")
+    handler, _ = start(Fields, archive, tmp_path, samples=[{"rows": "rows.bin", "more": "more.txt"}])
+    assert handler.model.outcome.backend == "aot_inductor"
