@@ -342,7 +342,7 @@ class CompiledModel(ServedModel):
         before, names = self._loaded, other._loaded.signature.names
         if self._outside_eager and before.signature.names == names and self.outcome.backend == "eager":
             self._eager[names] = before.run
-        if before.signature.inputs != other._loaded.signature.inputs:  # of calls, where nothing was declared
+        if not _declare_the_same(self._target, other._target):  # calls have told the other one's
             self._target = self._made_for = other._target
             self._outside_eager = other._outside_eager
             self._order = other._order
@@ -415,6 +415,10 @@ def measure_calls(model: ServedModel, measured: Callable[[], AbstractContextMana
     A model that runs in another process is not measured.
     """
     model._measured = measured
+
+
+def _declare_the_same(a: Target, b: Target) -> bool:
+    return (a.settings.inputs, a.settings.dimensions) == (b.settings.inputs, b.settings.dimensions)
 
 
 def log_outcome(event: str, name: str, model: ServedModel) -> None:

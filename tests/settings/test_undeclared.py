@@ -33,6 +33,8 @@ def test_sizes_may_be_observed() -> None:
     [
         ({"samples": [""]}, ["handler.ts_handlers.samples[0]", "path of a file"]),
         ({"samples": ["a\0"]}, ["handler.ts_handlers.samples[0]"]),
+        ({"samples": [{}]}, ["handler.ts_handlers.samples[0]", "mapping of a request's fields"]),
+        ({"samples": [{"data": ""}]}, ["handler.ts_handlers.samples[0]"]),
         ({"samples": ["a"] * 65}, ["handler.ts_handlers.samples", "at most 64 files, found 65"]),
         ({"samples": "a.json"}, ["handler.ts_handlers.samples", "a.json"]),
         ({"observe": {"calls": 0}}, ["handler.ts_handlers.observe.calls", "at least 1, found 0"]),
@@ -48,3 +50,7 @@ def test_mistakes_name_their_place_and_the_remedy(section: dict[str, Any], parts
     with pytest.raises(SettingsError) as caught:
         parse(**section)
     assert [part for part in parts if part not in str(caught.value)] == [], str(caught.value)
+
+
+def test_the_files_of_samples_are_told_once_each() -> None:
+    assert parse(samples=["a.json", {"data": "b.jpg", "k": "a.json"}]).sample_files == ("a.json", "b.jpg")

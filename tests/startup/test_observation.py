@@ -311,3 +311,17 @@ def test_ahead_of_a_start_the_same_is_built(start: Start, archive: Path, tmp_pat
     target = told_by_calls(new_target(archive_source(archive), settings, "cpu"), LocalStore(tmp_path / "store"))
     assert key_in_store(get_backend("aot_inductor"), target, LocalStore(tmp_path / "store")).digest == model.outcome.key
     assert start_here(archive_source(archive), settings).outcome.result == "hit"
+
+
+def test_workers_that_see_enough_at_once_build_once(start: Start, archive: Path, tmp_path: Path) -> None:
+    models = [start(), start()]
+    for rows in (1, 2, 2, 3):
+        for model in models:
+            call(model, archive, rows)
+    facts = [wait_for(model, is_settled) for model in models]
+    assert [each["background"]["state"] for each in facts] == ["swapped", "swapped"]
+    assert len({model.outcome.key for model in models}) == 1
+    assert len(begun(tmp_path)) == 1
+    for model in models:
+        call(model, archive, 5)
+        assert model.metrics.counters["outside_eager"] == 0

@@ -145,8 +145,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         What happens to a request outside the declared ranges: ``refuse`` (HTTP 400) or ``eager`` (right but slow;
         the eager model is built at the first such request).
     samples:
-        Files with request bodies, relative to the model's folder. Where `inputs` is empty, the handler's own
-        `preprocess` turns them into calls of the model, which say what it takes.
+        Files with request bodies, relative to the model's folder, or mappings of a request's fields to such files.
+        Where `inputs` is empty, the handler's own `preprocess` turns them into calls of the model, which say what it
+        takes.
     observe:
         What is noted of calls where neither inputs nor samples say what the model takes; False notes nothing.
     warmup:
@@ -183,7 +184,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dimensions: dict[str, Dimension] = msgspec.field(default_factory=dict)
     outside: Literal["refuse", "eager"] = "refuse"
     non_finite: Literal["refuse"] | None = None
-    samples: tuple[str, ...] = ()
+    samples: tuple[str | dict[str, str], ...] = ()
     observe: ObserveSettings | bool = ObserveSettings()
     warmup: tuple[dict[str, int], ...] | Literal["observed"] = ()
     dtype: FloatDtype | None = None
@@ -207,6 +208,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def warmup_sizes(self) -> tuple[dict[str, int], ...]:
         """The sizes of `warmup`; none while those of ``observed`` are not known."""
         return () if isinstance(self.warmup, str) else self.warmup
+
+    @property
+    def sample_files(self) -> tuple[str, ...]:
+        """The files of `samples`, each once."""
+        fields = ({"body": each} if isinstance(each, str) else each for each in self.samples)
+        return tuple(dict.fromkeys(file for each in fields for file in each.values()))
 
     @property
     def observing(self) -> ObserveSettings | None:

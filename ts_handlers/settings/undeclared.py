@@ -17,9 +17,13 @@ def check_samples(settings: Settings) -> None:
             f"{where}: expected at most {MAX_SAMPLES} files, found {len(settings.samples)}; two of different sizes "
             "already tell which dimensions vary"
         )
-    for index, path in enumerate(settings.samples):
-        if not path or "\0" in path:
-            raise SettingsError(f"{where}[{index}]: expected the path of a file with a request's body, found {path!r}")
+    for index, sample in enumerate(settings.samples):
+        paths = [sample] if isinstance(sample, str) else list(sample.values())
+        if not paths or not all(path and "\0" not in path for path in paths):
+            raise SettingsError(
+                f"{where}[{index}]: expected the path of a file with a request's body, or a mapping of a request's "
+                f"fields to such paths, found {sample!r}"
+            )
 
 
 def check_observe(settings: Settings) -> None:

@@ -196,9 +196,13 @@ class _Starter:
             return
         from ts_handlers.startup.observation import Observation
 
+        device = self._target.device
+        if device.type == "cuda" and device.index is None:  # a thread of its own begins the build
+            device = torch.device("cuda", torch.cuda.current_device())
+
         def build(model: CompiledModel, declaration: Declaration, published: Callable[[], None]) -> Background:
             settings = declaration.applied_to(self._settings)
-            beside = _Starter(new_target(source, settings, self._target.device), Metrics())
+            beside = _Starter(new_target(source, settings, device), Metrics())
             beside._store = self._store
             backend = next((each for each in map(get_backend, settings.backends) if each.persistent), None)
             if backend is None:

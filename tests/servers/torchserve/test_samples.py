@@ -75,6 +75,8 @@ def test_one_sample_is_enough_and_a_restart_runs_none(archive: Path, tmp_path: P
         assert [status for status, _ in ask(handler, context, ROWS[:1], ROWS[1:])] == [200, 200]
         assert close(ask(handler, context, ROWS[:1])[0][1], expected(archive, ROWS[:1])[0])
         assert handler.model.metrics.counters["outside_eager"] == 0
+        if result == "hit":
+            assert handler.model._target.source.built() is None
 
 
 def test_calls_outside_what_samples_told_are_answered_eagerly(archive: Path, tmp_path: Path) -> None:
@@ -267,4 +269,59 @@ def test_text_and_bytes_arrive_as_from_the_server(archive: Path, tmp_path: Path)
     (archive / "b.bin").write_bytes(b"\x00\xff")
     handler, _ = start(Reads, archive, tmp_path, samples=["a.txt", "b.bin"])
     assert bodies[:2] == ["héllo", bytearray(b"\x00\xff")]
+    assert handler.model.outcome.backend == "aot_inductor"
+
+
+def test_a_class_above_the_mixin_sets_up_what_samples_need(archive: Path, tmp_path: Path) -> None:
+    class Above(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
+        def initialize(self, context: Any) -> None:
+            super().initialize(context)
+            self.scale = 2.0
+
+        def preprocess(self, data: Any) -> torch.Tensor:
+            return torch.cat([torch.tensor(row["body"]) for row in data]) * self.scale
+
+    class Further(Above):
+        def initialize(self, context: Any) -> None:
+            super().initialize(context)
+            self.scale = self.scale / 2
+
+    section = {"inputs": [], "dimensions": {}, "samples": ["sample.json"]}
+    for result in ("built", "hit"):
+        handler: Any = Further()
+        context = make_context(archive, tmp_path / "store", section=section)
+        handler.initialize(context)
+        assert (handler.model.outcome.backend, handler.model.outcome.result) == ("aot_inductor", result)
+        assert close(ask(handler, context, ROWS[:1])[0][1], expected(archive, ROWS[:1])[0])
+
+
+def test_what_a_handler_has_put_in_the_models_place_stays(archive: Path, tmp_path: Path) -> None:
+    class Replaces(Rows):
+        pass
+
+    class Handler(CompiledHandlerMixin, Replaces):
+        def initialize(self, context: Any) -> None:
+            super().initialize(context)
+            served = self.model
+            self.model = lambda rows: served(rows) + 1
+
+    section = {"inputs": [], "dimensions": {}, "samples": ["sample.json"]}
+    context = make_context(archive, tmp_path / "store", section=section)
+    handler: Any = Handler()
+    handler.initialize(context)
+    answer = ask(handler, context, ROWS[:1])[0]
+    assert answer[0] == 200
+    assert close(answer[1], [value + 1 for value in expected(archive, ROWS[:1])[0]])
+
+
+def test_fields_of_a_form_arrive_under_their_names(archive: Path, tmp_path: Path) -> None:
+    class Fields(Rows):
+        def preprocess(self, data: Any) -> torch.Tensor:
+            rows = [json.loads(bytes(row["rows"])) for row in data]
+            assert {row["more"] for row in data} == {"text"}
+            return torch.cat([torch.tensor(row) for row in rows])
+
+    (archive / "rows.bin").write_text(json.dumps(ROWS[:1]))
+    (archive / "more.txt").write_text("text")
+    handler, _ = start(Fields, archive, tmp_path, samples=[{"rows": "rows.bin", "more": "more.txt"}])
     assert handler.model.outcome.backend == "aot_inductor"

@@ -151,7 +151,7 @@ def source_of_archive(
         return ExportedSource(name, files.weights_path)
     directory = Path(files.model_dir)
     handler_file = _handler_file(kind, directory)
-    ignored = [*settings.key_files_ignored, *settings.samples]
+    ignored = [*settings.key_files_ignored, *settings.sample_files]
     if handler_file is not None and build is None:  # otherwise it shapes the model, and belongs to the key
         ignored.append(handler_file)
     return ArchiveSource(

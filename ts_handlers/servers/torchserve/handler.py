@@ -49,7 +49,7 @@ from ts_handlers.servers.torchserve.archive import (
 from ts_handlers.servers.torchserve.base_handler import BaseHandler
 from ts_handlers.servers.torchserve.envelopes import guard_envelope
 from ts_handlers.servers.torchserve.metrics import Emitter
-from ts_handlers.servers.torchserve.micro_batching import MicroBatches, check_contexts, read_micro_batching
+from ts_handlers.servers.torchserve.micro_batching import MicroBatches, micro_batches_of
 from ts_handlers.servers.torchserve.ready import begin_serving
 from ts_handlers.servers.torchserve.recipes import handler_recipe
 from ts_handlers.servers.torchserve.request_batch import CurrentBatch, RequestBatch
@@ -59,6 +59,7 @@ from ts_handlers.servers.torchserve.their_handler import (
     compile_as_plain,
     describe_uncompiled,
     device_of,
+    finishing,
     inputs_needed,
     is_base_handlers,
     read_settings,
@@ -106,6 +107,7 @@ class CompiledHandlerMixin:
     _not_compiled: str | None = None
     _submodels: Any = None
     _sampled: SampledStart | None = None
+    _initializing = 0
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Works for handlers that do not call their base class's constructor."""
@@ -163,13 +165,19 @@ class CompiledHandlerMixin:
             self._submodels = start_submodels(self, context, self.__settings, self.__recipe, self._shares)
         else:
             self._start_module_of_base_handler()
-            if self._sampled is not None:
-                started = self._sampled.finish(self._answer_below)
-                self.model = self.model if started is None else self._as_plain(started)
+        if is_base_handlers(getattr(super(), "handle", None), "handle"):
+            self._micro_batches = micro_batches_of(self, self._current, config, self.__settings.contexts)
+
+    def _after_initialize(self) -> None:
+        """Called when the outermost `initialize` of the handler has ended."""
+        if self._sampled is not None:
+            self.model = self._sampled.finish(self.model, self._answer_below)
+            if self._served is not None:
+                self.model = self._as_plain(self._served)
+        if not self.__settings.models:
             self._shares.measure_served(self, self._served)
-        self._start_micro_batches()
         if self._served is not None:
-            (self._emitter,) = begin_serving([self.model], config, getattr(context, "metrics", None))
+            (self._emitter,) = begin_serving([self._served], self.__config, getattr(self.__context, "metrics", None))
 
     @property
     def _served(self) -> ServedModel | None:
@@ -212,16 +220,6 @@ class CompiledHandlerMixin:
             logger.debug("details", exc_info=error)
             return f"{type(error).__name__}: {one_line(error)}"
         return None
-
-    def _start_micro_batches(self) -> None:
-        section = read_micro_batching(self.__config)
-        below: Any = super()
-        if section is None or not is_base_handlers(below.handle, "handle"):
-            return
-        if not self.__settings.contexts.across_workers:
-            check_contexts(section.parallelism.inference, self.__settings.contexts.count)
-        device = torch.device(getattr(self, "device", None) or "cpu")
-        self._micro_batches = MicroBatches(self, self._current, device, section)
 
     @property
     def model_device(self) -> torch.device:
@@ -338,6 +336,8 @@ class CompiledHandlerMixin:
         super().__init_subclass__(**kwargs)
         if "preprocess" in cls.__dict__:
             cls.preprocess = refusing(cls.__dict__["preprocess"])  # type: ignore[method-assign]
+        if "initialize" in cls.__dict__:
+            cls.initialize = finishing(cls.__dict__["initialize"])  # type: ignore[method-assign]
         wrap_explanations(cls)
 
     def request_body(self, row: Any) -> Any:
@@ -367,6 +367,7 @@ class CompiledHandlerMixin:
 
 
 CompiledHandlerMixin.preprocess = refusing(CompiledHandlerMixin.preprocess)  # type: ignore[method-assign]
+CompiledHandlerMixin.initialize = finishing(CompiledHandlerMixin.initialize)  # type: ignore[method-assign]
 
 
 class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]

@@ -44,6 +44,7 @@ LARGEST_BODY = 64 << 20
 _HASHED_BYTES = 8 << 20
 """Larger files of an archive are known by their size: a tokenizer is smaller, weights have a digest of their own."""
 _IGNORED = ("MAR-INF/*", "*.pyc", "*.log", "core.[0-9]*", "__pycache__/*", "*/__pycache__/*")
+_FORM = "multipart/form-data"
 _CANARIES = 4
 """Calls whose tensors become canary inputs."""
 
@@ -104,16 +105,22 @@ class SampledStart:
         self._waiting = _Waiting(source, device, model, calls, identity)
         return model
 
-    def finish(self, answer: Answer) -> ServedModel | None:
-        """Run the samples and start the model for what they have told; None where nothing waits for that.
+    def finish(self, served: Any, answer: Answer) -> Any:
+        """Run the samples and start the model for what they have told.
 
         Parameters
         ----------
+        served:
+            The handler's ``self.model`` now.
         answer:
             Lets the handler answer a batch, with `preprocess` and all that follows.
+
+        Returns
+        -------
+        The model; `served` where nothing waits for samples, or the handler has put something else in its place.
         """
-        if self._waiting is None:
-            return None
+        if self._waiting is None or served is not self._waiting.model:
+            return served
         source, device, model, calls, identity = self._waiting
         self._waiting = None
         kept = KeptState()
@@ -158,14 +165,14 @@ class SampledStart:
             digest = source.digest()
         except BuildError:
             return None
-        facts = ["samples", digest, ts.__version__, str(self._rows), *self._settings.samples]
+        facts = ["samples", digest, ts.__version__, str(self._rows), *map(str, self._settings.samples)]
         return calls_identity(source.name, *facts, *self._files())
 
     def _files(self) -> Iterator[str]:
         """What shapes the requests: the archive's files, the samples, and the sources of the handler's classes."""
         for path in files_of_model(self._directory, _IGNORED):
             yield _fact(path.relative_to(self._directory).as_posix(), path)
-        for name in self._settings.samples:
+        for name in self._settings.sample_files:
             yield _fact(name, self._directory / name)
         for kind in self._kind.__mro__:
             file = getattr(sys.modules.get(kind.__module__), "__file__", None)
@@ -176,11 +183,12 @@ class SampledStart:
         """Let the handler answer each sample alone, and several together; returns what went wrong."""
         problems: list[str] = []
         requests = []
-        for name in self._settings.samples:
+        for sample in self._settings.samples:
             try:
-                requests.append(read_sample(self._directory, name))
+                requests.append(read_sample(self._directory, sample))
                 self._ask(answer, requests[-1:])
             except Exception as error:
+                name = sample if isinstance(sample, str) else ", ".join(sample.values())
                 problems.append(f"{name}: {type(error).__name__}: {one_line(error, 200)}")
         # Whether rows vary is seen where the handler joins requests; one that does not, or cannot, is asked in vain.
         for batch in (requests, requests[:1] * 2):
@@ -197,10 +205,9 @@ class SampledStart:
         from ts.context import RequestProcessor
 
         context = copy.copy(self._context)
-        kinds = [request.content_type for request in requests]
-        context.request_processor = [RequestProcessor({"content-type": kind}) for kind in kinds]
+        context.request_processor = [RequestProcessor(dict(request.headers)) for request in requests]
         context.request_ids = {index: f"sample-{index}" for index in range(len(requests))}
-        rows = [{"body": copy.deepcopy(request.body)} for request in requests]
+        rows = [copy.deepcopy(request.fields) for request in requests]
         answers = answer(RequestBatch(rows, context))
         if inspect.iscoroutine(answers):
             answers.close()
@@ -208,37 +215,56 @@ class SampledStart:
 
 
 class Sample(NamedTuple):
-    """A request's body as TorchServe hands it over, and its content type."""
+    """A request as TorchServe hands it over: its fields, and its headers."""
 
-    body: Any
-    content_type: str
+    fields: dict[str, Any]
+    headers: dict[str, Any]
 
 
-def read_sample(directory: Path, name: str) -> Sample:
-    """A sample as TorchServe would hand it over: JSON and text by the file's ending, everything else as bytes.
+def read_sample(directory: Path, sample: str | Mapping[str, str]) -> Sample:
+    """A sample as TorchServe would hand it over: JSON and text by the files' endings, everything else as bytes.
+
+    Parameters
+    ----------
+    directory:
+        The model's folder.
+    sample:
+        The file of a body, or a file for each field of a form.
 
     Raises
     ------
     SettingsError
         There is no such file, it is too large, or its JSON or text is none.
     """
+    if isinstance(sample, str):
+        body, kind = _read_field(directory, sample)
+        return Sample({"body": body}, {"body": {"content-type": kind}, "content-type": kind})
+    fields = {name: _read_field(directory, file) for name, file in sample.items()}
+    headers = {name: {"content-type": kind} for name, (_, kind) in fields.items()}
+    return Sample({name: value for name, (value, _) in fields.items()}, {**headers, "content-type": _FORM})
+
+
+def _read_field(directory: Path, name: str) -> tuple[Any, str]:
+    """A field's value and content type."""
     path = directory / name
     try:
         if path.stat().st_size > LARGEST_BODY:
             raise SettingsError(f"{SECTION}.samples: {name} is larger than {LARGEST_BODY} bytes")
         data = path.read_bytes()
         if path.suffix == ".json":
-            return Sample(json.loads(data), "application/json")
+            return json.loads(data), "application/json"
         if path.suffix == ".txt":
-            return Sample(data.decode(), "text/plain")
+            return data.decode(), "text/plain"
     except OSError as error:
         raise SettingsError(
             f"{SECTION}.samples: expected a file {name} in the model's folder, found none ({error.strerror}); add it "
             "with --extra-files when the archive is built"
         ) from error
+    except SettingsError:
+        raise
     except ValueError as error:
         raise SettingsError(f"{SECTION}.samples: {name} cannot be read: {one_line(error, 200)}") from error
-    return Sample(bytearray(data), "application/octet-stream")
+    return bytearray(data), "application/octet-stream"
 
 
 class SampleCalls:

@@ -81,7 +81,11 @@ def _find(made: Made, store: Store) -> tuple[Origin, str, Declaration | None]:
     if settings.inputs:
         found = Declaration(settings.inputs, settings.dimensions, settings.warmup_sizes)
         if made.told_by_samples:
-            return "samples", f"told by the samples {', '.join(settings.samples)[:300]}, answered by the handler", found
+            return (
+                "samples",
+                f"told by the samples {', '.join(settings.sample_files)[:300]}, answered by the handler",
+                found,
+            )
         return "declared", "declared in model-config.yaml", found
     if not source.weights_by_name:
         return "exported program", "the exported program brings its own inputs; nothing need be declared", None

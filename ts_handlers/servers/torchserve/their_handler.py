@@ -159,6 +159,24 @@ def wrap_explanations(kind: type) -> None:
             setattr(kind, name, explaining(method))
 
 
+def finishing(initialize: Callable[..., Any]) -> Callable[..., Any]:
+    """An `initialize` after whose outermost call the mixin finishes its own: by then a class above it has set up what
+    samples need, such as a tokenizer."""
+
+    @functools.wraps(initialize)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self._initializing += 1
+        try:
+            result = initialize(self, *args, **kwargs)
+        finally:
+            self._initializing -= 1
+        if not self._initializing:
+            self._after_initialize()
+        return result
+
+    return wrapped
+
+
 def inputs_needed(make_module: Callable[[], torch.nn.Module]) -> SettingsError:
     """What the default preprocess raises where nobody has declared the inputs; `make_module` returns the module."""
     from ts_handlers.model.proposal import proposal_text
