@@ -565,6 +565,21 @@ def test_answers_through_an_envelope_are_those_of_plain(
     assert len(json.loads(answers[0][0])["predictions"]) == 2
 
 
+def test_a_handlers_own_methods_keep_the_names_of_the_mixins_helpers(archive: Path, tmp_path: Path) -> None:
+    class Reads(Classifier):
+        model_device = "theirs"
+
+        def request_body(self, row: Any, key: str) -> Any:
+            return row[key]
+
+        def preprocess(self, data: Any) -> torch.Tensor:
+            return torch.cat([torch.tensor(self.request_body(row, "body")) for row in data])
+
+    handler, context = start(Reads, archive, tmp_path)
+    assert ask(handler, context, ROWS[:1])[0][0] == 200
+    assert handler.model_device == "theirs"
+
+
 @pytest.mark.parametrize("pt2", [{"compile": {"enable": True, "backend": "aot_eager"}}, "aot_eager"])
 def test_a_compiler_that_only_torchserve_knows_is_left_to_it(
     pt2: Any, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -585,3 +600,22 @@ def test_a_compiler_that_only_torchserve_knows_is_left_to_it(
         start(Classifier, archive, tmp_path, section=none, pt2={"compile": {"enable": True, "backend": "inductr"}})
     with pytest.raises(SettingsError, match="has no persistent artifact"):
         CompiledHandler().initialize(make_context(archive, tmp_path / "store", section=none, pt2=copy.deepcopy(pt2)))
+
+
+@pytest.mark.parametrize("section", [{}, NO_INPUTS, {"backends": ["eager"]}])
+def test_a_start_draws_no_random_numbers_that_a_handler_would_get(
+    section: dict[str, Any], archive: Path, tmp_path: Path
+) -> None:
+    class Samples(Initializes):
+        def initialize(self, context: Any) -> None:
+            super().initialize(context)
+            torch.manual_seed(5)
+
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    for _ in range(2):  # one that builds, one that hits
+        handler, _ = start(Samples, archive, tmp_path, section=section)
+        assert torch.equal(torch.rand(3), wanted)
+        torch.manual_seed(5)
+        handler.model(x=X)
+        assert torch.equal(torch.rand(3), wanted)

@@ -53,17 +53,18 @@ from ts_handlers.servers.torchserve.recipes import handler_recipe
 from ts_handlers.servers.torchserve.request_batch import CurrentBatch, RequestBatch
 from ts_handlers.servers.torchserve.startup_timeout import warn_of_startup_timeout
 from ts_handlers.servers.torchserve.their_handler import (
+    adapt,
     answers_describe,
     compile_as_plain,
     describe_uncompiled,
     device_of,
+    device_of_model,
     is_base_handlers,
     read_settings,
     reason_not_to_compile,
     refusing,
     unwrapped,
     with_their_description,
-    wrap_explanations,
 )
 from ts_handlers.settings import SECTION, Settings, parse_settings
 from ts_handlers.start import start_model
@@ -222,12 +223,11 @@ class CompiledHandlerMixin:
 
     @property
     def model_device(self) -> torch.device:
-        """Where the model runs. `device` is where `preprocess` puts its tensors, the CPU with
-        ``contexts: {across_workers: true}``."""
-        return self._gpu or torch.device(getattr(self, "device", None) or "cpu")
+        """Where the model runs; with ``across_workers`` `device`, where `preprocess` puts tensors, is the CPU."""
+        return device_of_model(self)
 
     def _start(self, source: ModelSource, device: torch.device | None = None) -> ServedModel:
-        model = start_model(source, self.__settings, device or self.model_device)
+        model = start_model(source, self.__settings, device or device_of_model(self))
         return compile_as_plain(model, self.__config, self.__settings)
 
     def _load_pickled_model(
@@ -323,7 +323,7 @@ class CompiledHandlerMixin:
         super().__init_subclass__(**kwargs)
         if "preprocess" in cls.__dict__:
             cls.preprocess = refusing(cls.__dict__["preprocess"])  # type: ignore[method-assign]
-        wrap_explanations(cls)
+        adapt(cls, CompiledHandlerMixin)
 
     def request_body(self, row: Any) -> Any:
         """The body of one request: bytes, text or what TorchServe parsed from JSON.

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 EXPLAIN = ("explain_handle", "get_insights")
 """Methods of a handler that explain answers; `get_insights` is captum's in TorchServe's own handlers."""
+HELPERS = ("batch_state", "model_device", "request_body")
+"""What the mixin offers to handlers that are written for it; nothing of its own goes through these names."""
 
 
 def is_base_handlers(bound: Any, name: str) -> bool:
@@ -112,6 +114,11 @@ def reason_not_to_compile(model: Any) -> str | None:
     return None
 
 
+def device_of_model(handler: Any) -> torch.device:
+    """Where a handler's model runs: on the worker's GPU, else where the handler puts its tensors."""
+    return handler._gpu or torch.device(getattr(handler, "device", None) or "cpu")
+
+
 def device_of(module: torch.nn.Module) -> torch.device | None:
     """The device of a module's tensors, None when it has none."""
     return next((tensor.device for tensor in _tensors(module)), None)
@@ -155,6 +162,21 @@ def wrap_explanations(kind: type) -> None:
         method = inspect.getattr_static(kind, name, None)
         if inspect.isfunction(method) and not hasattr(method, "explains"):
             setattr(kind, name, explaining(method))
+
+
+def adapt(kind: type, mixin: type) -> None:
+    """Fit a class with the mixin to the handler class behind it."""
+    wrap_explanations(kind)
+    give_way(kind, mixin)
+
+
+def give_way(kind: type, mixin: type) -> None:
+    """Let the class behind the mixin keep what it calls as the mixin calls its helpers for handlers of our own."""
+    behind = kind.__mro__[kind.__mro__.index(mixin) + 1 :]
+    for name in HELPERS:
+        theirs = next((vars(each)[name] for each in behind if name in vars(each)), None)
+        if theirs is not None and inspect.getattr_static(kind, name) is inspect.getattr_static(mixin, name):
+            setattr(kind, name, theirs)
 
 
 def answers_describe(below: Any, batch: RequestBatch) -> bool:
