@@ -56,7 +56,7 @@ def run_file(kind: str, file: str, checkout: Path, work: Path) -> dict[str, str]
     if java is not None:
         env["JAVA_HOME"] = java
         env["PATH"] = os.pathsep.join((str(Path(java) / "bin"), env["PATH"]))
-    env["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), env["PATH"]))
+    env["PATH"] = os.pathsep.join((str(work / "bin"), env["PATH"]))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     if kind == "ours":
         search.insert(0, str(HERE / "mixin_over"))
@@ -77,6 +77,20 @@ def run_file(kind: str, file: str, checkout: Path, work: Path) -> dict[str, str]
     return (
         read_report(report) if report.is_file() else {"(whole file)": f"error: pytest ended with {process.returncode}"}
     )
+
+
+def write_commands(folder: Path) -> None:
+    """Write the commands that the tests call, for this interpreter."""
+    folder.mkdir(exist_ok=True)
+    for name, module, function in (
+        ("torchserve", "ts.model_server", "start"),
+        ("torch-model-archiver", "model_archiver.model_packaging", "generate_model_archive"),
+    ):
+        path = folder / name
+        path.write_text(f"#!{sys.executable}\nimport sys\nfrom {module} import {function}\n\nsys.exit({function}())\n")
+        path.chmod(0o755)
+    (folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (folder / "python").chmod(0o755)
 
 
 def _end_session(process: subprocess.Popen[bytes]) -> None:
@@ -152,6 +166,7 @@ def _save(make: Any, path: Path) -> None:
 def run(checkout: Path, files: list[str], seeded: bool, work: Path) -> dict[str, Any]:
     """Run each file plain and ours; returns JSON-compatible data."""
     copy = work / "checkout"
+    write_commands(work / "bin")
     shutil.copytree(checkout, copy, symlinks=True, ignore=shutil.ignore_patterns(".git"))
     if seeded:
         write_seeded_weights(copy, files)
