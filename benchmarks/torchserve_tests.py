@@ -52,6 +52,8 @@ def run_file(kind: str, file: str, checkout: Path, work: Path) -> dict[str, str]
     scratch.mkdir(parents=True, exist_ok=True)
     search = [str(HERE.parent)]
     env = {**os.environ, "TMPDIR": str(scratch), "TS_HANDLERS_CACHE": str(work / "store")}
+    if (checkout / "torch_home").is_dir():
+        env["TORCH_HOME"] = str(checkout / "torch_home")
     java = find_java_home()
     if java is not None:
         env["JAVA_HOME"] = java
@@ -136,11 +138,14 @@ def write_seeded_weights(checkout: Path, files: list[str]) -> None:
         return detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
 
     resnet = ".cache/" + Path(torchvision.models.ResNet18_Weights.DEFAULT.url).name
+    hub = "torch_home/hub/checkpoints"
     mnist, stateful = "examples/image_classifier/mnist", "examples/stateful"
     for test, path, make in (
         ("image_classifier", resnet, torchvision.models.resnet18),
         ("micro_batching", resnet, torchvision.models.resnet18),
         ("image_segmenter", ".cache/fcn_resnet101_coco-7ecb50ca.pth", segmenter),
+        ("image_segmenter", f"{hub}/resnet101-63fe2227.pth", torchvision.models.resnet101),
+        ("object_detector", f"{hub}/resnet50-0676ba61.pth", torchvision.models.resnet50),
         ("object_detector", ".cache/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth", detector),
         (
             "example_torch_compile",
@@ -158,7 +163,7 @@ def _save(make: Any, path: Path) -> None:
     import torch
 
     if not path.exists():
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(1)
         torch.save(make().state_dict(), path)
 

@@ -199,7 +199,7 @@ class CompiledHandlerMixin:
     def _start_micro_batches(self) -> None:
         section = read_micro_batching(self.__config)
         below: Any = super()
-        if section is None or not is_base_handlers(below.handle, "handle"):
+        if section is None or "handle" in vars(self) or not is_base_handlers(below.handle, "handle"):
             return
         if not self.__settings.contexts.across_workers:
             check_contexts(section.parallelism.inference, self.__settings.contexts.count)

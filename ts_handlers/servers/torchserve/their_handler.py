@@ -111,7 +111,25 @@ def reason_not_to_compile(model: Any) -> str | None:
     devices = sorted({str(tensor.device) for tensor in _tensors(model)})
     if len(devices) > 1 or "meta" in devices:
         return f"the tensors of self.model lie on {', '.join(devices)}; expected one device"
+    training = sorted({type(child).__name__ for child in model.modules() if _answers_otherwise_in_training(child)})
+    if training:
+        return (
+            f"self.model is in training mode, in which {', '.join(training)} answer otherwise; call "
+            "self.model.eval() in initialize"
+        )
     return None
+
+
+def _answers_otherwise_in_training(layer: torch.nn.Module) -> bool:
+    """Whether a layer is in training mode, and would give other numbers in eval mode."""
+    if not layer.training:
+        return False
+    if isinstance(layer, (torch.nn.modules.batchnorm._NormBase, torch.nn.RReLU)):
+        per_instance = isinstance(layer, torch.nn.modules.instancenorm._InstanceNorm)
+        return not per_instance or bool(layer.track_running_stats)
+    if isinstance(layer, torch.nn.modules.dropout._DropoutNd):
+        return layer.p > 0
+    return isinstance(layer, (torch.nn.RNNBase, torch.nn.MultiheadAttention)) and layer.dropout > 0
 
 
 def device_of_model(handler: Any) -> torch.device:
