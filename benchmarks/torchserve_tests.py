@@ -52,11 +52,13 @@ def run_file(kind: str, file: str, checkout: Path, work: Path) -> dict[str, str]
     scratch.mkdir(parents=True, exist_ok=True)
     search = [str(HERE.parent)]
     env = {**os.environ, "TMPDIR": str(scratch), "TS_HANDLERS_CACHE": str(work / "store")}
+    if (checkout / "torch_home").is_dir():
+        env["TORCH_HOME"] = str(checkout / "torch_home")
     java = find_java_home()
     if java is not None:
         env["JAVA_HOME"] = java
         env["PATH"] = os.pathsep.join((str(Path(java) / "bin"), env["PATH"]))
-    env["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), env["PATH"]))
+    env["PATH"] = os.pathsep.join((str(work / "bin"), env["PATH"]))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     if kind == "ours":
         search.insert(0, str(HERE / "mixin_over"))
@@ -77,6 +79,20 @@ def run_file(kind: str, file: str, checkout: Path, work: Path) -> dict[str, str]
     return (
         read_report(report) if report.is_file() else {"(whole file)": f"error: pytest ended with {process.returncode}"}
     )
+
+
+def write_commands(folder: Path) -> None:
+    """Write the commands that the tests call, for this interpreter."""
+    folder.mkdir(exist_ok=True)
+    for name, module, function in (
+        ("torchserve", "ts.model_server", "start"),
+        ("torch-model-archiver", "model_archiver.model_packaging", "generate_model_archive"),
+    ):
+        path = folder / name
+        path.write_text(f"#!{sys.executable}\nimport sys\nfrom {module} import {function}\n\nsys.exit({function}())\n")
+        path.chmod(0o755)
+    (folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (folder / "python").chmod(0o755)
 
 
 def _end_session(process: subprocess.Popen[bytes]) -> None:
@@ -122,11 +138,14 @@ def write_seeded_weights(checkout: Path, files: list[str]) -> None:
         return detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=91)
 
     resnet = ".cache/" + Path(torchvision.models.ResNet18_Weights.DEFAULT.url).name
+    hub = "torch_home/hub/checkpoints"
     mnist, stateful = "examples/image_classifier/mnist", "examples/stateful"
     for test, path, make in (
         ("image_classifier", resnet, torchvision.models.resnet18),
         ("micro_batching", resnet, torchvision.models.resnet18),
         ("image_segmenter", ".cache/fcn_resnet101_coco-7ecb50ca.pth", segmenter),
+        ("image_segmenter", f"{hub}/resnet101-63fe2227.pth", torchvision.models.resnet101),
+        ("object_detector", f"{hub}/resnet50-0676ba61.pth", torchvision.models.resnet50),
         ("object_detector", ".cache/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth", detector),
         (
             "example_torch_compile",
@@ -144,7 +163,7 @@ def _save(make: Any, path: Path) -> None:
     import torch
 
     if not path.exists():
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(1)
         torch.save(make().state_dict(), path)
 
@@ -152,6 +171,7 @@ def _save(make: Any, path: Path) -> None:
 def run(checkout: Path, files: list[str], seeded: bool, work: Path) -> dict[str, Any]:
     """Run each file plain and ours; returns JSON-compatible data."""
     copy = work / "checkout"
+    write_commands(work / "bin")
     shutil.copytree(checkout, copy, symlinks=True, ignore=shutil.ignore_patterns(".git"))
     if seeded:
         write_seeded_weights(copy, files)

@@ -362,6 +362,62 @@ def test_their_handle_is_not_passed_by_for_micro_batches(archive: Path, tmp_path
     assert ask(handler, context, [1, 2], [3]) == [(200, [2, 4]), (200, [6])]
 
 
+class Modes(torch.nn.Module):
+    """Answers otherwise in training mode, if its layer does."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)[:, :3]
+
+
+@pytest.mark.parametrize(
+    ("layer", "matters"),
+    [
+        (torch.nn.BatchNorm1d(4), True),
+        (torch.nn.Dropout(0.5), True),
+        (torch.nn.Sequential(torch.nn.Dropout(0.0), torch.nn.Linear(4, 3)), False),
+    ],
+)
+def test_a_module_in_training_mode_answers_as_it_does_without_us(
+    layer: torch.nn.Module, matters: bool, archive: Path, tmp_path: Path
+) -> None:
+    class Theirs(Initializes):
+        def initialize(self, context: Any) -> None:
+            self.model = Modes(copy.deepcopy(layer))
+
+    handler, _ = start(Theirs, archive, tmp_path)
+    assert isinstance(handler.model, CompiledModel) == (not matters)
+    if matters:
+        assert f"{type(layer).__name__} answer otherwise; call self.model.eval()" in handler.describe_handle()["reason"]
+        torch.manual_seed(0)
+        wanted = Modes(copy.deepcopy(layer))(x=X)
+        torch.manual_seed(0)
+        assert torch.equal(handler.model(x=X), wanted)
+
+
+def test_micro_batching_of_torchserves_own_is_left_alone(archive: Path, tmp_path: Path) -> None:
+    from ts.handler_utils.micro_batching import MicroBatching
+
+    class Theirs(Classifier):
+        def __init__(self) -> None:  # as TorchServe's example: without its base's
+            self.handle = MicroBatching(self)
+
+    micro = {"micro_batch_size": 1, "parallelism": {"preprocess": 1, "inference": 1, "postprocess": 1}}
+    handler, context = start(Theirs, archive, tmp_path, micro_batching=micro)
+    try:
+        wanted = [Classifier.labels[torch.tensor(row).argmax()] for row in expected(archive, ROWS)]
+        assert ask(handler, context, ROWS[:1], ROWS[1:]) == [(200, label) for label in wanted]
+        assert handler._micro_batches is None
+        assert handler.model.metrics.counters["outside_eager"] == 0
+        context.request_processor = [RequestProcessor({"describe": "True"})]
+        assert handler.handle([{}], context)[0]["backend"] == "aot_inductor"
+    finally:
+        handler.handle.shutdown()
+
+
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
 def test_weights_without_a_model_file_that_their_initialize_loads(name: str, archive: Path, tmp_path: Path) -> None:
     torch.manual_seed(3)
@@ -565,6 +621,21 @@ def test_answers_through_an_envelope_are_those_of_plain(
     assert len(json.loads(answers[0][0])["predictions"]) == 2
 
 
+def test_a_handlers_own_methods_keep_the_names_of_the_mixins_helpers(archive: Path, tmp_path: Path) -> None:
+    class Reads(Classifier):
+        model_device = "theirs"
+
+        def request_body(self, row: Any, key: str) -> Any:
+            return row[key]
+
+        def preprocess(self, data: Any) -> torch.Tensor:
+            return torch.cat([torch.tensor(self.request_body(row, "body")) for row in data])
+
+    handler, context = start(Reads, archive, tmp_path)
+    assert ask(handler, context, ROWS[:1])[0][0] == 200
+    assert handler.model_device == "theirs"
+
+
 @pytest.mark.parametrize("pt2", [{"compile": {"enable": True, "backend": "aot_eager"}}, "aot_eager"])
 def test_a_compiler_that_only_torchserve_knows_is_left_to_it(
     pt2: Any, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -585,3 +656,22 @@ def test_a_compiler_that_only_torchserve_knows_is_left_to_it(
         start(Classifier, archive, tmp_path, section=none, pt2={"compile": {"enable": True, "backend": "inductr"}})
     with pytest.raises(SettingsError, match="has no persistent artifact"):
         CompiledHandler().initialize(make_context(archive, tmp_path / "store", section=none, pt2=copy.deepcopy(pt2)))
+
+
+@pytest.mark.parametrize("section", [{}, NO_INPUTS, {"backends": ["eager"]}])
+def test_a_start_draws_no_random_numbers_that_a_handler_would_get(
+    section: dict[str, Any], archive: Path, tmp_path: Path
+) -> None:
+    class Samples(Initializes):
+        def initialize(self, context: Any) -> None:
+            super().initialize(context)
+            torch.manual_seed(5)
+
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    for _ in range(2):  # one that builds, one that hits
+        handler, _ = start(Samples, archive, tmp_path, section=section)
+        assert torch.equal(torch.rand(3), wanted)
+        torch.manual_seed(5)
+        handler.model(x=X)
+        assert torch.equal(torch.rand(3), wanted)

@@ -55,10 +55,12 @@ from ts_handlers.servers.torchserve.recipes import handler_recipe
 from ts_handlers.servers.torchserve.request_batch import CurrentBatch, RequestBatch
 from ts_handlers.servers.torchserve.shares import Shares
 from ts_handlers.servers.torchserve.their_handler import (
+    adapt,
     answers_describe,
     compile_as_plain,
     describe_uncompiled,
     device_of,
+    device_of_model,
     finishing,
     inputs_needed,
     is_base_handlers,
@@ -67,7 +69,6 @@ from ts_handlers.servers.torchserve.their_handler import (
     refusing,
     unwrapped,
     with_their_description,
-    wrap_explanations,
 )
 from ts_handlers.settings import SECTION, Settings, parse_settings
 from ts_handlers.start import is_captured, start_model
@@ -165,7 +166,7 @@ class CompiledHandlerMixin:
             self._submodels = start_submodels(self, context, self.__settings, self.__recipe, self._shares)
         else:
             self._start_module_of_base_handler()
-        if is_base_handlers(getattr(super(), "handle", None), "handle"):
+        if "handle" not in vars(self) and is_base_handlers(getattr(super(), "handle", None), "handle"):
             self._micro_batches = micro_batches_of(self, self._current, config, self.__settings.contexts)
 
     def _after_initialize(self) -> None:
@@ -223,17 +224,16 @@ class CompiledHandlerMixin:
 
     @property
     def model_device(self) -> torch.device:
-        """Where the model runs. `device` is where `preprocess` puts its tensors, the CPU with
-        ``contexts: {across_workers: true}``."""
-        return self._gpu or torch.device(getattr(self, "device", None) or "cpu")
+        """Where the model runs; with ``across_workers`` `device`, where `preprocess` puts tensors, is the CPU."""
+        return device_of_model(self)
 
     def _start(self, source: ModelSource, device: torch.device | None = None) -> ServedModel:
         if self.__settings.inputs or not self.__settings.samples:
-            return self._as_plain(start_model(source, self.__settings, device or self.model_device))
+            return self._as_plain(start_model(source, self.__settings, device or device_of_model(self)))
         from ts_handlers.servers.torchserve.samples import SampledStart
 
         self._sampled = SampledStart(self.__settings, type(self), self.__context, self.__config)
-        return self._sampled.start(source, device or self.model_device)
+        return self._sampled.start(source, device or device_of_model(self))
 
     def _as_plain(self, model: ServedModel) -> ServedModel:
         return compile_as_plain(model, self.__config, self.__settings)
@@ -338,7 +338,7 @@ class CompiledHandlerMixin:
             cls.preprocess = refusing(cls.__dict__["preprocess"])  # type: ignore[method-assign]
         if "initialize" in cls.__dict__:
             cls.initialize = finishing(cls.__dict__["initialize"])  # type: ignore[method-assign]
-        wrap_explanations(cls)
+        adapt(cls, CompiledHandlerMixin)
 
     def request_body(self, row: Any) -> Any:
         """The body of one request: bytes, text or what TorchServe parsed from JSON.

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 EXPLAIN = ("explain_handle", "get_insights")
 """Methods of a handler that explain answers; `get_insights` is captum's in TorchServe's own handlers."""
+HELPERS = ("batch_state", "model_device", "request_body")
+"""What the mixin offers to handlers that are written for it; nothing of its own goes through these names."""
 
 
 def is_base_handlers(bound: Any, name: str) -> bool:
@@ -111,7 +113,30 @@ def reason_not_to_compile(model: Any, name: str = "self.model") -> str | None:
     devices = sorted({str(tensor.device) for tensor in _tensors(model)})
     if len(devices) > 1 or "meta" in devices:
         return f"the tensors of {name} lie on {', '.join(devices)}; expected one device"
+    training = sorted({type(child).__name__ for child in model.modules() if _answers_otherwise_in_training(child)})
+    if training:
+        return (
+            f"{name} is in training mode, in which {', '.join(training)} answer otherwise; call "
+            f"{name}.eval() in initialize"
+        )
     return None
+
+
+def _answers_otherwise_in_training(layer: torch.nn.Module) -> bool:
+    """Whether a layer is in training mode, and would give other numbers in eval mode."""
+    if not layer.training:
+        return False
+    if isinstance(layer, (torch.nn.modules.batchnorm._NormBase, torch.nn.RReLU)):
+        per_instance = isinstance(layer, torch.nn.modules.instancenorm._InstanceNorm)
+        return not per_instance or bool(layer.track_running_stats)
+    if isinstance(layer, torch.nn.modules.dropout._DropoutNd):
+        return layer.p > 0
+    return isinstance(layer, (torch.nn.RNNBase, torch.nn.MultiheadAttention)) and layer.dropout > 0
+
+
+def device_of_model(handler: Any) -> torch.device:
+    """Where a handler's model runs: on the worker's GPU, else where the handler puts its tensors."""
+    return handler._gpu or torch.device(getattr(handler, "device", None) or "cpu")
 
 
 def device_of(module: torch.nn.Module) -> torch.device | None:
@@ -182,6 +207,21 @@ def inputs_needed(make_module: Callable[[], torch.nn.Module]) -> SettingsError:
     from ts_handlers.model.proposal import proposal_text
 
     return SettingsError(f"{SECTION}.inputs: needed by the default preprocess{proposal_text(make_module)}")
+
+
+def adapt(kind: type, mixin: type) -> None:
+    """Fit a class with the mixin to the handler class behind it."""
+    wrap_explanations(kind)
+    give_way(kind, mixin)
+
+
+def give_way(kind: type, mixin: type) -> None:
+    """Let the class behind the mixin keep what it calls as the mixin calls its helpers for handlers of our own."""
+    behind = kind.__mro__[kind.__mro__.index(mixin) + 1 :]
+    for name in HELPERS:
+        theirs = next((vars(each)[name] for each in behind if name in vars(each)), None)
+        if theirs is not None and inspect.getattr_static(kind, name) is inspect.getattr_static(mixin, name):
+            setattr(kind, name, theirs)
 
 
 def answers_describe(below: Any, batch: RequestBatch) -> bool:
