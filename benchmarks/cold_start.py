@@ -69,7 +69,8 @@ def beside(rows: list[Row], checkout: Path) -> list[Row]:
             continue
         title = f"{row.title}, other checkout"
         both.append(dataclasses.replace(row, name=f"{row.name}@before", title=title, package=str(checkout)))
-        both.append(dataclasses.replace(row, package=ours))
+        # An entry of an older package is a hit, but a start may have to complete its canary record: once, uncounted.
+        both.append(dataclasses.replace(row, package=ours, seeds=(*row.seeds, *row.seeds[-1:])))
     return both
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support import costs, file_backend, schedule
+from tests.support import costs, file_backend, remembering_compiler, schedule
 from tests.support.models import write_archive
 from ts_handlers import register_backend
 from ts_handlers.store.local import verified
@@ -26,6 +28,10 @@ def pytest_configure(config: pytest.Config) -> None:
     for mark, cost in costs.COSTS.items():
         config.addinivalue_line("markers", f"{mark}: {cost}")
     costs.watch()
+    if not hasattr(config, "workerinput"):  # workers of a test run with several have its PATH
+        folder = tempfile.mkdtemp(prefix="ts_handlers-compiler-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        remembering_compiler.install(folder)
 
 
 @pytest.hookimpl(wrapper=True)  # before xdist reads the groups and pytest the marks

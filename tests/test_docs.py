@@ -1,4 +1,4 @@
-"""The documentation names only files, modules and headings that exist."""
+"""The documentation names only files, modules, headings and tests that exist, and says what holds its promises."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ OTHER_PROJECTS = ("torch", "torch_tensorrt", "c10", "ATen")
 _PATH = re.compile(rf"(?<![\w./<>-])(?:{'|'.join(TOP_FOLDERS)})/[\w./*-]*[\w*/]")
 _PYTHON_FILE = re.compile(r"`([\w./-]+\.py)`")
 _DOTTED = re.compile(r"(?<![\w./-])ts_handlers(?:\.[A-Za-z_]\w*)+")
+_TEST = re.compile(r"(tests/[\w./-]+\.py)(?:::(\w+))?")
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _CODE_BLOCK = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 
@@ -86,6 +87,36 @@ def _resolves(name: str) -> bool:
     return False
 
 
+def missing_tests(text: str) -> list[str]:
+    """Tests in `text`, written as ``tests/<file>.py::<function>``, whose function is not in that file."""
+    return [
+        f"{path}::{name}"
+        for path, name in _TEST.findall(text)
+        if name and (ROOT / path).exists() and not re.search(rf"^def {name}\(", (ROOT / path).read_text("utf-8"), re.M)
+    ]
+
+
+HELD_BY = "held by"
+"""Title of the last column of a table of promises: the tests that hold them, or why none can."""
+NOT_TESTED = "not tested: "
+
+
+def unheld_promises(text: str) -> list[str]:
+    """First cells of the rows of promises of which nothing says what holds them: no existing test, and no reason."""
+    found, is_table = [], False
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split(" | ")]
+        if not line.startswith("|"):
+            is_table = False
+        elif cells[-1] == HELD_BY:
+            is_table = True
+        elif is_table and set(line) - set("|- "):
+            tests = [path for path, _ in _TEST.findall(cells[-1])]
+            if not (tests or NOT_TESTED in cells[-1]) or not all((ROOT / path).exists() for path in tests):
+                found.append(cells[0])
+    return found
+
+
 def broken_links(text: str, document: Path) -> list[str]:
     """Links in `text` whose file, or whose heading in a Markdown file, does not exist; web links are not tried."""
     broken = []
@@ -126,6 +157,26 @@ def test_a_document_names_only_paths_that_exist(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_a_document_names_only_modules_and_attributes_that_exist(document: Path) -> None:
     assert missing_names(document.read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_a_document_names_only_tests_that_exist(document: Path) -> None:
+    assert missing_tests(document.read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_every_promise_of_a_table_is_held_by_a_test(document: Path) -> None:
+    assert unheld_promises(document.read_text("utf-8")) == []
+
+
+def test_what_is_defended_and_the_decisions_behind_it_say_which_tests_hold_it() -> None:
+    security = ROOT / "docs" / "security.md"
+    text = security.read_text("utf-8")
+    cited = [link for link in _LINK.findall(text) if link.startswith("decisions/")]
+    assert cited
+    defended = text.partition("## What is defended")[2].partition("\n## ")[0]
+    for table in (defended, *((security.parent / link).read_text("utf-8") for link in cited)):
+        assert f"| {HELD_BY} |" in table
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
@@ -186,6 +237,25 @@ def test_a_seeded_name_is_found() -> None:
         "ts_handlers.errors.NoError",
         "ts_handlers.drawer",
     ]
+
+
+def test_a_seeded_test_is_found() -> None:
+    text = "`tests/test_docs.py::test_nothing`, `tests/test_docs.py::test_a_seeded_test_is_found`, tests/test_docs.py"
+    assert missing_tests(text) == ["tests/test_docs.py::test_nothing"]
+
+
+def test_a_seeded_promise_is_found() -> None:
+    rows = {
+        "a test": "`tests/test_docs.py::test_a_seeded_promise_is_found`",
+        "a reason": "not tested: takes a power cut",
+        "nothing": "",
+        "words": "it is certain",
+        "a gone file": "`tests/test_gone.py`",
+        "one of two": "`tests/test_docs.py`, `tests/test_gone.py`",
+    }
+    table = "| promise | kept by | held by |\n|---|---|---|\n"
+    table += "".join(f"| {name} | x | {cell} |\n" for name, cell in rows.items())
+    assert unheld_promises(f"{table}\n| other | table |\n|---|---|\n| a | b |\n") == list(rows)[2:]
 
 
 def test_a_seeded_link_is_found() -> None:

@@ -16,6 +16,7 @@ _NAMES = {
     "CompiledHandlerMixin": "ts_handlers.servers.torchserve.handler",
     "CompiledModel": "ts_handlers.compiled_model",
     "ExportedSource": "ts_handlers.model.exported",
+    "FunctionHandler": "ts_handlers.servers.torchserve.function_handler",
     "InputError": "ts_handlers.errors",
     "ModuleSource": "ts_handlers.model.module",
     "ServedModel": "ts_handlers.compiled_model",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from ts_handlers.model.archive import ArchiveSource as ArchiveSource
     from ts_handlers.model.exported import ExportedSource as ExportedSource
     from ts_handlers.model.module import ModuleSource as ModuleSource
+    from ts_handlers.servers.torchserve.function_handler import FunctionHandler as FunctionHandler
     from ts_handlers.servers.torchserve.handler import CompiledHandler as CompiledHandler
     from ts_handlers.servers.torchserve.handler import CompiledHandlerMixin as CompiledHandlerMixin
     from ts_handlers.servers.torchserve.prewarm import prewarm as prewarm

@@ -58,6 +58,21 @@ class Background(Protocol):
         """Give up: never swap."""
 
 
+class Observer(Protocol):
+    """What notes the calls that the eager module answers; see `ts_handlers.startup.observation`.
+
+    `refuses_changes` tells whether a change of the eager module would be lost, so that it must be refused.
+    """
+
+    refuses_changes: bool
+
+    def note(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Note a call that was answered; never raises."""
+
+    def describe(self) -> dict[str, Any]:
+        """What is known, JSON-compatible."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """How a start ended; the contents of `describe`.
@@ -119,6 +134,21 @@ class ServedModel(GuardedModel, abc.ABC):
         self.answering = 0
         self._other_forms: dict[str, int] = {}
         self._measured: Callable[[], AbstractContextManager[None]] | None = None
+        self._when_called: tuple[Any, ...] = ()  # a module as an attribute would be the eager module's
+
+    def compile_when_called(self, options: Mapping[str, Any]) -> None:
+        """Answer the eager module's calls with `torch.compile` of it, which compiles at the first call in each process.
+
+        Parameters
+        ----------
+        options:
+            Those of `torch.compile`.
+        """
+        self._when_called = (torch.compile(self._eager_module(), **options),)
+
+    def _module_at_hand(self) -> torch.nn.Module | None:
+        when_called = self.__dict__.get("_when_called")
+        return when_called[0] if when_called else super()._module_at_hand()
 
     @abc.abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -198,7 +228,7 @@ class ServedModel(GuardedModel, abc.ABC):
     def _run_eager(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         # Not in inference mode: a handler may change an output in place, as it may change the module's own.
         with torch.no_grad():
-            return self._eager_module()(*args, **kwargs)
+            return (self._when_called[0] if self._when_called else self._eager_module())(*args, **kwargs)
 
 
 class CompiledModel(ServedModel):
@@ -216,7 +246,8 @@ class CompiledModel(ServedModel):
         self._device = target.device
         self._outside_eager = target.settings.outside == "eager"
         self._slots = slots
-        self._eager: Run | None = None
+        self._eager: dict[tuple[str, ...], Run] = {}  # by the names of the inputs
+        self._observer: Observer | None = None
         self._lock = threading.Lock()
         self._order = self._order_of_arguments()
         self.store: Store | None = None
@@ -252,7 +283,8 @@ class CompiledModel(ServedModel):
         loaded = self._loaded
         signature = loaded.signature
         if not signature.inputs:
-            return self._call_eager(args, kwargs)
+            return self._noted(self._call_eager(args, kwargs), args, kwargs)
+        given = args, kwargs
         if (
             self._order is not None
             and len(args) <= len(self._order)
@@ -267,7 +299,7 @@ class CompiledModel(ServedModel):
                 return loaded.run(tensors)
             except InputError as refusal:
                 if other_form(signature, args, kwargs) is not None:
-                    return self._answer_other_form(signature, args, kwargs, refusal)
+                    return self._noted(self._answer_other_form(signature, args, kwargs, refusal), *given)
                 tensors = signature.bind(args, kwargs, self._device)  # a value outside its limits is refused anyway
                 if not self._outside_eager:
                     self.signature.check(tensors)  # what is declared and not compiled is answered eagerly
@@ -278,10 +310,23 @@ class CompiledModel(ServedModel):
             self.metrics.count("busy")
             raise
         self.metrics.count("outside_eager")
+        return self._noted(self._slots.call(self.keep_eager(signature.names), tensors), *given)
+
+    def keep_eager(self, names: tuple[str, ...]) -> Run:
+        """Keep the eager module at hand for calls outside the ranges of inputs of these names; returns its `run`."""
         with self._lock:
-            if self._eager is None:
-                self._eager = eager_run(self._target, signature.names)
-        return self._slots.call(self._eager, tensors)
+            if names not in self._eager:
+                self._eager[names] = eager_run(self._target, names)
+            return self._eager[names]
+
+    def observe(self, observer: Observer | None) -> None:
+        """Have the calls that the eager module answers noted from now on."""
+        self._observer = observer
+
+    def _noted(self, answer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if self._observer is not None:
+            self._observer.note(args, kwargs)
+        return answer
 
     def call_with(self, data: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the model with what a handler's `preprocess` gave."""
@@ -294,9 +339,13 @@ class CompiledModel(ServedModel):
 
     def swap(self, other: CompiledModel) -> None:
         """Serve from the next call on what `other` serves; calls that are running end as they began."""
-        before = self._loaded
-        if self._outside_eager and before.signature.names == other._loaded.signature.names:
-            self._eager = before.run
+        before, names = self._loaded, other._loaded.signature.names
+        if self._outside_eager and before.signature.names == names and self.outcome.backend == "eager":
+            self._eager[names] = before.run
+        if not _declare_the_same(self._target, other._target):  # calls have told the other one's
+            self._target = self._made_for = other._target
+            self._outside_eager = other._outside_eager
+            self._order = other._order
         self.outcome = other.outcome
         self.store = other.store
         self._slots = other._slots
@@ -315,7 +364,8 @@ class CompiledModel(ServedModel):
     @property
     def _serving_module(self) -> torch.nn.Module | None:
         # With a build in the background it would be lost with the swap.
-        serves = self.outcome.backend == "eager" and self.background is None
+        refused = self.background is not None or (self._observer is not None and self._observer.refuses_changes)
+        serves = self.outcome.backend == "eager" and not refused
         return self._eager_module() if serves else super()._serving_module
 
     @property
@@ -339,6 +389,7 @@ class CompiledModel(ServedModel):
         facts["device"] = str(self._device)
         facts["graphs_in_process"] = compiled_graphs()
         facts["background"] = None if self.background is None else self.background.describe()
+        facts["observed"] = None if self._observer is None else self._observer.describe()
         return facts
 
 
@@ -364,6 +415,10 @@ def measure_calls(model: ServedModel, measured: Callable[[], AbstractContextMana
     A model that runs in another process is not measured.
     """
     model._measured = measured
+
+
+def _declare_the_same(a: Target, b: Target) -> bool:
+    return (a.settings.inputs, a.settings.dimensions) == (b.settings.inputs, b.settings.dimensions)
 
 
 def log_outcome(event: str, name: str, model: ServedModel) -> None:

@@ -19,6 +19,17 @@ class SettingsError(WarmStartError, ValueError):
     """A setting of model-config.yaml is unknown, of a wrong type, or impossible together with another."""
 
 
+class ForeignBackendError(SettingsError):
+    """`pt2` names a compiler of which no artifact can be kept; plain TorchServe may know it.
+
+    `backend` is its name.
+    """
+
+    def __init__(self, message: str, backend: str) -> None:
+        super().__init__(message)
+        self.backend = backend
+
+
 class ModelError(WarmStartError, RuntimeError):
     """The archive's model cannot be built or its weights cannot be read; no backend can help."""
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
 import torch
 
 from ts_handlers.compiled_model import ServedModel
@@ -13,6 +15,25 @@ from ts_handlers.model.base import ModelSource
 from ts_handlers.model.recipes import Made
 from ts_handlers.settings import Settings
 from ts_handlers.startup.fallback import Progress, start_here
+
+if TYPE_CHECKING:
+    from ts_handlers.model.declaration import Declaration
+
+
+class Observed(NamedTuple):
+    """What has told a model's inputs, where nobody has declared them, so that calls outside of it are noted.
+
+    Attributes
+    ----------
+    identity:
+        Under which name the store keeps what is known of the model's calls.
+    declaration:
+        The inputs that the settings have now.
+    """
+
+    identity: str
+    declaration: Declaration
+
 
 _captured: contextvars.ContextVar[list[Made] | None] = contextvars.ContextVar("ts_handlers_captured", default=None)
 
@@ -25,6 +46,7 @@ def start_model(
     progress: Progress | None = None,
     retry_failed: bool = False,
     event: str = "start",
+    observed: Observed | None = None,
 ) -> ServedModel:
     """Make a model ready: load it from the store, or build and publish it first.
 
@@ -45,6 +67,8 @@ def start_model(
         Build what has failed a short time ago, too, as with `strict: true`.
     event:
         How the log calls it.
+    observed:
+        What has told the inputs of the settings, where that was not their author.
 
     Raises
     ------
@@ -63,12 +87,26 @@ def start_model(
     >>> model(torch.zeros(3, 2)).shape, model.outcome.backend
     (torch.Size([3, 1]), 'eager')
     """
-    hand_over([Made(source, settings, torch.device(device))])
+    hand_over([Made(source, settings, torch.device(device), observed is not None)])
+    settings = _beside_serving(source, settings)
     if settings.contexts.across_workers:
         from ts_handlers.model_process.shared_model import join_model
 
         return join_model(source, settings, torch.device(device))
-    return start_here(source, settings, device, progress=progress, retry_failed=retry_failed, event=event)
+    return start_here(
+        source, settings, device, progress=progress, retry_failed=retry_failed, event=event, observed=observed
+    )
+
+
+def _beside_serving(source: ModelSource, settings: Settings) -> Settings:
+    """The settings; where nobody has declared the inputs, a miss is built beside the eager model and not before it.
+
+    Nobody has asked for that build, so a server waits for it no longer than without this package.
+    """
+    undeclared = source.weights_by_name and not settings.inputs and settings.observing is not None
+    if not undeclared or settings.on_miss != "compile" or settings.strict or settings.contexts.across_workers:
+        return settings
+    return msgspec.structs.replace(settings, on_miss="background")
 
 
 def hand_over(made: Sequence[Made]) -> None:
@@ -84,6 +122,11 @@ def hand_over(made: Sequence[Made]) -> None:
 
 class _Captured(BaseException):
     """Ends whoever called `start_model`; no Exception, so that nobody takes it for a failure."""
+
+
+def is_captured() -> bool:
+    """Whether `start_model` starts nothing now, see `captured_start`."""
+    return _captured.get() is not None
 
 
 @contextlib.contextmanager

@@ -397,6 +397,24 @@ def test_a_kill_by_the_kernel_of_somebody_else_is_none(
         guard_of(root).refuse(DIGEST)
 
 
+def test_a_certain_cause_is_not_replaced_by_an_uncertain_one(root: Path, kills: Callable[[int], None]) -> None:
+    """Two workers load at once: one crashes, and afterwards the kernel kills the other one for lack of memory."""
+    other = fork(lambda: attempt(root, lambda: time.sleep(1000), limits=GuardSettings()))
+    while other not in {json.loads(path.read_text() or "{}").get("pid") for path in markers(root)}:
+        time.sleep(0.01)
+    assert die(root, "segmentation fault") == -signal.SIGSEGV
+    with pytest.raises(QuarantinedError, match="Segmentation fault"):
+        guard_of(root).refuse(DIGEST)
+    (before,) = read_quarantines(root)
+    os.kill(other, signal.SIGKILL)
+    assert status_of(other) == -signal.SIGKILL
+    kills(4)
+    with pytest.raises(QuarantinedError, match="Segmentation fault"):
+        guard_of(root).refuse(DIGEST)
+    assert read_quarantines(root) == [before]
+    assert markers(root) == []
+
+
 def test_a_marker_of_an_older_version_is_read_and_blames_nobody_for_memory(
     root: Path, kills: Callable[[int], None]
 ) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support.marks import needs_root
+from tests.support.subprocesses import open_to_others
 from tests.support.workers import ROWS, Start, check_answer, is_alive, wait_until
 from ts_handlers.model_process.folder import Folder
 from ts_handlers.model_process.segments import Outbox
@@ -114,5 +117,39 @@ def test_a_client_that_never_reads_costs_itself_alone(start: Start, archive: Pat
     other.send(Call(specs, retried=True), (descriptor,))
     os.close(descriptor)
     assert [type(other.receive()[0]).__name__ for _ in range(2)] == ["Started", "Answer"]
+    check_answer(worker.call(ROWS), archive, ROWS)
+    assert worker.describe()["facts"]["across_workers"]["pid"] == process
+
+
+@needs_root
+def test_another_user_who_reaches_the_socket_gets_no_answer(start: Start, archive: Path, temporary: Path) -> None:
+    """The folder's mode keeps others away; here somebody has opened it, and every folder above."""
+    worker = start()
+    process = worker.ready()
+    (folder,) = temporary.glob("ts_handlers-*/*/")
+    open_to_others(folder)
+    (folder / "socket").chmod(0o777)
+
+    def greet(user: int) -> int:
+        child = os.fork()
+        if child:
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        status = 9
+        try:
+            os.chdir(folder)
+            os.setgid(user)
+            os.setuid(user)
+            channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            channel.connect("socket")
+            connection = Connection(channel)
+            connection.limit(60)
+            status = 1
+            connection.send(Hello(os.getpid(), worker=True))
+            connection.receive()
+            status = 0
+        finally:
+            os._exit(status)
+
+    assert (greet(0), greet(54321)) == (0, 1)
     check_answer(worker.call(ROWS), archive, ROWS)
     assert worker.describe()["facts"]["across_workers"]["pid"] == process

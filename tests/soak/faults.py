@@ -1,7 +1,8 @@
 """The n-th system call on the store fails, is cut short, or is the last one of the process; and wrong clocks.
 
 `faults.c`, preloaded, counts the calls of an operation on the store's files and then fails one of them, or all from one
-on, in a process of its own for each. Afterwards, with a disk that works again, a start must find everything in order.
+on, in a process of its own for each. Afterwards, with a disk that works again, a start must find everything in order: a
+good entry lies where it lay and is a hit, here and in the remote store, and nothing is held against it or its build.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import os
 import random
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tests.soak import forks
 from tests.soak.subject import EXPECTED, Subject
@@ -24,6 +28,7 @@ from tests.soak.tally import Tally
 from ts_handlers.errors import RefusedError, StoreError
 from ts_handlers.guard.failures import CIRCUMSTANTIAL
 from ts_handlers.guard.quarantine import record_files
+from ts_handlers.guard.records import FailedBuild
 from ts_handlers.store import bundles
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.remote.signing import Keyring
@@ -31,9 +36,10 @@ from ts_handlers.store.upkeep.audit import audit
 from ts_handlers.store.upkeep.eviction import Quotas
 from ts_handlers.store.upkeep.scan import scan_entries
 from ts_handlers.store.upkeep.space import make_room, wait_for_room
+from ts_handlers.system.files import RememberingWriter
 
 KILL = -1
-OF_A_DISK = ("OSError", "PermissionError", "BuildError")
+OF_A_DISK = ("OSError", "PermissionError", "BuildError", "DiskFullError")
 EVERY, CHANGES, OPENS, WRITES = range(4)
 DAY = 86400.0
 SKEWS = (-3650 * DAY, -30 * DAY, -DAY, -3600.0, -3.0, 3.0, 3600.0, DAY + 60, 8 * DAY, 3650 * DAY)
@@ -136,6 +142,20 @@ class Operations:
     def _repair(self, root: Path) -> None:
         list(audit(root, repair=True))
 
+    def _package(self, root: Path) -> None:
+        """What a compiler's package is written by: torch's writer of archives, which an error of its file would end."""
+        try:
+            with tempfile.TemporaryDirectory() as folder, RememberingWriter(Path(folder, "package")) as file:
+                torch.save({f"weight {number}": torch.ones(20, 50) for number in range(8)}, file)
+                file.check()
+        except OSError:
+            return
+
+    def objects(self) -> list[str]:
+        """Entries and canary records in the remote store."""
+        found = [path for kind in ("entries", "canaries") for path in (self.remote / kind).rglob("*")]
+        return sorted(path.relative_to(self.remote).as_posix() for path in found if path.is_file())
+
     def all(self) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
         """Each operation, with the store that it is done on."""
         return {
@@ -146,6 +166,7 @@ class Operations:
             "evict": (self.filled, self._tidy),
             "repair": (self.damaged, self._repair),
             "import": (self.empty, self._import),
+            "package": (self.empty, self._package),
         }
 
 
@@ -188,6 +209,7 @@ def _one(
     start, operation = operations.all()[name]
     root = _copy(start, folder)
     what = f"faults: {name}: {fault.name} at call {index}"
+    entries, objects = _entries(root), operations.objects()
 
     def work() -> Any:
         injected.arm(root, fault, index)
@@ -205,7 +227,23 @@ def _one(
         tally.trial("crash", f"{what}: signal {-code}: {text[-1500:]}")
     else:
         tally.trial("escaped", f"{what}: {text[-2500:]}")
-    _afterwards(tally, operations, root, what)
+    if name == "hit":
+        if _entries(root) != entries:
+            tally.note("lost", f"{what}: the entry does not lie where it lay: {facts}")
+        elif facts is not None and facts["result"] == "built":
+            tally.note("lost", f"{what}: built although the entry is there: {facts}")
+    if not set(objects) <= set(operations.objects()):
+        tally.note("lost", f"{what}: {objects} lay in the remote store, now {operations.objects()}")
+    for path, record in record_files(root):
+        if not isinstance(record, FailedBuild) or record.kind != CIRCUMSTANTIAL:
+            tally.note("blamed", f"{what}: {record}")
+            path.unlink()
+    _afterwards(tally, operations, root, what, ("hit",) if name == "hit" else ("hit", "built"))
+
+
+def _entries(root: Path) -> dict[str, int]:
+    """The entries that lie in a store, with what tells each from one that was built in its place."""
+    return {info.key: info.directory.stat().st_ino for info in scan_entries(root)}
 
 
 def _judge(tally: Tally, what: str, facts: dict[str, Any] | None) -> None:
@@ -221,18 +259,21 @@ def _judge(tally: Tally, what: str, facts: dict[str, Any] | None) -> None:
     tally.trial(outcome, f"{what}: {facts}")
 
 
-def _afterwards(tally: Tally, operations: Operations, root: Path, what: str) -> None:
-    """The disk works again, the clock is right: a start serves or builds, the next one hits, nothing is left over.
+def _afterwards(
+    tally: Tally, operations: Operations, root: Path, what: str, first: tuple[str, ...] = ("hit", "built")
+) -> None:
+    """The disk works again, the clock is right: a start ends as `first` says, the next one hits, nothing is left over.
 
     A build that met the fault is held back for a minute, which is over here; for a fault no build is held for longer.
     """
     for path, record in record_files(root):
         if record.kind == CIRCUMSTANTIAL:
             path.unlink()
-    for expected in (("hit", "built"), ("hit",)):
+    for expected in (first, ("hit",)):
         code, facts, text = forks.call(lambda: operations.subject.start(root))
         if code or not facts["right"] or facts["result"] not in expected:
-            tally.note("stuck", f"{what}, then a start: {facts or text}")
+            lost = not code and facts["result"] == "built"
+            tally.note("lost" if lost else "stuck", f"{what}, then a start: {facts or text}")
             return
     for finding in audit(root):
         if finding.problem is not None:

@@ -13,6 +13,7 @@ MUST_BE_ZERO = {
     "escaped": "escaped errors",
     "stuck": "stuck stores",
     "blamed": "blamed without cause",
+    "forgotten": "causes forgotten",
     "neighbour": "requests failed by a neighbour",
     "unbounded": "refusals above a kilobyte",
 }

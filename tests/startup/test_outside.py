@@ -17,6 +17,8 @@ from tests.support.models import LINEAR_SECTION, archive_source, save_weights, s
 from tests.support.starts import Start, counters
 from ts_handlers import CompiledModel, start_model
 from ts_handlers.key.cache_key import explain, only_differing
+from ts_handlers.model import recording
+from ts_handlers.model.own_code import reached_modules
 from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.upkeep.scan import scan_entries
 
@@ -223,6 +225,27 @@ def test_new_weights_hit_in_the_same_environment(start: Start, tmp_path: Path, m
     model = start(archive)
     assert builds(model) == 1
     assert answers_rightly(model, archive, 3.0)
+
+
+def test_only_a_build_looks_for_the_libraries_behind_the_model(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = write(tmp_path / "archive", "2.0")
+    found: list[list[str]] = []
+
+    def counted(files: Any) -> Any:
+        found.append(list(files))
+        return reached_modules(found[-1])
+
+    monkeypatch.setattr(recording, "reached_modules", counted)
+    assert start(archive).outcome.result == "built"
+    of_the_build = len(found)
+    assert of_the_build > 0
+    forget(archive)
+    write_layer(archive, 1)  # so that the canary asks the eager module
+    model = start(archive)
+    assert answers_rightly(model, archive, 2.0)
+    assert (model.outcome.result, len(found)) == ("hit", of_the_build)
 
 
 def test_an_entry_of_before_is_a_hit_until_the_model_is_seen_to_read(

@@ -40,6 +40,7 @@ def make_context(archive: Path, store: Path, manifest: dict[str, str] | None = N
         "backends": ["aot_inductor", "eager"],
         **config.pop("section", {}),
     }
+    section = {name: value for name, value in section.items() if value is not None}
     yaml = {"handler": {"ts_handlers": section}, **config}
     return Context("model", str(archive), {"model": names}, 1, None, "0.12", metrics=Metrics(), model_yaml_config=yaml)
 

@@ -136,12 +136,12 @@ class Target:
         return Signature(self.settings.inputs, self.settings.dimensions) if self.settings.inputs else None
 
     def require_signature(self) -> Signature:
-        """The declared signature; raises `SettingsError` with an example when there is none."""
+        """The declared signature; raises `SettingsError` with a proposal when there is none."""
         if self.signature is None:
+            from ts_handlers.model.proposal import proposal_text
+
             raise SettingsError(
-                f"{SECTION}.inputs: a compiling backend needs the model's inputs, found none; declare them, as "
-                "inputs: [{name: x, dtype: float32, shape: [batch, 3, 224, 224]}] with "
-                "dimensions: {batch: {min: 1, max: 16}}"
+                f"{SECTION}.inputs: a compiling backend needs the model's inputs, found none{proposal_text(self.eager)}"
             )
         return self.signature
 
@@ -157,7 +157,7 @@ class Target:
     @functools.cached_property
     def example_sizes(self) -> dict[str, int]:
         """The sizes to optimise for: the first warm-up entry where it says so."""
-        wanted = self.settings.warmup[0] if self.settings.warmup else None
+        wanted = self.settings.warmup_sizes[0] if self.settings.warmup_sizes else None
         return self.require_signature().example_sizes(wanted)
 
     def check_source(self) -> None:

@@ -69,9 +69,12 @@ def check_names(module: torch.nn.Module, names: tuple[str, ...]) -> None:
     ]
     if fits and not swapped:
         return
+    from ts_handlers.model.proposal import proposal_text
+
     raise SettingsError(
         f"{SECTION}.inputs: forward of {type(module).__name__} takes {signature}, which does not fit the inputs "
         f"{', '.join(names)}; declare an input for each parameter without a default, under the parameter's name"
+        f"{proposal_text(lambda: module)}"
     )
 
 

@@ -53,7 +53,7 @@ def warmup_sizes(target: Target) -> list[Sizes]:
     Sizes 1 are specialised by Dynamo, so they have graphs of their own.
     """
     signature: Signature = target.require_signature()
-    declared = [{**target.example_sizes, **sizes} for sizes in target.settings.warmup]
+    declared = [{**target.example_sizes, **sizes} for sizes in target.settings.warmup_sizes]
     choices = []
     for name, dimension in signature.dimensions.items():
         sizes = [target.example_sizes[name]]

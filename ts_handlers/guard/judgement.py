@@ -61,7 +61,10 @@ def judge(store: Path, digest: str) -> list[Record]:
 
 
 def _quarantine(store: Path, marker: Marker, reason: str, details: str) -> Quarantine:
-    """The record of what a marker is about; without a certain cause it holds for a while only."""
+    """The record of what a marker is about; without a certain cause it holds for a while only.
+
+    One with a certain cause stays as it is, whatever became of the other processes that tried the same.
+    """
     record = Quarantine(
         key=marker.key,
         model=marker.model,
@@ -80,6 +83,8 @@ def _quarantine(store: Path, marker: Marker, reason: str, details: str) -> Quara
     count, failed_at = 1, time.time()
     for old in read_quarantines(store, marker.key):
         if isinstance(old, Quarantine) and old.file_name == record.file_name:
+            if not old.held_seconds:
+                return old
             if old.is_over:
                 count = max(count, old.count + 1)
             else:  # of a process that died together with this one

@@ -16,10 +16,11 @@ What the names stand for is looked up at each start, without importing anything.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -45,15 +46,19 @@ class Surroundings:
 
     Attributes
     ----------
-    names:
-        What making the eager model has read so far.
+    seen:
+        What making the eager model has read so far, without the libraries and modules that `names` adds.
+    deferred:
+        Whether what takes long to find out waits until `names` is asked for it.
     environment:
         The variables as they were before the model's own code could change them.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
         self.directory = directory
-        self.names: Names = NO_NAMES
+        self.seen: Names = NO_NAMES
+        self.deferred = False
+        self._later: list[Callable[[], Iterable[str]]] = []
         self.environment = dict(os.environ)
         self.digest_file: DigestFile = digest_file
         self._search = list(sys.path)
@@ -70,10 +75,33 @@ class Surroundings:
         subjects = [name.partition(":")[2] for name in names if name.startswith("variable:")]
         return {subject: self.environment.get(subject) for subject in sorted(subjects)}
 
+    @property
+    def names(self) -> Names:
+        """What making the eager model has read so far, with the libraries and modules that it reaches."""
+        while self._later:
+            self.learn(self._later.pop()())
+        return self.seen
+
     def learn(self, names: Iterable[str]) -> None:
         """Add what was read; files are looked up again, as they were read after the first look."""
-        self.names |= frozenset(names)
+        self.seen |= frozenset(names)
         self._values.clear()
+
+    def learn_from(self, find: Callable[[], Iterable[str]]) -> None:
+        """Add what a function finds: now, or, inside `deferring`, when `names` is asked for it."""
+        if self.deferred:
+            self._later.append(find)
+        else:
+            self.learn(find())
+
+    @contextlib.contextmanager
+    def deferring(self) -> Iterator[None]:
+        """For a start that hits: it needs to know only what was seen."""
+        before, self.deferred = self.deferred, True
+        try:
+            yield
+        finally:
+            self.deferred = before
 
     def _compute(self, name: str) -> str:
         kind, _, subject = name.partition(":")

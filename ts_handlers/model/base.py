@@ -28,13 +28,15 @@ class ModelSource(Protocol):
 
     `name` is the model's name in the store's paths. `weights_by_name` says that `weights` holds the parameters under
     the names of the eager module's state_dict, so that an artifact can take them without building the module. `notes`
-    is what users shall know of it, as far as it is known by now. `surroundings` knows what making the eager module
-    reads from elsewhere, and whether that is recorded at all.
+    is what users shall know of it, as far as it is known by now. `samples` are inputs that it is known to take, by
+    name, on the CPU. `surroundings` knows what making the eager module reads from elsewhere, and whether that is
+    recorded at all.
     """
 
     name: str
     weights_by_name: bool
     notes: list[str]
+    samples: list[dict[str, torch.Tensor]]
     surroundings: Surroundings
 
     def begin_digest(self, digest_file: DigestFile) -> None:
@@ -72,6 +74,9 @@ class ModelSource(Protocol):
     def release(self) -> None:
         """Forget the eager module."""
 
+    def keep(self, module: torch.nn.Module) -> None:
+        """Take the eager module back that `release` has forgotten, since somebody still calls it."""
+
     def recipe(self) -> Recipe | None:
         """How another process makes this source; None when it cannot."""
 
@@ -89,6 +94,7 @@ class BaseSource:
         self._eager: torch.nn.Module | None = None
         self._lock = threading.Lock()
         self.notes: list[str] = []
+        self.samples: list[dict[str, torch.Tensor]] = []
 
     def recipe(self) -> Recipe | None:
         """How another process makes this source; None when it cannot."""
@@ -115,6 +121,10 @@ class BaseSource:
     def release(self) -> None:
         """Forget the eager module."""
         self._eager = None
+
+    def keep(self, module: torch.nn.Module) -> None:
+        """Take the eager module back that `release` has forgotten, since somebody still calls it."""
+        self._eager = module
 
     def _recorded(self) -> contextlib.AbstractContextManager[None]:
         """Records what the block reads; nothing here."""

@@ -75,7 +75,7 @@ class ModuleState:
         found = [
             name for path, holder, before in self._holders for name in _differences(path, holder, before, self.module)
         ]
-        found += [name for name, tensor, version, copy in self._tensors if _has_changed(tensor, version, copy)]
+        found += [_shown(name) for name, tensor, version, copy in self._tensors if _has_changed(tensor, version, copy)]
         return list(dict.fromkeys(found))
 
     def restore(self, weights: Mapping[str, torch.Tensor]) -> list[str]:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Callable
 
 import torch
+
+from ts_handlers.model.declaration import Declaration, as_line
+from ts_handlers.settings import Dimension, InputSpec
+from ts_handlers.settings.dtypes import DtypeName
 
 _MOST = 8
 """Inputs that a proposal names."""
@@ -21,15 +27,36 @@ def propose_inputs(module: torch.nn.Module) -> str | None:
     >>> propose_inputs(torch.nn.Conv2d(3, 8, 3))
     'inputs: [{name: input, dtype: float32, shape: [batch, 3, 224, 224]}], dimensions: {batch: {min: 1, max: 16}}'
     """
+    declaration = guess_declaration(module)
+    return None if declaration is None else as_line(declaration)
+
+
+def proposal_text(make_module: Callable[[], torch.nn.Module]) -> str:
+    """What a message that asks for `inputs` ends with: the proposal, or how to get one.
+
+    Parameters
+    ----------
+    make_module:
+        Returns the eager module; what it raises is none of the message's business.
+    """
+    proposal = None
+    with contextlib.suppress(Exception):
+        proposal = propose_inputs(make_module())
+    if proposal is None:
+        return "; name a request's body in samples, or declare them, as `ts-handlers suggest ARCHIVE` proposes"
+    return f"; declare them, as `{proposal}` (names are those of forward, check dtypes and sizes), or name samples"
+
+
+def guess_declaration(module: torch.nn.Module) -> Declaration | None:
+    """A guess of what a module takes, see `propose_inputs`; None when forward's parameters are not known."""
     names = _names(module)
     if not names:
         return None
-    inputs = [_input(module, name) for name in names[:_MOST]]
-    dimensions = "batch: {min: 1, max: 16}"
-    if any("length" in shape for _, _, shape in inputs):
-        dimensions += ", length: {min: 1, max: " + str(_longest(module)) + "}"
-    listed = ", ".join(f"{{name: {name}, dtype: {dtype}, shape: [{shape}]}}" for name, dtype, shape in inputs)
-    return f"inputs: [{listed}], dimensions: {{{dimensions}}}"
+    inputs = tuple(_input(module, name) for name in names[:_MOST])
+    dimensions = {"batch": Dimension(1, 16)}
+    if any("length" in spec.shape for spec in inputs):
+        dimensions["length"] = Dimension(1, _longest(module))
+    return Declaration(inputs, dimensions)
 
 
 def _names(module: torch.nn.Module) -> list[str]:
@@ -48,20 +75,25 @@ def _names(module: torch.nn.Module) -> list[str]:
     return [first, *(name for name in ("attention_mask",) if name in named and first != name)]
 
 
-def _input(module: torch.nn.Module, name: str) -> tuple[str, str, str]:
-    """Name, dtype and shape of an input."""
+def _input(module: torch.nn.Module, name: str) -> InputSpec:
+    dtype, shape = _dtype_and_shape(module, name)
+    return InputSpec(name, dtype, ("batch", *shape))
+
+
+def _dtype_and_shape(module: torch.nn.Module, name: str) -> tuple[DtypeName, tuple[int | str, ...]]:
+    """dtype of an input, and its shape behind the batch."""
     if name.endswith(("ids", "mask", "tokens", "labels")):
-        return name, "int64", "batch, length"
+        return "int64", ("length",)
     layer = _first_layer(module)
     if isinstance(layer, (torch.nn.Embedding, torch.nn.EmbeddingBag)):
-        return name, "int64", "batch, length"
+        return "int64", ("length",)
     channels = getattr(layer, "in_channels", None)
-    if channels is not None:
-        sizes = {"Conv1d": "length", "Conv3d": "16, 112, 112"}.get(type(layer).__name__, "224, 224")
-        return name, "float32", f"batch, {channels}, {sizes}"
+    if isinstance(channels, int):
+        sizes: dict[str, tuple[int | str, ...]] = {"Conv1d": ("length",), "Conv3d": (16, 112, 112)}
+        return "float32", (channels, *sizes.get(type(layer).__name__, (224, 224)))
     if isinstance(layer, torch.nn.Linear):
-        return name, "float32", f"batch, {layer.in_features}"
-    return name, "float32", "batch, 3, 224, 224"
+        return "float32", (layer.in_features,)
+    return "float32", (3, 224, 224)
 
 
 def _first_layer(module: torch.nn.Module) -> torch.nn.Module | None:

@@ -27,11 +27,15 @@ MAKERS = {
 
 
 class Made(NamedTuple):
-    """A source, and the settings and the device of the handler that it came from, if it came from one."""
+    """A source, and the settings and the device of the handler that it came from, if it came from one.
+
+    `told_by_samples` tells whether the inputs in the settings are those that samples have told.
+    """
 
     source: ModelSource
     settings: Settings | None = None
     device: torch.device | None = None
+    told_by_samples: bool = False
 
 
 def make_source(recipe: Recipe) -> Made:

@@ -165,15 +165,15 @@ class Recorder:
         temporary = os.path.abspath(tempfile.gettempdir())
         return path.startswith(temporary + os.sep) and bool(_RANDOM.search(path[len(temporary) :]))
 
-    def finish(self, sources: Iterable[str], direct: Iterable[str]) -> None:
+    def finish(self, sources: Callable[[], Iterable[str]], direct: Callable[[], Iterable[str]]) -> None:
         """Add up, and tell the surroundings.
 
         Parameters
         ----------
         sources:
-            The Python files that make the model.
+            Gives the Python files that make the model.
         direct:
-            Top-level modules that the digest of the model names already.
+            Gives the top-level modules that the digest of the model names already.
 
         Raises
         ------
@@ -189,13 +189,16 @@ class Recorder:
         for name, readers in self._names.items():
             for reader in readers:
                 _read_by.setdefault(os.path.realpath(reader), set()).add(name)
-        names, own = self._modules(list(sources), set(direct))
-        strings: set[str] = set()
-        for file in own:
+        self._surroundings.learn(self._named_in(sources()))
+        self._surroundings.learn_from(lambda: self._reached_from(list(sources()), set(direct())))
+
+    def _named_in(self, files: Iterable[str]) -> set[str]:
+        """What was read, and what the model's own code in these files reads or names."""
+        names, strings = set(self._names), set[str]()
+        for file in files:
             names |= _read_by.get(os.path.realpath(file), set())
             names |= {f"variable:{name}" for name in variables_named(parsed(file))}
             strings |= literals(parsed(file))
-        names |= set(self._names)
         prefixes = tuple(text for text in strings if text.endswith("_") and len(text) > 2)
         names |= {f"variable:{name}" for name in self._doubtful if name in strings or name.startswith(prefixes)}
         names = {name for name in names if name.partition(":")[2] not in self._written}
@@ -204,7 +207,12 @@ class Recorder:
                 f"making the model reads {len(names)} files and variables outside its archive, at most {LIMIT} are "
                 "kept track of; put the files into the archive"
             )
-        self._surroundings.learn(names)
+        return names
+
+    def _reached_from(self, sources: list[str], direct: set[str]) -> set[str]:
+        """Names for the modules that the sources reach, and for what the model's own code among them reads."""
+        names, own = self._modules(sources, direct)
+        return names | self._named_in(own)
 
     def _modules(self, sources: list[str], direct: set[str]) -> tuple[set[str], set[str]]:
         """Names for the modules that the sources reach, and the files of the model's own code."""
@@ -254,7 +262,7 @@ def recording(
             _active.append(recorder)
             stack.callback(_active.remove, recorder)
             yield
-        recorder.finish(sources(), direct())
+        recorder.finish(sources, direct)
 
 
 def _install_hook() -> None:

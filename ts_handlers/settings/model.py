@@ -12,6 +12,7 @@ from ts_handlers.settings.sections import (
     BackgroundSettings,
     ContextSettings,
     GuardSettings,
+    ObserveSettings,
     RemoteSettings,
     SpaceSettings,
     TensorRTSettings,
@@ -143,9 +144,15 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     outside:
         What happens to a request outside the declared ranges: ``refuse`` (HTTP 400) or ``eager`` (right but slow;
         the eager model is built at the first such request).
+    samples:
+        Files with request bodies, relative to the model's folder, or mappings of a request's fields to such files.
+        Where `inputs` is empty, the handler's own `preprocess` turns them into calls of the model, which say what it
+        takes.
+    observe:
+        What is noted of calls where neither inputs nor samples say what the model takes; False notes nothing.
     warmup:
         Sizes to run before READY, one mapping of dimension name to size per run. The first one is also the size
-        that the compiler optimises for.
+        that the compiler optimises for. ``observed`` takes the sizes that calls had most often.
     non_finite:
         What `ts_handlers.CompiledHandler` does with NaN and infinity in an answer, which JSON does not have: None
         writes null, ``refuse`` refuses the request.
@@ -177,7 +184,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dimensions: dict[str, Dimension] = msgspec.field(default_factory=dict)
     outside: Literal["refuse", "eager"] = "refuse"
     non_finite: Literal["refuse"] | None = None
-    warmup: tuple[dict[str, int], ...] = ()
+    samples: tuple[str | dict[str, str], ...] = ()
+    observe: ObserveSettings | bool = ObserveSettings()
+    warmup: tuple[dict[str, int], ...] | Literal["observed"] = ()
     dtype: FloatDtype | None = None
     mmap: Literal["auto", "always", "never"] = "auto"
     key_files_ignored: tuple[str, ...] = ()
@@ -194,3 +203,21 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tensorrt: TensorRTSettings = TensorRTSettings()
     contexts: ContextSettings = ContextSettings()
     models: dict[str, SubmodelSettings] = msgspec.field(default_factory=dict)
+
+    @property
+    def warmup_sizes(self) -> tuple[dict[str, int], ...]:
+        """The sizes of `warmup`; none while those of ``observed`` are not known."""
+        return () if isinstance(self.warmup, str) else self.warmup
+
+    @property
+    def sample_files(self) -> tuple[str, ...]:
+        """The files of `samples`, each once."""
+        fields = ({"body": each} if isinstance(each, str) else each for each in self.samples)
+        return tuple(dict.fromkeys(file for each in fields for file in each.values()))
+
+    @property
+    def observing(self) -> ObserveSettings | None:
+        """What is noted of calls, or None."""
+        if isinstance(self.observe, bool):
+            return ObserveSettings() if self.observe else None
+        return self.observe

@@ -33,6 +33,17 @@ class BackgroundSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     seconds: float | None = None
 
 
+class ObserveSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is noted of the calls of a model whose inputs nobody has declared: names, dtypes and shapes, no contents.
+
+    A child process builds once `calls` calls were noted, or `seconds` after the first one; None leaves one of the two
+    out, and without both nothing is built.
+    """
+
+    calls: int | None = 100
+    seconds: float | None = 600.0
+
+
 class RemoteSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A store shared by hosts, addressed by an fsspec URL (``file:///mnt/nfs/artifacts``, ``s3://bucket/prefix``).
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from ts_handlers.errors import SettingsError
+from ts_handlers.errors import ForeignBackendError, SettingsError
 from ts_handlers.settings.model import PT2_SECTION, SECTION, CompileSettings, Settings
 from ts_handlers.settings.removed import HARDWARE_COMPATIBLE, refuse_other
 
@@ -54,9 +54,10 @@ def apply_compile(settings: Settings, compile_settings: CompileSettings, section
         backends = ("eager",)
     elif not explicit:
         if compile_settings.backend not in FALLBACK_ORDERS:
-            raise SettingsError(
+            raise ForeignBackendError(
                 f"{PT2_SECTION}.backend: {compile_settings.backend!r} has no persistent artifact; expected one of "
-                f"{', '.join(FALLBACK_ORDERS)}, or name the backends in {SECTION}.backends"
+                f"{', '.join(FALLBACK_ORDERS)}, or name the backends in {SECTION}.backends",
+                compile_settings.backend,
             )
         backends = FALLBACK_ORDERS[compile_settings.backend]
     if FALLBACK_ORDERS.get(compile_settings.backend) is _TENSORRT:

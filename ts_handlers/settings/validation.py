@@ -15,9 +15,9 @@ from ts_handlers.settings.model import PT2_SECTION, SECTION, InputSpec, Settings
 from ts_handlers.settings.quantities import parse_bytes
 from ts_handlers.settings.registry import backend_location, backend_names
 from ts_handlers.settings.sections import Quota
+from ts_handlers.settings.undeclared import LONGEST_SECONDS, check_observe, check_samples
 from ts_handlers.settings.values import column_limits, values_to_draw, whole_limits
 
-_LONGEST_SECONDS = 7 * 24 * 3600
 _LARGEST_MB = 2**30
 MAX_CONTEXTS = 1024
 
@@ -74,7 +74,7 @@ def _check_background(settings: Settings) -> None:
     where, limits = f"{SECTION}.background", settings.background
     if not 0 <= limits.nice <= 19:
         raise SettingsError(f"{where}.nice: expected 0 to 19, found {limits.nice}; 19 disturbs requests least")
-    largest = {"compile_threads": 1024, "memory_mb": _LARGEST_MB, "seconds": _LONGEST_SECONDS}
+    largest = {"compile_threads": 1024, "memory_mb": _LARGEST_MB, "seconds": LONGEST_SECONDS}
     for name, most in largest.items():
         value = getattr(limits, name)
         if value is not None and not 0 < value <= most:
@@ -94,9 +94,9 @@ def _check_canary(settings: Settings) -> None:
 
 def _check_guard(settings: Settings) -> None:
     seconds, megabytes = settings.guard.load_seconds, settings.guard.load_memory_mb
-    if isinstance(seconds, (int, float)) and not 0 < seconds <= _LONGEST_SECONDS:
+    if isinstance(seconds, (int, float)) and not 0 < seconds <= LONGEST_SECONDS:
         raise SettingsError(
-            f"{SECTION}.guard.load_seconds: expected seconds above 0 and up to {_LONGEST_SECONDS}, found {seconds}; "
+            f"{SECTION}.guard.load_seconds: expected seconds above 0 and up to {LONGEST_SECONDS}, found {seconds}; "
             "write null for no limit, or 'auto'"
         )
     if megabytes is not None and not 0 < megabytes <= _LARGEST_MB:
@@ -330,7 +330,7 @@ def _check_tensorrt(settings: Settings) -> None:
 
 
 def _check_warmup(settings: Settings) -> None:
-    for index, sizes in enumerate(settings.warmup):
+    for index, sizes in enumerate(settings.warmup_sizes):
         for name, size in sizes.items():
             where = f"{SECTION}.warmup[{index}].{name}"
             if name not in settings.dimensions:
@@ -359,6 +359,8 @@ CHECKS: tuple[Callable[[Settings], None], ...] = (
     _check_on_miss,
     _check_key,
     _check_background,
+    check_samples,
+    check_observe,
     _check_canary,
     _check_guard,
     _check_compile,

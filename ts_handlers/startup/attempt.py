@@ -132,9 +132,11 @@ class Attempt:
         Which libraries are seen depends on what a process has imported. After a hit they would only send the next start
         to another key, so then files and variables are kept alone.
         """
-        names = self._target.source.surroundings.names
+        surroundings = self._target.source.surroundings
         if of_hit:
-            names = frozenset(name for name in names if not name.startswith(LIBRARIES))
+            names = frozenset(name for name in surroundings.seen if not name.startswith(LIBRARIES))
+        else:
+            names = surroundings.names
         if names:
             self._store.write_outside(self._address.key.base.digest, names)
 
@@ -170,7 +172,10 @@ class Attempt:
         self._refuse(digest)
         try:
             # Beside a model that serves the collector goes on, for what its requests leave behind.
-            with collection_paused() if self._start.windows is None else contextlib.nullcontext():
+            with (
+                collection_paused() if self._start.windows is None else contextlib.nullcontext(),
+                self._target.source.surroundings.deferring(),
+            ):
                 loaded, canary = self._loader.load(hit.directory, hit.manifest, digest)
         except FINAL:
             raise

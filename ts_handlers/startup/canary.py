@@ -26,7 +26,7 @@ from ts_handlers.execution.base import Loaded, Run
 from ts_handlers.model.sampling import KINDS, RANDOM
 from ts_handlers.model.signature import Sizes
 from ts_handlers.startup.constants import take_constants, use_constants
-from ts_handlers.startup.inputs import PADDED, CanaryInput, canary_inputs, padded_input, settle_kind
+from ts_handlers.startup.inputs import PADDED, SAMPLE, CanaryInput, canary_inputs, padded_input, settle_kind
 from ts_handlers.startup.rows import joined_sizes, rows_are_independent
 from ts_handlers.startup.warmup import declared_sizes, few_threads
 from ts_handlers.store.address import Address
@@ -113,7 +113,8 @@ def _record(target: Target, loaded: Loaded, notes: list[str]) -> Record:
     wanted = _wanted(target, loaded)
     if signature.kind is None:
         settle_kind(eager, signature, target, notes)
-    cases = _cases(canary_inputs(signature, wanted, target.settings.canary.seed), eager, target)
+    inputs = canary_inputs(signature, wanted, target.settings.canary.seed, target.source.samples)
+    cases = _cases(inputs, eager, target)
     return {"cases": cases, "kind": signature.kind, "rows": _rows(eager, target, loaded)}
 
 
@@ -149,8 +150,8 @@ def _cases(inputs: Iterable[CanaryInput], eager: Run, target: Target) -> list[Re
         try:
             case = case_of(eager, each.sizes, each.tensors, target.device)
         except Exception as error:
-            if each.origin == PADDED:
-                continue  # a mask that the model does not take as one
+            if each.origin in (PADDED, SAMPLE):
+                continue  # a mask that the model does not take as one, or what another model took
             shapes = [tuple(tensor.shape) for tensor in each.tensors]
             raise SampleError(
                 f"the drawn input of the shapes {shapes} is refused by the plain model: {type(error).__name__}: {error}"

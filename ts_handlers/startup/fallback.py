@@ -15,14 +15,15 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 
 from ts_handlers.backends import get_backend
 from ts_handlers.backends.base import Backend, Target
-from ts_handlers.compiled_model import CompiledModel, Outcome, log_outcome
-from ts_handlers.errors import FINAL, MissError, RefitError, one_line, without_frames
+from ts_handlers.compiled_model import Background, CompiledModel, Outcome, log_outcome
+from ts_handlers.errors import FINAL, BuildError, MissError, RefitError, one_line, without_frames
 from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.execution.torch_device import begin_cuda
 from ts_handlers.metrics import Metrics, start_under_way
@@ -39,6 +40,10 @@ from ts_handlers.store.address import Address
 from ts_handlers.store.base import Store
 from ts_handlers.store.opening import open_store
 
+if TYPE_CHECKING:
+    from ts_handlers.model.declaration import Declaration
+    from ts_handlers.startup.observed_sizes import ObservedSizes
+
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, "float | None"], None]
@@ -52,16 +57,23 @@ def start_here(
     progress: Progress | None = None,
     retry_failed: bool = False,
     event: str = "start",
+    observed: tuple[str, Declaration] | None = None,
 ) -> CompiledModel:
     """Make a model ready in this process; the arguments and errors are those of `ts_handlers.start.start_model`."""
     metrics = Metrics.of_this_process()
     target = new_target(source, settings, device)
     begin_cuda(target.device)
     start = _Starter(target, metrics, retry_failed)
+    if observed is not None:
+        start.identity, start.declared = observed
     if progress is not None:
         metrics.observer = lambda phase: progress(phase, start.estimate)
     model = start.run()
     log_outcome(event, source.name, model)
+    if model.outcome.fallbacks:
+        from ts_handlers.startup.advice import fallback_line
+
+        logger.warning(fallback_line(source.name, model.outcome))
     if model.store is not None and (metrics.counters["build"] or metrics.counters["canary_recorded"]):
         from ts_handlers.store.upkeep.space import make_room_in_background
 
@@ -96,6 +108,9 @@ class _Starter:
         self._windows = windows
         self._store: Store | None = None
         self._slots = ModuleSlots(target.settings.contexts, target.device)
+        self.identity: str | None = None
+        self.declared: Declaration | None = None
+        self._sizes: ObservedSizes | None = None
         self.estimate: float | None = None
 
     def run(self) -> CompiledModel:
@@ -105,7 +120,9 @@ class _Starter:
     def _run(self) -> CompiledModel:
         remaining = [get_backend(name) for name in self._settings.backends]
         if self._lacks_inputs(remaining):
-            remaining = self._without_inputs(remaining)
+            remaining = self._as_observed(remaining)
+        elif self._settings.warmup == "observed":
+            self._warm_up_as_observed()
         last: Exception | None = None
         missed: MissError | None = None  # of a backend whose part others may cover: they are looked up too
         while remaining:
@@ -145,6 +162,70 @@ class _Starter:
         compiles = any(backend.persistent for backend in backends)
         return compiles and self._target.source.weights_by_name and self._target.signature is None
 
+    def _as_observed(self, backends: list[Backend]) -> list[Backend]:
+        """The backends, for the inputs that earlier calls have told; without such calls those that need no inputs."""
+        if self._settings.observing is not None:
+            from ts_handlers.startup.observation import identity_of
+
+            self.identity = identity_of(self._target)
+        if self.identity is not None:
+            self.declared = self._open_store().read_declaration(self.identity)
+        if self.declared is None:
+            return self._without_inputs(backends)
+        self._adopt(self.declared.applied_to(self._settings))
+        return [get_backend(name) for name in self._settings.backends]
+
+    def _warm_up_as_observed(self) -> None:
+        """Take the sizes that calls had most often for warm-up; where they are not known yet, count them."""
+        from ts_handlers.startup.observed_sizes import ObservedSizes
+
+        limits = self._settings.observing
+        if self._target.signature is None or limits is None:
+            return
+        self._sizes = ObservedSizes(self._target, self._open_store(), limits)
+        self._adopt(msgspec.structs.replace(self._settings, warmup=self._sizes.known() or ()))
+
+    def _adopt(self, settings: Settings) -> None:
+        self._settings = settings
+        self._target = new_target(self._target.source, settings, self._target.device)
+
+    def _observe(self, model: CompiledModel) -> None:
+        """Have calls noted where nobody has declared the inputs, if another process can build the model."""
+        limits, source = self._settings.observing, self._target.source
+        if self.identity is None or limits is None or source.recipe() is None:
+            return
+        from ts_handlers.startup.observation import Observation
+
+        device = self._target.device
+        if device.type == "cuda" and device.index is None:  # a thread of its own begins the build
+            device = torch.device("cuda", torch.cuda.current_device())
+
+        def build(model: CompiledModel, declaration: Declaration, published: Callable[[], None]) -> Background:
+            settings = declaration.applied_to(self._settings)
+            beside = _Starter(new_target(source, settings, device), Metrics())
+            beside._store = self._store
+            backend = next((each for each in map(get_backend, settings.backends) if each.persistent), None)
+            if backend is None:
+                raise BuildError(
+                    f"the inputs may be indices, whose limits the backends {', '.join(self._settings.backends)} do not "
+                    "find; declare inputs with limits, or name the backend aot_inductor"
+                )
+            names = tuple(spec.name for spec in declaration.inputs)
+
+            def load(name: str, windows: IdleWindows) -> CompiledModel:
+                observation.check_module()
+                model.keep_eager(names)  # what answers now answers calls outside the ranges afterwards
+                module = source.eager()
+                try:
+                    return beside._load_beside(name, windows)
+                finally:
+                    source.keep(module)
+
+            return beside._build_beside(model, backend, load, published)
+
+        observation = Observation(model, self._open_store(), self.identity, limits, self.declared, build)
+        model.observe(observation)
+
     def _without_inputs(self, backends: list[Backend]) -> list[Backend]:
         """The backends that need no inputs, `eager` at least; the others are recorded as failed, with a proposal.
 
@@ -153,13 +234,12 @@ class _Starter:
         SettingsError
             An artifact was asked for in earnest: `strict: true` or `on_miss: fail`.
         """
-        from ts_handlers.model.proposal import propose_inputs
+        from ts_handlers.model.proposal import proposal_text
 
         if self._settings.strict or self._settings.on_miss == "fail":
             self._target.require_signature()
-        proposal = propose_inputs(self._target.eager())
-        reason = f"{SECTION}.inputs: a compiling backend needs the model's inputs, found none; declare them" + (
-            f", as `{proposal}` (names are those of forward, check dtypes and sizes)" if proposal else ""
+        reason = f"{SECTION}.inputs: a compiling backend needs the model's inputs, found none" + proposal_text(
+            self._target.eager
         )
         logger.warning("%s: serving eagerly: %s", self._target.source.name, reason)
         for backend in backends:
@@ -192,7 +272,7 @@ class _Starter:
             lower = next((other.name for other in others if self._has_entry(other)), None)
             attempt.postpone_build(lower)
         if self._settings.on_miss == "background":
-            return self._serve_eagerly_meanwhile(backend, store, attempt.missed)
+            return self._serve_eagerly_meanwhile(backend, attempt.missed)
         self.estimate = store.build_estimate(address)
         served = attempt.build(self.estimate)
         return self._ready(backend, served, attempt.key.digest, attempt.missed)
@@ -222,23 +302,34 @@ class _Starter:
                 self._fallbacks.append({"backend": "store", "reason": problem})
         return self._store
 
-    def _serve_eagerly_meanwhile(self, backend: Backend, store: Store, missed: tuple[str, ...]) -> CompiledModel:
+    def _serve_eagerly_meanwhile(self, backend: Backend, missed: tuple[str, ...]) -> CompiledModel:
         """Serve eagerly while a child process builds, and then what it has built."""
-        from ts_handlers.startup.background.build import BackgroundBuild
-
         self._target.source.prepare()
         model = self._try(get_backend("eager"))
         model.outcome = dataclasses.replace(model.outcome, result="background", missed=missed)
+        self._build_beside(model, backend, self._load_beside)
+        return model
+
+    def _build_beside(
+        self,
+        model: CompiledModel,
+        backend: Backend,
+        load: Callable[[str, IdleWindows], CompiledModel],
+        published: Callable[[], None] = lambda: None,
+    ) -> Background:
+        """Begin a build in a child process, with which `model` is swapped afterwards."""
+        from ts_handlers.startup.background.build import BackgroundBuild
+
+        store = self._open_store()
         address = address_in_store(backend, self._target, store)  # of what making the eager model has read, too
         names = self._target.source.surroundings.names
         if names:
             store.write_outside(address.key.base.digest, names)
         retry_failed = self._retry_since is not None
-        model.background = BackgroundBuild(
-            model, self._target, backend, store, address, self._load_beside, retry_failed
-        )
-        model.background.begin()
-        return model
+        build = BackgroundBuild(model, self._target, backend, store, address, load, retry_failed, published)
+        model.background = build
+        build.begin()
+        return build
 
     def _load_beside(self, backend: str, windows: IdleWindows) -> CompiledModel:
         """Start from the entry of a backend that is there now, and from nothing else, beside the model that serves.
@@ -257,7 +348,7 @@ class _Starter:
         target = new_target(self._target.source, settings, self._target.device)
         target.kept.wanted = False  # the module that would be put back serves meanwhile
         start = _Starter(target, Metrics(), windows=windows)
-        start._store = self._store
+        start._store, start._sizes = self._store, self._sizes
         if self._settings.contexts.cuda_graphs:
             start._notes.append("without CUDA graphs until the next start")
         return start.run()
@@ -283,6 +374,9 @@ class _Starter:
             if served.result == "built" and self._target.device.type == "cuda":
                 torch.cuda.empty_cache()  # what the build leaves in torch's allocator
         loaded = prepare(served.loaded, None, self._slots).served
+        if self._sizes is not None:
+            loaded = dataclasses.replace(loaded, run=self._sizes.around(loaded.run))
         model = CompiledModel(self._target, loaded, outcome, self._metrics, self._slots)
         model.store = self._store  # keeps the entry from being evicted while the model is served
+        self._observe(model)
         return model

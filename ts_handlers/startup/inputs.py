@@ -7,17 +7,18 @@ no backend is at fault. On a GPU an index out of range is no exception, but ends
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ts_handlers.backends.base import Target
 from ts_handlers.backends.calling import call_module, check_names, takes_names
-from ts_handlers.errors import SampleError, one_line, without_frames
+from ts_handlers.errors import InputError, SampleError, one_line, without_frames
 from ts_handlers.execution.base import Loaded, Run
 from ts_handlers.model.sampling import KINDS, RANDOM, SMALL
 from ts_handlers.model.signature import Signature, Sizes
@@ -28,6 +29,7 @@ from ts_handlers.startup.rows import joined_sizes, rows_are_independent
 logger = logging.getLogger(__name__)
 
 PADDED = "padded"
+SAMPLE = "sample"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,8 @@ class CanaryInput:
     tensors:
         In declared order, on the CPU.
     origin:
-        A kind of `ts_handlers.model.sampling.KINDS`, or `PADDED`: drawn, but for masks that are left-aligned.
+        A kind of `ts_handlers.model.sampling.KINDS`, `PADDED`: drawn, but for masks that are left-aligned, or `SAMPLE`:
+        what a sample request has led to.
     """
 
     sizes: Sizes
@@ -49,7 +52,9 @@ class CanaryInput:
     origin: str
 
 
-def canary_inputs(signature: Signature, wanted: Sequence[Sizes], seed: int) -> Iterator[CanaryInput]:
+def canary_inputs(
+    signature: Signature, wanted: Sequence[Sizes], seed: int, samples: Sequence[Mapping[str, torch.Tensor]] = ()
+) -> Iterator[CanaryInput]:
     """The inputs on which an artifact is compared with the eager model, each with where it came from.
 
     Parameters
@@ -60,10 +65,17 @@ def canary_inputs(signature: Signature, wanted: Sequence[Sizes], seed: int) -> I
         The sizes, one input for each.
     seed:
         Of the first one.
+    samples:
+        Inputs by name, on the CPU; those that the signature does not accept are left out.
     """
     for index, sizes in enumerate(wanted):
         yield CanaryInput(sizes, signature.generate(sizes, seed=seed + index), signature.kind or RANDOM)
     yield from padded_input(signature, wanted, seed)
+    for sample in samples:
+        if set(sample) == set(signature.names):
+            with contextlib.suppress(InputError):
+                tensors = signature.bind((), sample, torch.device("cpu"))
+                yield CanaryInput(signature.check(tensors), tensors, SAMPLE)
 
 
 def padded_input(signature: Signature, wanted: Sequence[Sizes], seed: int) -> Iterator[CanaryInput]:
@@ -158,7 +170,7 @@ def settle_kind(
         Try each kind at the first warm-up's sizes only, as where no artifact is compared.
     """
     smallest = {name: dimension.min for name, dimension in signature.dimensions.items()}
-    example = signature.example_sizes(target.settings.warmup[0] if target.settings.warmup else None)
+    example = signature.example_sizes(target.settings.warmup_sizes[0] if target.settings.warmup_sizes else None)
     seeds = dict.fromkeys((target.settings.canary.seed, 1))
     attempts = [(example, target.settings.canary.seed)] if once else [*itertools.product((example, smallest), seeds)]
     first: tuple[Exception, Sizes] | None = None

@@ -18,7 +18,7 @@ from ts_handlers.system.processors import idle_processors
 def declared_sizes(target: Target, loaded: Loaded) -> list[Sizes]:
     """The sizes of the setting `warmup`, each completed with example sizes of the dimensions that it leaves out."""
     example = loaded.signature.example_sizes()
-    return [{**example, **sizes} for sizes in target.settings.warmup]
+    return [{**example, **sizes} for sizes in target.settings.warmup_sizes]
 
 
 @contextlib.contextmanager

@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ts_handlers.key.names import Names
 from ts_handlers.store.address import Address
 from ts_handlers.store.entry import Manifest
+
+if TYPE_CHECKING:
+    from ts_handlers.model.declaration import Declaration
+    from ts_handlers.model.observed_calls import ObservedCalls
+    from ts_handlers.store.observed import CallsRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +124,18 @@ class Store(Protocol):
 
     def write_outside(self, base: str, names: Names) -> bool:
         """Keep names, beside those that are known; False when the store cannot be written."""
+
+    def read_calls(self, identity: str) -> CallsRecord | None:
+        """What is known of the calls of a model whose inputs nobody has declared, or None; see `store/observed.py`."""
+
+    def add_calls(self, identity: str, calls: ObservedCalls) -> bool:
+        """Add calls to those that are known; False when the store cannot be written."""
+
+    def read_declaration(self, identity: str) -> Declaration | None:
+        """What calls have told of a model's inputs, once that was built for, or None."""
+
+    def write_declaration(self, identity: str, declaration: Declaration) -> bool:
+        """Let later starts take this for declared; False when the store cannot be written."""
 
     def close(self) -> None:
         """Send what is pending, for as long as the end of a process may take, and give up the locks on entries.

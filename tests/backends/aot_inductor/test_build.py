@@ -292,6 +292,35 @@ def test_no_instruction_set_is_tried_with_the_compiler(tmp_path: Path) -> None:
     assert out.split() == ["built", "0", "True"]
 
 
+def test_nothing_is_taken_from_or_left_in_the_compilers_shared_folder(tmp_path: Path) -> None:
+    """Torch keeps precompiled headers there, whoever owns it, and asks `openssl` for their digests."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    out = run_python(
+        """
+        import os, subprocess, sys
+        from pathlib import Path
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+        from tests.support.models import archive_source, settings_of, write_archive
+        from ts_handlers import start_model
+
+        programs = []
+        sys.addaudithook(lambda event, words: programs.append(str(words[0])) if event == "subprocess.Popen" else None)
+        folder = write_archive(Path(sys.argv[1]) / "archive")
+        settings = settings_of(store=sys.argv[1] + "/store", backends=["aot_inductor"], strict=True)
+        model = start_model(archive_source(folder), settings)
+        left = [file for _, _, files in os.walk(default_cache_dir()) for file in files]
+        print(model.outcome.result, default_cache_dir().startswith(sys.argv[1]), len(left))
+        print(any("g++" in program for program in programs), any("openssl" in program for program in programs))
+        """,
+        tmp_path,
+        fresh=True,
+        TMPDIR=str(temporary),
+        TORCHINDUCTOR_CACHE_DIR=None,
+    )
+    assert out.split() == ["built", "True", "0", "True", "False"]
+
+
 # What is computed from the weights when they are loaded; the answer shows it for large inputs only.
 DERIVED = LINEAR.replace(
     "\n    def forward(",

@@ -362,6 +362,62 @@ def test_their_handle_is_not_passed_by_for_micro_batches(archive: Path, tmp_path
     assert ask(handler, context, [1, 2], [3]) == [(200, [2, 4]), (200, [6])]
 
 
+class Modes(torch.nn.Module):
+    """Answers otherwise in training mode, if its layer does."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)[:, :3]
+
+
+@pytest.mark.parametrize(
+    ("layer", "matters"),
+    [
+        (torch.nn.BatchNorm1d(4), True),
+        (torch.nn.Dropout(0.5), True),
+        (torch.nn.Sequential(torch.nn.Dropout(0.0), torch.nn.Linear(4, 3)), False),
+    ],
+)
+def test_a_module_in_training_mode_answers_as_it_does_without_us(
+    layer: torch.nn.Module, matters: bool, archive: Path, tmp_path: Path
+) -> None:
+    class Theirs(Initializes):
+        def initialize(self, context: Any) -> None:
+            self.model = Modes(copy.deepcopy(layer))
+
+    handler, _ = start(Theirs, archive, tmp_path)
+    assert isinstance(handler.model, CompiledModel) == (not matters)
+    if matters:
+        assert f"{type(layer).__name__} answer otherwise; call self.model.eval()" in handler.describe_handle()["reason"]
+        torch.manual_seed(0)
+        wanted = Modes(copy.deepcopy(layer))(x=X)
+        torch.manual_seed(0)
+        assert torch.equal(handler.model(x=X), wanted)
+
+
+def test_micro_batching_of_torchserves_own_is_left_alone(archive: Path, tmp_path: Path) -> None:
+    from ts.handler_utils.micro_batching import MicroBatching
+
+    class Theirs(Classifier):
+        def __init__(self) -> None:  # as TorchServe's example: without its base's
+            self.handle = MicroBatching(self)
+
+    micro = {"micro_batch_size": 1, "parallelism": {"preprocess": 1, "inference": 1, "postprocess": 1}}
+    handler, context = start(Theirs, archive, tmp_path, micro_batching=micro)
+    try:
+        wanted = [Classifier.labels[torch.tensor(row).argmax()] for row in expected(archive, ROWS)]
+        assert ask(handler, context, ROWS[:1], ROWS[1:]) == [(200, label) for label in wanted]
+        assert handler._micro_batches is None
+        assert handler.model.metrics.counters["outside_eager"] == 0
+        context.request_processor = [RequestProcessor({"describe": "True"})]
+        assert handler.handle([{}], context)[0]["backend"] == "aot_inductor"
+    finally:
+        handler.handle.shutdown()
+
+
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
 def test_weights_without_a_model_file_that_their_initialize_loads(name: str, archive: Path, tmp_path: Path) -> None:
     torch.manual_seed(3)
@@ -404,7 +460,16 @@ def test_compiled_module_of_theirs_is_compiled_by_us(in_place: bool, archive: Pa
     assert close(handler.model(x=X), torch.tensor(expected(archive, ROWS)))
 
 
-@pytest.mark.parametrize("pt2", [None, {"compile": {"enable": True, "backend": "inductor"}}])
+@pytest.mark.parametrize(
+    "pt2",
+    [
+        None,
+        *(
+            pytest.param(x, marks=pytest.mark.compile)
+            for x in ({"compile": {"enable": True, "mode": "default"}}, "inductor")
+        ),
+    ],
+)
 def test_without_inputs_eager_serves_and_the_reason_proposes_them(
     pt2: Any, archive: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -416,6 +481,11 @@ def test_without_inputs_eager_serves_and_the_reason_proposes_them(
     proposal = "inputs: [{name: x, dtype: float32, shape: [batch, 4]}], dimensions: {batch: {min: 1, max: 16}}"
     assert proposal in facts["fallbacks"][0]["reason"]
     assert proposal in caplog.text
+    assert isinstance(handler.model, torch._dynamo.OptimizedModule) == (pt2 is not None)
+    assert any("at the first request of each process" in note for note in facts["notes"]) == (pt2 is not None)
+    assert (facts["counters"]["compile_after_ready"] > 0) == (pt2 is not None)
+    wanted = [Classifier.labels[torch.tensor(row).argmax()] for row in expected(archive, ROWS)]
+    assert ask(handler, context, ROWS[:1], ROWS[1:]) == [(200, label) for label in wanted]
 
 
 @pytest.mark.parametrize("asked", [{"strict": True}, {"on_miss": "fail"}])
@@ -554,3 +624,59 @@ def test_answers_through_an_envelope_are_those_of_plain(
         answers.append(JSONEnvelope(each.handle).handle(body, context))
     assert answers[0] == answers[1]
     assert len(json.loads(answers[0][0])["predictions"]) == 2
+
+
+def test_a_handlers_own_methods_keep_the_names_of_the_mixins_helpers(archive: Path, tmp_path: Path) -> None:
+    class Reads(Classifier):
+        model_device = "theirs"
+
+        def request_body(self, row: Any, key: str) -> Any:
+            return row[key]
+
+        def preprocess(self, data: Any) -> torch.Tensor:
+            return torch.cat([torch.tensor(self.request_body(row, "body")) for row in data])
+
+    handler, context = start(Reads, archive, tmp_path)
+    assert ask(handler, context, ROWS[:1])[0][0] == 200
+    assert handler.model_device == "theirs"
+
+
+@pytest.mark.parametrize("pt2", [{"compile": {"enable": True, "backend": "aot_eager"}}, "aot_eager"])
+def test_a_compiler_that_only_torchserve_knows_is_left_to_it(
+    pt2: Any, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.syspath_prepend(archive)
+    monkeypatch.delitem(sys.modules, "model", raising=False)
+    none = {"backends": None}
+    handler, context = start(Classifier, archive, tmp_path, section=none, pt2=copy.deepcopy(pt2))
+    assert isinstance(handler.model, torch._dynamo.OptimizedModule)
+    wanted = [Classifier.labels[torch.tensor(row).argmax()] for row in expected(archive, ROWS)]
+    assert ask(handler, context, ROWS[:1], ROWS[1:]) == [(200, label) for label in wanted]
+    assert "'aot_eager' has no persistent artifact" in handler.describe_handle()["reason"]
+    assert "nothing is compiled, the handler serves as it is: pt2.compile.backend: 'aot_eager'" in caplog.text
+    for section in ({"strict": True}, {"on_miss": "fail"}):
+        with pytest.raises(SettingsError, match="has no persistent artifact"):
+            start(Classifier, archive, tmp_path, section={**none, **section}, pt2=copy.deepcopy(pt2))
+    with pytest.raises(SettingsError, match="'inductr' has no persistent artifact"):
+        start(Classifier, archive, tmp_path, section=none, pt2={"compile": {"enable": True, "backend": "inductr"}})
+    with pytest.raises(SettingsError, match="has no persistent artifact"):
+        CompiledHandler().initialize(make_context(archive, tmp_path / "store", section=none, pt2=copy.deepcopy(pt2)))
+
+
+@pytest.mark.parametrize("section", [{}, NO_INPUTS, {"backends": ["eager"]}])
+def test_a_start_draws_no_random_numbers_that_a_handler_would_get(
+    section: dict[str, Any], archive: Path, tmp_path: Path
+) -> None:
+    class Samples(Initializes):
+        def initialize(self, context: Any) -> None:
+            super().initialize(context)
+            torch.manual_seed(5)
+
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    for _ in range(2):  # one that builds, one that hits
+        handler, _ = start(Samples, archive, tmp_path, section=section)
+        assert torch.equal(torch.rand(3), wanted)
+        torch.manual_seed(5)
+        handler.model(x=X)
+        assert torch.equal(torch.rand(3), wanted)

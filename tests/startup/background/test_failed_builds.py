@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,31 @@ def test_child_is_nice_and_a_killed_one_changes_nothing(
     (record,) = read_quarantines(tmp_path / "store")
     assert (record.kind, "was killed by SIGKILL" in record.reason) == ("circumstantial", True)
     assert settled(start(retry_failed=True, background={"nice": 7}), archive)["backend"] == "aot_inductor"
+
+
+def test_child_holds_neither_the_servers_sockets_nor_its_output(
+    start: Start, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where somebody has made them inheritable."""
+    monkeypatch.setenv("BUILD_UNTIL", str(tmp_path / "go"))
+    with socket.socket() as listener, (tmp_path / "output").open("w") as output:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        listener.set_inheritable(True)
+        before = os.dup(1)
+        os.dup2(output.fileno(), 1)
+        try:
+            model = start()
+            child = building(model)["pid"]
+        finally:
+            os.dup2(before, 1)
+            os.close(before)
+        ours = {os.readlink(f"/proc/self/fd/{each.fileno()}") for each in (listener, output)}
+        theirs = {os.readlink(path) for path in Path(f"/proc/{child}/fd").iterdir()}
+    (tmp_path / "go").touch()
+    assert settled(model, archive)["backend"] == "aot_inductor"
+    assert len(ours) == 2
+    assert ours & theirs == set()
 
 
 def test_a_build_that_its_time_limit_ended_is_remembered_and_the_next_backend_served(

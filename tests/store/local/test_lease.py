@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
 import threading
 from pathlib import Path
 
 import pytest
+from filelock import FileLock, Timeout
 
 from ts_handlers.store.local import lease as lease_module
 from ts_handlers.store.local.lease import hold_lease
@@ -80,3 +83,39 @@ def test_errors_of_the_block_come_through_and_free_the_lease(tmp_path: Path, bro
 def test_damaged_status_does_not_stop_a_waiter(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "key.json").write_bytes(text)
     assert "waited 3 s" in lease_module.describe_holder(tmp_path, "key", 3.0, None)
+
+
+def test_a_descriptor_that_foreign_code_closed_is_nobodys(tmp_path: Path) -> None:
+    """Native code of a build closes all descriptors, and the lock's number is somebody else's file afterwards."""
+    with hold_lease(tmp_path / "leases", "key", None):
+        links = Path("/proc/self/fd").iterdir()
+        ours = [int(path.name) for path in links if os.path.realpath(path) == str(tmp_path / "leases" / "key.lock")]
+        assert len(ours) == 1
+        os.close(ours[0])
+        foreign = [os.open(tmp_path / "foreign", os.O_RDWR | os.O_CREAT) for _ in range(20)]
+        assert ours[0] in foreign
+        fcntl.flock(ours[0], fcntl.LOCK_EX)
+    other = os.open(tmp_path / "foreign", os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for descriptor in (*foreign, other):
+        os.close(descriptor)
+    with hold_lease(tmp_path / "leases", "key", None):
+        pass
+
+
+def test_a_lock_file_that_goes_is_made_again(tmp_path: Path) -> None:
+    """As the collector removes one, while it holds it."""
+    with hold_lease(tmp_path, "key", None):
+        (tmp_path / "key.lock").unlink()
+        with hold_lease(tmp_path, "key", None) as other:
+            assert (tmp_path / "key.lock").exists()
+            assert other.waited < 60
+
+
+def test_a_lease_and_the_lock_of_an_older_version_exclude_each_other(tmp_path: Path) -> None:
+    with FileLock(tmp_path / "key.lock"), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(lease_module, "POLL_SECONDS", 0.0)
+        assert lease_module._take(tmp_path / "key.lock") is None
+    with hold_lease(tmp_path, "key", None), pytest.raises(Timeout):
+        FileLock(tmp_path / "key.lock").acquire(timeout=0)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -474,6 +475,31 @@ def test_a_disk_that_does_not_answer_at_once_costs_no_entry(
     monkeypatch.setattr(local, "read_manifest", flaky)
     assert isinstance(store.lookup(address()), Hit)
     assert (len(failed), trash(store)) == (times, [])
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+@pytest.mark.parametrize("name", ["listdir", "lstat"])
+def test_a_disk_that_does_not_answer_at_once_costs_no_store(
+    name: str, times: int, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a start goes on with a temporary store, and builds what lies there."""
+    publish(store, address())
+    call = getattr(os, name)
+    failed: list[Any] = []
+
+    def fail(path: Any, **options: Any) -> Any:
+        if os.fspath(path) == str(store.root) and len(failed) < times:
+            failed.append(path)
+            raise OSError(errno.EIO, "does not answer")
+        return call(path, **options)
+
+    monkeypatch.setattr(os, name, fail)
+    if times == 3:
+        with pytest.raises(StoreError, match="cannot be used: does not answer"):
+            LocalStore(store.root)
+    else:
+        assert isinstance(LocalStore(store.root).lookup(address()), Hit)
+    assert len(failed) == times
 
 
 def test_a_disk_that_does_not_answer_at_all_costs_an_entry_only_when_it_is_replaced(

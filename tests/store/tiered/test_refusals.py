@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections.abc import Callable
@@ -10,8 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.store.tiered.conftest import FETCHED, Fleet, counters, notes, objects, trust
-from ts_handlers.errors import SettingsError
+from tests.support.entries import address, publish
+from ts_handlers.errors import RefusedError, SettingsError
+from ts_handlers.settings.sections import TrustSettings
+from ts_handlers.store.address import entry_path
+from ts_handlers.store.local.store import LocalStore
 from ts_handlers.store.remote.sealed import MAGIC
+from ts_handlers.store.remote.signing import load_keyring
+from ts_handlers.store.remote.transfer import seal_entry, unseal_entry
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -100,6 +107,17 @@ def test_entry_moved_to_another_address_is_refused(shared: Fleet) -> None:
     third = shared.start("third")
     assert third.outcome.result == "built"
     assert "expected 'model/" in notes(third)
+
+
+def test_a_signed_entry_of_another_key_is_refused_under_this_address(keys: Path, tmp_path: Path) -> None:
+    """As a host with the signing key could make it by mistake."""
+    keyring = load_keyring(TrustSettings((str(keys / "a.pub"),), str(keys / "a.key")))
+    directory = publish(LocalStore(tmp_path / "store"), address())
+    (tmp_path / "unpacked").mkdir()
+    target, wanted = io.BytesIO(), entry_path(address(options="another"))
+    seal_entry(target, directory, wanted, keyring)
+    with pytest.raises(RefusedError, match=rf"its manifest's key is {address().key.digest}, its address '{wanted}'"):
+        unseal_entry(io.BytesIO(target.getvalue()), tmp_path / "unpacked", wanted, keyring)
 
 
 def test_tampered_canary_is_refused_and_recorded_again(shared: Fleet) -> None:

@@ -70,6 +70,9 @@ def compile_program(program: Any, target: Target, directory: Path, *, baked: boo
         # Inductor would compile and open a program for each of the processor's instruction sets, a large part of a
         # build. A compiler of C++20, which torch's headers need, knows AVX2 and AVX-512; extensions are still tried.
         "cpp.vec_isa_ok": True,
+        # They would lie in torch's shared temporary folder, whoever owns that, and making them takes longer than one
+        # build is faster by them; see docs/decisions/0038-no-precompiled-headers.md.
+        "aot_inductor.precompile_headers": False,
     }
     known = inductor_config.get_config_copy()
     configs = {name: value for name, value in configs.items() if name in known}

@@ -16,7 +16,7 @@ COVERS_ALL = "inductor"
 def static_sizes(settings: Settings) -> list[Sizes]:
     """The sizes of the step ``static``: the warm-up sizes that name every dimension, each once."""
     found: list[Sizes] = []
-    for sizes in settings.warmup:
+    for sizes in settings.warmup_sizes:
         if set(sizes) == set(settings.dimensions) and dict(sizes) not in found:
             found.append(dict(sizes))
     return found[:MAX_STATIC_VARIANTS]

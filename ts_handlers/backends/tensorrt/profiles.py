@@ -39,7 +39,7 @@ def profile_ranges(target: Target) -> list[Ranges]:
     if settings.ranges:
         return [{**declared, **dict(ranges)} for ranges in settings.ranges]
     exact: list[Ranges] = []
-    for sizes in target.settings.warmup[:EXACT_PROFILES]:
+    for sizes in target.settings.warmup_sizes[:EXACT_PROFILES]:
         ranges = {name: Range(size, size, size) for name, size in {**example, **sizes}.items()}
         if ranges not in exact and ranges != declared:
             exact.append(ranges)

@@ -41,7 +41,7 @@ def answer(batch: RequestBatch, together: Below, below: Below) -> Any:
 
 
 def answer_together(batch: RequestBatch, below: Below) -> Any:
-    """Answer a batch at once; when that fails, answer each request alone.
+    """Answer a batch at once; when that fails, answer each request alone if its requests may be repeated.
 
     Raises
     ------
@@ -53,12 +53,12 @@ def answer_together(batch: RequestBatch, below: Below) -> Any:
     except BusyError as error:
         return batch.refuse_or_raise(error)
     except Exception as error:
-        if not batch.can_be_split:
+        if not batch.can_be_repeated:
             return batch.refuse_or_raise(error)
     else:
         if batch.has_answers(answers):
             return answers
-        if not batch.can_be_split:
+        if not batch.can_be_repeated:
             if isinstance(answers, list) and not all(map(can_be_sent, answers)):
                 return batch.refuse_or_raise(ValueError("an answer holds a surrogate, which UTF-8 does not have"))
             return answers  # TorchServe tells what is wrong with the answer to a batch of one

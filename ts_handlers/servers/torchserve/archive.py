@@ -74,7 +74,9 @@ class _WithoutCompilation(dict[str, Any]):
 
 
 @contextlib.contextmanager
-def prepared_for_base_handler(context: Any, config: Mapping[str, Any], *, hide_gpu: bool) -> Iterator[None]:
+def prepared_for_base_handler(
+    context: Any, config: Mapping[str, Any], *, hide_gpu: bool, compiles: bool = False
+) -> Iterator[None]:
     """Change TorchServe's context for the time in which `BaseHandler.initialize` reads it, and restore it afterwards.
 
     Inside the block `BaseHandler` does not find ``pt2: compile``, since compilation is ours; it loads what
@@ -90,6 +92,8 @@ def prepared_for_base_handler(context: Any, config: Mapping[str, Any], *, hide_g
     hide_gpu:
         Leave out the worker's GPU: with ``across_workers`` the model's process has it, and a CUDA context in each
         worker would be for nothing.
+    compiles:
+        `BaseHandler` compiles the model itself.
     """
     manifest, properties = context.manifest["model"], context.system_properties
     gpu = properties.get("gpu_id")
@@ -100,7 +104,7 @@ def prepared_for_base_handler(context: Any, config: Mapping[str, Any], *, hide_g
         properties["gpu_id"] = None
     pt2 = config.get("pt2")
     export = isinstance(pt2, Mapping) and "export" in pt2 and "compile" not in pt2
-    context.model_yaml_config = config if export else _WithoutCompilation(config)
+    context.model_yaml_config = config if export or compiles else _WithoutCompilation(config)
     try:
         yield
     finally:
@@ -108,6 +112,12 @@ def prepared_for_base_handler(context: Any, config: Mapping[str, Any], *, hide_g
         context.model_yaml_config = config
         if exported:
             del manifest["modelFile"]
+
+
+def name_of_model(context: Any) -> str:
+    """The name under which TorchServe serves the model; a context without one, as in tests, has the archive's."""
+    name = getattr(context, "model_name", None) or context.manifest["model"].get("modelName")
+    return str(name or "model")
 
 
 def gpu_of_worker(context: Any) -> torch.device | None:
@@ -141,7 +151,7 @@ def source_of_archive(
         return ExportedSource(name, files.weights_path)
     directory = Path(files.model_dir)
     handler_file = _handler_file(kind, directory)
-    ignored = [*settings.key_files_ignored]
+    ignored = [*settings.key_files_ignored, *settings.sample_files]
     if handler_file is not None and build is None:  # otherwise it shapes the model, and belongs to the key
         ignored.append(handler_file)
     return ArchiveSource(

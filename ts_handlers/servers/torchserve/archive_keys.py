@@ -14,6 +14,7 @@ from ts_handlers.model.recipes import Made, make_source
 from ts_handlers.servers.torchserve.recipes import archive_recipe, recipes_of_parts
 from ts_handlers.servers.torchserve.unpacking import unpacked
 from ts_handlers.startup.address import key_in_store
+from ts_handlers.startup.observation import told_by_calls
 from ts_handlers.startup.target import new_target
 from ts_handlers.store.address import safe_name
 from ts_handlers.store.base import Store
@@ -63,8 +64,8 @@ def archive_keys(
 def _keys(made: Made, store: Store, archive: str | Path) -> list[ArchiveKey]:
     if made.settings is None or made.device is None:
         raise ModelError(f"{archive}: its handler starts no model")
-    target = new_target(made.source, made.settings, made.device)
-    backends = [get_backend(name) for name in made.settings.backends]
+    target = told_by_calls(new_target(made.source, made.settings, made.device), store)
+    backends = [get_backend(name) for name in target.settings.backends]
     keys = [(backend.name, key_in_store(backend, target, store)) for backend in backends if backend.persistent]
     left_out = getattr(made.source, "left_out", ())
     return [ArchiveKey(made.source.name, name, key, left_out) for name, key in keys]

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -40,6 +40,7 @@ from ts_handlers.servers.torchserve.archive import (
     EXPORTED,
     ArchiveFiles,
     gpu_of_worker,
+    name_of_model,
     own_build,
     prepared_for_base_handler,
     refusing_weights_alone,
@@ -48,25 +49,33 @@ from ts_handlers.servers.torchserve.archive import (
 from ts_handlers.servers.torchserve.base_handler import BaseHandler
 from ts_handlers.servers.torchserve.envelopes import guard_envelope
 from ts_handlers.servers.torchserve.metrics import Emitter
-from ts_handlers.servers.torchserve.micro_batching import MicroBatches, check_contexts, read_micro_batching
+from ts_handlers.servers.torchserve.micro_batching import MicroBatches, micro_batches_of
 from ts_handlers.servers.torchserve.ready import begin_serving
 from ts_handlers.servers.torchserve.recipes import handler_recipe
 from ts_handlers.servers.torchserve.request_batch import CurrentBatch, RequestBatch
 from ts_handlers.servers.torchserve.shares import Shares
 from ts_handlers.servers.torchserve.their_handler import (
+    adapt,
     answers_describe,
+    compile_as_plain,
     describe_uncompiled,
     device_of,
+    device_of_model,
+    finishing,
+    inputs_needed,
     is_base_handlers,
+    read_settings,
     reason_not_to_compile,
     refusing,
     set_compile_aside,
     unwrapped,
     with_their_description,
-    wrap_explanations,
 )
 from ts_handlers.settings import SECTION, Settings, parse_settings
-from ts_handlers.start import start_model
+from ts_handlers.start import is_captured, start_model
+
+if TYPE_CHECKING:
+    from ts_handlers.servers.torchserve.samples import SampledStart
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +108,8 @@ class CompiledHandlerMixin:
     _emitter: Emitter
     _not_compiled: str | None = None
     _submodels: Any = None
+    _sampled: SampledStart | None = None
+    _initializing = 0
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Works for handlers that do not call their base class's constructor."""
@@ -134,15 +145,18 @@ class CompiledHandlerMixin:
             With what was expected, what was found and what to do; TorchServe logs it and serves its other models.
         """
         config = getattr(context, "model_yaml_config", None) or {}
-        self.settings = self.__settings = parse_settings(config)  # a handler may set attributes of such names
+        self.__settings, self._not_compiled = self._read_settings(config)
+        self.settings = self.__settings  # a handler may set attributes of such names
         self.__context = context
         self.__config = config
+        self.__name = name_of_model(context)
         self.__recipe = handler_recipe(type(self), context, config)
         self._gpu = gpu_of_worker(context)
         across_workers = self.__settings.contexts.across_workers
         if self._gpu is not None and not across_workers:
             torch.cuda.set_device(self._gpu)
-        prepared = prepared_for_base_handler(context, config, hide_gpu=across_workers)
+        left = self._not_compiled is not None
+        prepared = prepared_for_base_handler(context, config, hide_gpu=across_workers, compiles=left)
         with refusing_weights_alone(context.manifest["model"]), prepared:
             super().initialize(context)  # type: ignore[misc]
         self.model_yaml_config = config
@@ -153,10 +167,19 @@ class CompiledHandlerMixin:
             self._submodels = start_submodels(self, context, self.__settings, self.__recipe, self._shares)
         else:
             self._start_module_of_base_handler()
+        if "handle" not in vars(self) and is_base_handlers(getattr(super(), "handle", None), "handle"):
+            self._micro_batches = micro_batches_of(self, self._current, config, self.__settings.contexts)
+
+    def _after_initialize(self) -> None:
+        """Called when the outermost `initialize` of the handler has ended."""
+        if self._sampled is not None:
+            self.model = self._sampled.finish(self.model, self._answer_below)
+            if self._served is not None:
+                self.model = self._as_plain(self._served)
+        if not self.__settings.models:
             self._shares.measure_served(self, self._served)
-        self._start_micro_batches()
         if self._served is not None:
-            (self._emitter,) = begin_serving([self.model], config, getattr(context, "metrics", None))
+            (self._emitter,) = begin_serving([self._served], self.__config, getattr(self.__context, "metrics", None))
 
     @property
     def _served(self) -> ServedModel | None:
@@ -164,13 +187,15 @@ class CompiledHandlerMixin:
         model = getattr(self, "model", None)
         return model if isinstance(model, ServedModel) else None
 
+    _read_settings = staticmethod(read_settings)
+
     def _start_module_of_base_handler(self) -> None:
         """Start the model from the module that a handler below has built in a way of its own, if it has."""
         model = unwrapped(getattr(self, "model", None))
         if isinstance(model, ServedModel):
             self.model = model
             return
-        self._not_compiled = reason_not_to_compile(model)
+        self._not_compiled = self._not_compiled or reason_not_to_compile(model)
         if self._not_compiled is None:
             self._not_compiled = self._start_module(model)
         if self._not_compiled is None:
@@ -180,14 +205,12 @@ class CompiledHandlerMixin:
                 f"{SECTION}.contexts.across_workers: nothing can be shared, since {self._not_compiled}; archive the "
                 "model file and its weights, or remove the setting"
             )
-        logger.warning(
-            "%s: nothing is compiled, the handler serves as it is: %s", self.__context.model_name, self._not_compiled
-        )
+        logger.warning("%s: nothing is compiled, the handler serves as it is: %s", self.__name, self._not_compiled)
 
     def _start_module(self, module: torch.nn.Module) -> str | None:
         """Swap a handler's module; returns why that is not possible, or None."""
         folder = self.__context.system_properties.get("model_dir")
-        source = ModuleSource(self.__context.model_name, module.eval(), recipe=self.__recipe, folder=folder)
+        source = ModuleSource(self.__name, module.eval(), recipe=self.__recipe, folder=folder)
         device = None if self.__settings.contexts.across_workers else device_of(module)
         restore = set_compile_aside(module)
         try:
@@ -204,36 +227,33 @@ class CompiledHandlerMixin:
             restore()
         return None
 
-    def _start_micro_batches(self) -> None:
-        section = read_micro_batching(self.__config)
-        below: Any = super()
-        if section is None or not is_base_handlers(below.handle, "handle"):
-            return
-        if not self.__settings.contexts.across_workers:
-            check_contexts(section.parallelism.inference, self.__settings.contexts.count)
-        device = torch.device(getattr(self, "device", None) or "cpu")
-        self._micro_batches = MicroBatches(self, self._current, device, section)
-
     @property
     def model_device(self) -> torch.device:
-        """Where the model runs. `device` is where `preprocess` puts its tensors, the CPU with
-        ``contexts: {across_workers: true}``."""
-        return self._gpu or torch.device(getattr(self, "device", None) or "cpu")
+        """Where the model runs; with ``across_workers`` `device`, where `preprocess` puts tensors, is the CPU."""
+        return device_of_model(self)
 
     def _start(self, source: ModelSource, device: torch.device | None = None) -> ServedModel:
-        return start_model(source, self.__settings, device or self.model_device)
+        if self.__settings.inputs or not self.__settings.samples:
+            return self._as_plain(start_model(source, self.__settings, device or device_of_model(self)))
+        from ts_handlers.servers.torchserve.samples import SampledStart
+
+        self._sampled = SampledStart(self.__settings, type(self), self.__context, self.__config)
+        return self._sampled.start(source, device or device_of_model(self))
+
+    def _as_plain(self, model: ServedModel) -> ServedModel:
+        return compile_as_plain(model, self.__config, self.__settings)
 
     def _load_pickled_model(
         self, model_dir: str, model_file: str, model_pt_path: str | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """Answer `BaseHandler.initialize` with a model from the store."""
         below: Any = super()
-        if args or kwargs:  # a method of that name with a signature of its own
+        if args or kwargs or self._not_compiled:  # a signature of its own, or nothing to be compiled
             return below._load_pickled_model(model_dir, model_file, model_pt_path, *args, **kwargs)
         files = ArchiveFiles(model_dir, model_file, model_pt_path)
         overridden = type(self).load_model is not CompiledHandlerMixin.load_model
         build = own_build(self.load_model if overridden else None, below._load_pickled_model, files)
-        source = source_of_archive(self.__context.model_name, type(self), files, self.__settings, build, self.__recipe)
+        source = source_of_archive(self.__name, type(self), files, self.__settings, build, self.__recipe)
         if self.__settings.models and files.model_file != EXPORTED:  # parts of it are compiled
             return source.eager()
         return self._start(source)
@@ -282,9 +302,7 @@ class CompiledHandlerMixin:
         finally:
             if served is not None:
                 served.answering -= 1
-                torchserve_metrics = getattr(context, "metrics", None)
-                self._emitter.emit(torchserve_metrics)
-                self._emitter.emit_contexts(torchserve_metrics, served.context_stats())
+                self._emitter.emit_all(getattr(context, "metrics", None), served.context_stats())
 
     def _answer(self, batch: RequestBatch) -> Any:
         below: Any = super()
@@ -323,7 +341,9 @@ class CompiledHandlerMixin:
         super().__init_subclass__(**kwargs)
         if "preprocess" in cls.__dict__:
             cls.preprocess = refusing(cls.__dict__["preprocess"])  # type: ignore[method-assign]
-        wrap_explanations(cls)
+        if "initialize" in cls.__dict__:
+            cls.initialize = finishing(cls.__dict__["initialize"])  # type: ignore[method-assign]
+        adapt(cls, CompiledHandlerMixin)
 
     def request_body(self, row: Any) -> Any:
         """The body of one request: bytes, text or what TorchServe parsed from JSON.
@@ -352,6 +372,7 @@ class CompiledHandlerMixin:
 
 
 CompiledHandlerMixin.preprocess = refusing(CompiledHandlerMixin.preprocess)  # type: ignore[method-assign]
+CompiledHandlerMixin.initialize = finishing(CompiledHandlerMixin.initialize)  # type: ignore[method-assign]
 
 
 class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
@@ -367,16 +388,20 @@ class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
     _answers_alone = False
 
     def _start(self, source: ModelSource, device: torch.device | None = None) -> ServedModel:
-        own = type(self).preprocess is CompiledHandler.preprocess
+        own = type(self).preprocess is CompiledHandler.preprocess and not is_captured()
         if own and source.weights_by_name and self.settings.backends != ("eager",) and not self.settings.inputs:
-            raise SettingsError(f"{SECTION}.inputs: needed by the default preprocess; declare them or override it")
+            raise inputs_needed(source.eager)
         return super()._start(source, device)
+
+    @staticmethod
+    def _read_settings(config: Any) -> tuple[Settings, str | None]:
+        return parse_settings(config), None  # its methods need a model of ours
 
     def preprocess(self, data: Any) -> Any:
         """JSON bodies to input tensors, concatenated along dimension 0."""
         specs = self.settings.inputs
         if not specs:
-            raise SettingsError(f"{SECTION}.inputs: needed by the default preprocess; declare them or override it")
+            raise inputs_needed(lambda: self.model)
         if len(data) > 1 and (self._answers_alone or not have_rows(specs)):
             raise InputError(NOT_BY_ROW)
         if len(data) > 1 and not (isinstance(self.model, ServedModel) and self.model.outcome.independent_rows):

@@ -41,6 +41,11 @@ class Emitter:
             if count > before.get(name, 0):
                 torchserve_metrics.add_counter(f"ts_handlers_{name}_total", count - before.get(name, 0))
 
+    def emit_all(self, torchserve_metrics: Any, stats: PoolStats) -> None:
+        """What `emit` and `emit_contexts` hand over."""
+        self.emit(torchserve_metrics)
+        self.emit_contexts(torchserve_metrics, stats)
+
     def emit_contexts(self, torchserve_metrics: Any, stats: PoolStats) -> None:
         """Hand over how many calls waited for an execution context since the last time, and how long together."""
         before, self._contexts = self._contexts, stats

@@ -26,6 +26,7 @@ import torch
 from ts_handlers.errors import BusyError, SettingsError
 from ts_handlers.servers.torchserve.request_batch import CurrentBatch, RequestBatch
 from ts_handlers.settings.parsing import read_section
+from ts_handlers.settings.sections import ContextSettings
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +169,8 @@ class MicroBatches:
         except Exception as error:
             if not part.batch.can_be_split:
                 return requests.refuse_or_raise(error)
-            if count == 1 or isinstance(error, BusyError):  # each would wait as long again
+            # Behind one that found no context each would wait as long again.
+            if count == 1 or isinstance(error, BusyError) or not requests.can_be_repeated:
                 return list(requests.refuse(error))
             return part.one_by_one(requests)
         if requests.has_answers(value):
@@ -176,7 +178,7 @@ class MicroBatches:
         wrong = RuntimeError(f"postprocess: expected a list of {count} answers, found {_summary(value)}")
         if not part.batch.can_be_split:
             raise wrong
-        return part.one_by_one(requests) if count > 1 else requests.refuse(wrong)
+        return part.one_by_one(requests) if requests.can_be_repeated else requests.refuse(wrong)
 
 
 @dataclasses.dataclass(eq=False)
@@ -215,3 +217,25 @@ def check_contexts(threads: int, contexts: int) -> None:
             contexts,
             "inference threads will wait for contexts" if threads > contexts else "some contexts will never be used",
         )
+
+
+def micro_batches_of(
+    handler: Any, current: CurrentBatch, config: Mapping[str, Any], contexts: ContextSettings
+) -> MicroBatches | None:
+    """What answers a handler's batches by parts; None without TorchServe's section.
+
+    Parameters
+    ----------
+    handler, current:
+        See `MicroBatches`.
+    config:
+        The parsed model-config.yaml.
+    contexts:
+        How many calls of the model run at once.
+    """
+    section = read_micro_batching(config)
+    if section is None:
+        return None
+    if not contexts.across_workers:
+        check_contexts(section.parallelism.inference, contexts.count)
+    return MicroBatches(handler, current, torch.device(getattr(handler, "device", None) or "cpu"), section)

@@ -20,6 +20,7 @@ import torch
 
 from ts_handlers.errors import UNDECODABLE, ModelError, SettingsError, one_line
 from ts_handlers.model.recipes import Made
+from ts_handlers.servers.torchserve.archive import name_of_model
 from ts_handlers.servers.torchserve.unpacking import MANIFEST
 from ts_handlers.start import captured_start
 
@@ -43,12 +44,12 @@ def handler_recipe(kind: type, context: Any, config: dict[str, Any]) -> dict[str
         "kind": "handler",
         "module": kind.__module__,
         "class": kind.__qualname__,
-        "model_name": context.model_name,
+        "model_name": name_of_model(context),
         "model_dir": os.path.abspath(properties.get("model_dir")),
         "manifest": copy.deepcopy(context.manifest),
         "gpu_id": properties.get("gpu_id"),
         "batch_size": properties.get("batch_size"),
-        "config": config,
+        "config": copy.deepcopy(config),  # handlers change theirs: BaseHandler deletes pt2.compile.enable
     }
 
 

@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 REFUSALS = (InputError, BusyError)
 """Errors that are an answer to a request."""
+STATEFUL = ("sequenceBatching", "continuousBatching")
+"""Settings of TorchServe with which handlers keep a state from request to request."""
+_STREAMS = "ts_stream_next"
+"""The header that TorchServe sets on an answer of which it has sent a part."""
 
 
 class RequestBatch:
@@ -80,7 +84,29 @@ class RequestBatch:
     @property
     def can_be_split(self) -> bool:
         """Whether it holds several requests, each with a context of its own."""
-        return self.rows is not None and len(self.rows) > 1 and not self._is_inside_envelope
+        return self.rows is not None and len(self.rows) > 1 and not self._is_inside_envelope and not self._continues
+
+    @property
+    def _continues(self) -> bool:
+        """Whether TorchServe asks the context, after the batch, for each request's criterion to stop."""
+        config = getattr(self.context, "model_yaml_config", None) or {}
+        return bool(config.get("continuousBatching"))
+
+    @property
+    def can_be_repeated(self) -> bool:
+        """Whether its requests may be answered a second time, one by one, after the batch has failed.
+
+        Not where the handler keeps a state from request to request (``sequenceBatching``, ``continuousBatching``),
+        which has changed by then, and not where a part of an answer has been sent already
+        (`ts.handler_utils.utils.send_intermediate_predict_response`).
+        """
+        if not self.can_be_split:
+            return False
+        config = getattr(self.context, "model_yaml_config", None) or {}
+        if any(config.get(name) for name in STATEFUL):
+            return False
+        processors = getattr(self.context, "request_processor", None) or ()
+        return not any(each.get_response_headers().get(_STREAMS) for each in processors)
 
     @property
     def _is_inside_envelope(self) -> bool:

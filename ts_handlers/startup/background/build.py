@@ -88,6 +88,8 @@ class BackgroundBuild:
         run.
     retry_failed:
         See `ts_handlers.start.start_model`.
+    published:
+        Called on the background thread when the store has the entry; what it raises keeps the eager model.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class BackgroundBuild:
         address: Address,
         load: Callable[[str, IdleWindows], CompiledModel],
         retry_failed: bool = False,
+        published: Callable[[], None] = lambda: None,
     ) -> None:
         self._model = model
         self._target = target
@@ -107,6 +110,7 @@ class BackgroundBuild:
         self._address = address
         self._load = load
         self._retry_failed = retry_failed
+        self._published = published
         self._leases = store.state_directory / LEASES
         self._name = f"{address.key.digest}{BACKGROUND}"
         self._state = "waiting"
@@ -202,6 +206,7 @@ class BackgroundBuild:
             ended = self._obtain()
             if ended.backend is None:
                 raise BuildError(ended.reason or "nothing was built")
+            self._published()
             self._swap(ended.backend, ended.fallbacks)
         except Exception as error:
             self._reason = one_line(f"{type(error).__name__}: {error}", 1000)

@@ -6,6 +6,7 @@
         entries/<model>/<model digest>/<device>/<key>/    published entries, see store/entry.py
         canaries/<key>/<weights digest>                   canary records, see store/canaries.py
         outside/<base key>/<names digest>                 what a model reads elsewhere, see store/outside.py
+        observed/<identity>/calls, declaration            calls of undeclared models, see store/observed.py
         leases/
             <key>.lock, <key>.json                        the right to build, and what its holder is doing
             <key>.<address>.fetch.lock                    held by the process that asks the remote store
@@ -44,6 +45,9 @@ ENTRY_DEPTH = 4
 """Folders from ``entries`` down to an entry: model, model digest, device, key."""
 CANARIES = "canaries"
 OUTSIDE = "outside"
+OBSERVED = "observed"
+OBSERVED_CALLS = "calls"
+OBSERVED_DECLARATION = "declaration"
 LEASES = "leases"
 REMOTE = "remote"
 STAGING = "staging"

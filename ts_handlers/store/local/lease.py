@@ -1,7 +1,7 @@
 """Build leases: one process of a host builds a key at a time.
 
-The lease is a file lock, which the kernel releases when its holder dies, however it dies. Beside the lock stands a
-status file by which waiters tell what the holder is doing; it is information only and may be stale or missing.
+The lease is a `flock` on a file, which the kernel releases when its holder dies, however it dies. Beside the lock
+stands a status file by which waiters tell what the holder is doing; it is information only and may be stale or missing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from ts_handlers.errors import UNDECODABLE
 from ts_handlers.store.local.layout import LEASE_LOCK, LEASE_STATUS
-from ts_handlers.system.files import write_atomically
+from ts_handlers.system.files import close_if_same, open_locked, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -59,30 +59,15 @@ def hold_lease(directory: Path, name: str, estimate: float | None) -> Iterator[L
     estimate:
         Seconds that a build took before, for the waiters' log line; None when unknown.
     """
-    from filelock import FileLock, Timeout
-
     status = directory / f"{name}{LEASE_STATUS}"
     started = time.monotonic()
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = FileLock(directory / f"{name}{LEASE_LOCK}")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.info("another process builds %s: %s", name, describe_holder(directory, name, 0.0, estimate))
-            last = started
-            while True:
-                try:
-                    lock.acquire(timeout=1.0, poll_interval=POLL_SECONDS)
-                    break
-                except Timeout:
-                    now = time.monotonic()
-                    if now - last >= LOG_EVERY_SECONDS:
-                        last = now
-                        logger.info(
-                            "still waiting for %s: %s", name, describe_holder(directory, name, now - started, estimate)
-                        )
-    except (OSError, NotImplementedError) as error:
+        descriptor = _take(directory / f"{name}{LEASE_LOCK}")
+        if descriptor is None:
+            descriptor = _wait(directory, name, estimate)
+        identity = os.fstat(descriptor)
+    except OSError as error:
         logger.warning("no lease for %s (%s); building without one", name, error)
         yield Lease(None, time.monotonic() - started)
         return
@@ -93,8 +78,34 @@ def hold_lease(directory: Path, name: str, estimate: float | None) -> Iterator[L
     finally:
         with contextlib.suppress(OSError):
             status.unlink()
-        with contextlib.suppress(OSError):  # native code of the build may have closed descriptors that are not its own
-            lock.release()
+        close_if_same(descriptor, identity)  # native code of the build may have closed what is not its own
+
+
+def _take(path: Path) -> int | None:
+    """The descriptor of a lock file that is locked now; None while another process holds it."""
+    while True:
+        try:
+            return open_locked(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+        except BlockingIOError:
+            return None
+        except FileNotFoundError:  # the collector has removed it between opening and locking it
+            if not path.parent.exists():
+                raise
+
+
+def _wait(directory: Path, name: str, estimate: float | None) -> int:
+    """Wait for the holder, and say now and then what it is doing; the descriptor of the lock."""
+    logger.info("another process builds %s: %s", name, describe_holder(directory, name, 0.0, estimate))
+    started = last = time.monotonic()
+    while True:
+        time.sleep(POLL_SECONDS)
+        descriptor = _take(directory / f"{name}{LEASE_LOCK}")
+        if descriptor is not None:
+            return descriptor
+        now = time.monotonic()
+        if now - last >= LOG_EVERY_SECONDS:
+            last = now
+            logger.info("still waiting for %s: %s", name, describe_holder(directory, name, now - started, estimate))
 
 
 def read_status(directory: Path, name: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from ts_handlers.store.base import Corrupt, Hit, Miss, NoPendingWrites
 from ts_handlers.store.entry import MANIFEST, Manifest, read_manifest, verify_files, write_manifest
 from ts_handlers.store.local.layout import ENTRIES, LEASES, SHARED, STAGING
 from ts_handlers.store.local.lease import Lease, hold_lease
+from ts_handlers.store.local.observed import ObservedRecords
 from ts_handlers.store.local.ownership import NotOursError, OwnedTree, check_path, make_private_folders
 from ts_handlers.store.local.records import Records
 from ts_handlers.store.local.trash import move_aside
@@ -41,7 +42,7 @@ _DAMAGE = (errno.EISDIR, errno.ELOOP)
 something about this process or this moment."""
 
 
-class LocalStore(Records):
+class LocalStore(Records, ObservedRecords):
     """Entries below `root`, which is made if it does not exist.
 
     The entries that a store object has found or published stay locked against eviction until it is closed or
@@ -78,17 +79,30 @@ class LocalStore(Records):
         self._trusted_folders = tuple(trusted_folders)
         self._in_use = InUse()
         weakref.finalize(self, self._in_use.close)
-        try:
-            for folder in [*reversed(self.root.parents), self.root]:
-                if not folder.exists():
-                    folder.mkdir(mode=0o700, exist_ok=True)
-            os.listdir(self.root)
-        except OSError as error:
-            raise StoreError(
-                f"the store {self.root} cannot be used: {error.strerror or error}; make it a readable folder, or name "
-                "another with handler.ts_handlers.store or TS_HANDLERS_CACHE"
-            ) from error
-        check_path(self.root, trusted_folders)
+        self._open_root()
+
+    def _open_root(self) -> None:
+        """Make the root, and look whether it and the way to it can be used; a disk is asked again before it is not."""
+        problem: OSError | None = None
+        for attempt in range(READ_ATTEMPTS):
+            if attempt:
+                time.sleep(RETRY_SECONDS)
+            try:
+                for folder in [*reversed(self.root.parents), self.root]:
+                    if not folder.exists():
+                        folder.mkdir(mode=0o700, exist_ok=True)
+                os.listdir(self.root)
+                check_path(self.root, self._trusted_folders)
+                return
+            except OSError as error:
+                problem = error
+                if isinstance(error, (PermissionError, NotADirectoryError, FileExistsError)):
+                    break
+        assert problem is not None
+        raise StoreError(
+            f"the store {self.root} cannot be used: {problem.strerror or problem}; make it a readable folder, or name "
+            "another with handler.ts_handlers.store or TS_HANDLERS_CACHE"
+        ) from problem
 
     @property
     def name(self) -> str:

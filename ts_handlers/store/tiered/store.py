@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ts_handlers.errors import RemoteError, StoreError
 from ts_handlers.key.cache_key import OUTSIDE
@@ -38,6 +38,11 @@ from ts_handlers.store.remote.names import canary_name, canary_subject, entry_na
 from ts_handlers.store.remote.signing import Keyring
 from ts_handlers.store.tiered.sender import Sender
 from ts_handlers.system.locked_directory import empty_folder
+
+if TYPE_CHECKING:
+    from ts_handlers.model.declaration import Declaration
+    from ts_handlers.model.observed_calls import ObservedCalls
+    from ts_handlers.store.observed import CallsRecord
 
 RECORDS = 64
 """How many records of names are read for one key."""
@@ -326,6 +331,22 @@ class TieredStore:
         written = self._local.write_canary(address, weights_digest, record)
         self._sender.send_canary(address, weights_digest, record)
         return written
+
+    def read_calls(self, identity: str) -> CallsRecord | None:
+        """See `Store`; the local store knows them."""
+        return self._local.read_calls(identity)
+
+    def add_calls(self, identity: str, calls: ObservedCalls) -> bool:
+        """See `Store`; the local store keeps them."""
+        return self._local.add_calls(identity, calls)
+
+    def read_declaration(self, identity: str) -> Declaration | None:
+        """See `Store`; the local store knows it."""
+        return self._local.read_declaration(identity)
+
+    def write_declaration(self, identity: str, declaration: Declaration) -> bool:
+        """See `Store`; the local store keeps it."""
+        return self._local.write_declaration(identity, declaration)
 
     def close(self) -> None:
         """Send what is pending, for as long as the end of a process may take; then close the local store."""

@@ -29,6 +29,7 @@ from ts_handlers.store.local.layout import (
     LEASE_STATUS,
     LEASES,
     MARKERS,
+    OBSERVED,
     OUTCOME,
     OUTSIDE,
     RECORDS,
@@ -45,6 +46,7 @@ from ts_handlers.store.upkeep.scan import measure, scan_entries, scan_trash
 from ts_handlers.system.files import is_temporary, open_locked
 
 ORPHAN_SECONDS = 86400.0  # records of keys that have no entry; a new build of the key would use them again
+OBSERVED_SECONDS = 90 * 86400.0  # what is known of calls; seeing them again takes traffic
 MARKER_SECONDS = 7 * 86400.0  # crash markers, from which the next start of the key would learn
 DAMAGED_SECONDS = 7 * 86400.0  # damaged entries, kept for whoever wants to know what happened
 
@@ -114,6 +116,9 @@ def _orphans(root: Path, keys: set[str], bases: set[str], now: float) -> Iterato
     for path in _children(root / OUTSIDE):
         if path.name not in bases and _is_older(path, ORPHAN_SECONDS, now):
             yield path, None, "outside: no entry of its model is left"
+    for path in _children(root / OBSERVED):
+        if _is_older(path, OBSERVED_SECONDS, now):
+            yield path, None, "observed: no start of its model has asked for it for long"
     for path in _children(root / REMOTE):
         key = path.name.partition(".")[0].removeprefix(UNSENT)
         if path.name.startswith(UNSENT) and key not in keys and _is_older(path, ORPHAN_SECONDS, now):
@@ -153,7 +158,7 @@ def _remove(path: Path, locked: Path | None) -> str | None:
                 shutil.rmtree(path)
             else:
                 # A lease's lock file goes while it is held: who has opened it before and locks it afterwards finds
-                # that it has no name any more and opens a new one (filelock looks after locking).
+                # that it has no name any more and opens a new one.
                 path.unlink()
     except FileNotFoundError:
         return None
@@ -192,6 +197,7 @@ def _temporary_files(root: Path) -> Iterator[Path]:
     for folder in (
         *_children(root / CANARIES),
         *_children(root / OUTSIDE),
+        *_children(root / OBSERVED),
         *_children(root / SHARED),
         root / LEASES,
         root / REMOTE,
