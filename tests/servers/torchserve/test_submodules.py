@@ -413,6 +413,19 @@ def test_where_the_time_goes_is_measured_over_the_first_batches(tmp_path: Path) 
     assert vars(handler.pipe.unet)["forward"].measured is None
 
 
+def test_modules_below_a_compiled_one_get_no_hooks_wherever_they_are_held(tmp_path: Path) -> None:
+    class Ours(CompiledHandlerMixin, Diffuses):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "pipe":
+                self.decoder = value.vae.decoder
+
+    handler, context = start(tmp_path, {"decoder": DECODE}, Ours)
+    assert not handler.decoder._forward_hooks
+    assert ask(handler, context, *IDS)[0][0] == 200
+    assert handler.describe_handle()["models"]["decoder"]["reason"] is None
+
+
 def test_a_failing_batch_ends_its_measurement(tmp_path: Path) -> None:
     handler, context = start(tmp_path, {"unet": UNET})
     outside_the_table = [1, 2, 99, 4, 5]

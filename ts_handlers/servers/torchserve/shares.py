@@ -58,7 +58,7 @@ class Shares:
         handler:
             Its attributes are looked at, and the attributes and elements of those.
         compiled:
-            The ``id`` of each module that is compiled, of which a method is enough: what lies below it gets no hooks.
+            The ``id`` of each module that is compiled, and of those below it: they get no hooks.
         """
         for name, module in _held_modules(handler).items():
             self._hook(name, module, compiled)
@@ -105,13 +105,16 @@ class Shares:
         model:
             ``self.model`` if it is a served one, else None.
         """
+        compiled: set[int] = set()
         if model is not None:
             self.measure_model("model", model, lambda measured: measure_calls(model, measured))
             module = eager_module(model)
             uses_it = get_backend(model.outcome.backend).needs_eager_module or model.background is not None
-            if module is not None and not uses_it:  # else hooks on it would be part of what is compiled
+            if module is not None and uses_it:  # hooks on it would be part of what is compiled
+                compiled = {id(child) for child in module.modules()}
+            elif module is not None:
                 self._hook(f"model ({EAGER})", module, ())
-        self.measure_modules(handler, ())
+        self.measure_modules(handler, compiled)
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[None]:

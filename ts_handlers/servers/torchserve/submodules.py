@@ -135,7 +135,7 @@ class Submodels:
             self._start(each)
         for each in self.all:
             self._install(each)
-        compiled = {id(each.module) for each in self.all if each.served is not None}
+        compiled = {id(child) for each in self.all if each.served is not None for child in each.module.modules()}
         self._shares.measure_modules(handler, compiled)
         self.emitters: list[Emitter] = []
 
