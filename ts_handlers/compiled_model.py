@@ -12,7 +12,8 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -30,6 +31,9 @@ from ts_handlers.model.explanations import explanations_under_way
 from ts_handlers.model.module import ModuleSource
 from ts_handlers.model.signature import Signature
 from ts_handlers.store.base import Store
+
+if TYPE_CHECKING:
+    from ts_handlers.model.observed_calls import Observer
 
 logger = logging.getLogger(__name__)
 
@@ -55,21 +59,6 @@ class Background(Protocol):
 
     def close(self) -> None:
         """Give up: never swap."""
-
-
-class Observer(Protocol):
-    """What notes the calls that the eager module answers; see `ts_handlers.startup.observation`.
-
-    `refuses_changes` tells whether a change of the eager module would be lost, so that it must be refused.
-    """
-
-    refuses_changes: bool
-
-    def note(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Note a call that was answered; never raises."""
-
-    def describe(self) -> dict[str, Any]:
-        """What is known, JSON-compatible."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +121,7 @@ class ServedModel(GuardedModel, abc.ABC):
         self.background: Background | None = None
         self.answering = 0
         self._other_forms: dict[str, int] = {}
+        self._measured: Callable[[], AbstractContextManager[None]] | None = None
 
     @abc.abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -253,7 +243,10 @@ class CompiledModel(ServedModel):
         if explanations_under_way():
             return self._explain(args, kwargs)
         try:
-            return self._answer(args, kwargs)
+            if self._measured is None:
+                return self._answer(args, kwargs)
+            with self._measured():
+                return self._answer(args, kwargs)
         finally:
             compiled = graphs_for_requests()
             if compiled:
@@ -322,7 +315,7 @@ class CompiledModel(ServedModel):
         before, names = self._loaded, other._loaded.signature.names
         if self._outside_eager and before.signature.names == names and self.outcome.backend == "eager":
             self._eager[names] = before.run
-        if not _declare_the_same(self._target, other._target):  # calls have told the other one's
+        if not self._target.declares_as(other._target):  # calls have told the other one's
             self._target = self._made_for = other._target
             self._outside_eager = other._outside_eager
             self._order = other._order
@@ -373,8 +366,28 @@ class CompiledModel(ServedModel):
         return facts
 
 
-def _declare_the_same(a: Target, b: Target) -> bool:
-    return (a.settings.inputs, a.settings.dimensions) == (b.settings.inputs, b.settings.dimensions)
+def count_other_form(model: ServedModel, form: str) -> None:
+    """Count a call that the artifact cannot take and that somebody else answers eagerly.
+
+    Parameters
+    ----------
+    form:
+        In what it differs from the declared inputs.
+    """
+    model._count_other_form(form)
+
+
+def eager_module(model: ServedModel) -> torch.nn.Module | None:
+    """The eager module of a model if it is there; builds none."""
+    return model._module_at_hand()
+
+
+def measure_calls(model: ServedModel, measured: Callable[[], AbstractContextManager[None]] | None) -> None:
+    """Call a model inside a context that `measured` gives for each call; with None no more.
+
+    A model that runs in another process is not measured.
+    """
+    model._measured = measured
 
 
 def log_outcome(event: str, name: str, model: ServedModel) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -87,10 +87,7 @@ def start_model(
     >>> model(torch.zeros(3, 2)).shape, model.outcome.backend
     (torch.Size([3, 1]), 'eager')
     """
-    captured = _captured.get()
-    if captured is not None:
-        captured.append(Made(source, settings, torch.device(device), observed is not None))
-        raise _Captured
+    hand_over([Made(source, settings, torch.device(device), observed is not None)])
     settings = _beside_serving(source, settings)
     if settings.contexts.across_workers:
         from ts_handlers.model_process.shared_model import join_model
@@ -112,6 +109,17 @@ def _beside_serving(source: ModelSource, settings: Settings) -> Settings:
     return msgspec.structs.replace(settings, on_miss="background")
 
 
+def hand_over(made: Sequence[Made]) -> None:
+    """Inside a block of `captured_start`, hand over all that is about to be started, and end the block.
+
+    Elsewhere it does nothing, and so it does without anything to start.
+    """
+    captured = _captured.get()
+    if captured is not None and made:
+        captured.extend(made)
+        raise _Captured
+
+
 class _Captured(BaseException):
     """Ends whoever called `start_model`; no Exception, so that nobody takes it for a failure."""
 
@@ -123,7 +131,7 @@ def is_captured() -> bool:
 
 @contextlib.contextmanager
 def captured_start() -> Iterator[list[Made]]:
-    """Inside the block, `start_model` starts nothing: it adds what it was called with to the list, and ends the block.
+    """Inside the block, `start_model` starts nothing: what it was called with goes to the list, and the block ends.
 
     So another process finds out what a server's handler would start, without starting it. An error that the handler
     raises after that is of no interest.

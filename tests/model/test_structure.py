@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import sys
 from typing import Any, NamedTuple
 
 import pytest
@@ -158,3 +159,27 @@ def test_missing_field_is_an_attribute_error() -> None:
 def test_what_an_artifact_cannot_return_is_a_build_error(output: Any) -> None:
     with pytest.raises(BuildError, match="the model returned"):
         flatten(output)
+
+
+def test_a_dynamic_cache_is_carried_as_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_utils = pytest.importorskip("transformers.cache_utils")
+    cache = cache_utils.DynamicCache()
+    for layer in range(2):
+        cache.update(torch.full((1, 2, 3, 4), float(layer)), torch.ones(1, 2, 3, 4), layer)
+    found = round_trip({"logits": torch.zeros(1), "cache": cache})["cache"]
+    assert type(found) is cache_utils.DynamicCache
+    assert found.get_seq_length() == 3
+    for ours, theirs in zip(found.layers, cache.layers, strict=True):
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+    flat, structure = flatten(cache)
+    monkeypatch.delitem(sys.modules, "transformers.cache_utils")  # as in a process that has not imported it
+    pairs = unflatten(flat, structure)
+    assert [len(pair) for pair in pairs] == [2, 2]
+    assert pairs[1][0] is cache.layers[1].keys
+
+
+def test_what_an_artifact_cannot_return_names_no_other_backend() -> None:
+    with pytest.raises(BuildError, match=r"returned a object; expected tensors, .* or leave it out") as caught:
+        flatten({"logits": torch.zeros(1), "cache": object()})
+    assert "backend" not in str(caught.value)

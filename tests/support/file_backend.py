@@ -78,7 +78,7 @@ class FileBackend:
         crash_at("load")
         if self.load_errors:
             raise self.load_errors.pop(0)
-        weights = target.source.weights()
+        weights = {name.removeprefix("inner."): weight for name, weight in target.source.weights().items()}
         names = json.loads((directory / "part" / "first.json").read_text())
         names |= json.loads((directory / "second.json").read_text())
         weight, bias = weights[names["weight"]], weights[names["bias"]]

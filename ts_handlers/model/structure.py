@@ -10,10 +10,11 @@ An `OutputStructure` is one of::
     {"kind": "constant", "value": None | bool | int | float | str}
     {"kind": "tuple" | "list", "items": [structure, ...]}
     {"kind": "dict" | "mapping" | "namedtuple", "keys": [str, ...], "items": [structure, ...]}
+    {"kind": "cache", "class": "module:qualified name", "items": [structure, ...]}
 
 ``mapping`` stands for an output class with attributes (a dataclass or a ``ModelOutput``). ``mapping`` and
 ``namedtuple`` may have ``"class": "module:qualified name"`` and ``"absent": [str, ...]``, fields that are None and no
-keys.
+keys. ``cache`` is a ``DynamicCache`` of transformers: keys and values of each layer in turn.
 """
 
 from __future__ import annotations
@@ -116,10 +117,27 @@ def _take_apart(value: Any, leaves: list[torch.Tensor]) -> OutputStructure:
     if isinstance(value, (tuple, list)):
         kind = "list" if isinstance(value, list) else "tuple"
         return {"kind": kind, "items": [_take_apart(item, leaves) for item in value]}
+    cached = _cached(value)
+    if cached is not None:
+        items = [_take_apart(item, leaves) for item in cached]
+        return {"kind": "cache", "class": f"{type(value).__module__}:{type(value).__qualname__}", "items": items}
     raise BuildError(
-        f"the model returned a {type(value).__qualname__}; expected tensors, numbers, strings, tuples, lists, dicts or "
-        "a model-output class: return one of these from forward(), or use the backend 'inductor'"
+        f"the model returned a {type(value).__qualname__}; expected tensors, numbers, strings, tuples, lists, dicts, a "
+        "model-output class or a DynamicCache: return one of these from forward(), or leave it out, such as another "
+        "cache with use_cache=False"
     )
+
+
+def _cached(value: Any) -> list[torch.Tensor] | None:
+    """Keys and values of each layer of a ``DynamicCache`` of plain layers, in turn; None for everything else."""
+    kind = type(value)
+    if kind.__name__ != "DynamicCache" or not kind.__module__.startswith("transformers."):
+        return None
+    layers = getattr(value, "layers", None)
+    if not isinstance(layers, list) or not layers or {type(layer).__name__ for layer in layers} != {"DynamicLayer"}:
+        return None
+    found = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    return found if all(isinstance(tensor, torch.Tensor) for tensor in found) else None
 
 
 def _fields(value: Any) -> tuple[str, dict[str, Any]] | None:
@@ -179,6 +197,8 @@ def _build(structure: OutputStructure, leaves: Iterator[torch.Tensor]) -> Any:
     if kind == "constant":
         return structure["value"]
     items = [_build(item, leaves) for item in structure["items"]]
+    if kind == "cache":
+        return _make_cache(structure, items)
     if kind == "tuple":
         return tuple(items)
     if kind == "list":
@@ -192,16 +212,33 @@ def _build(structure: OutputStructure, leaves: Iterator[torch.Tensor]) -> Any:
     return fields if kind == "dict" else OutputMapping(fields, tuple(structure.get("absent", ())))
 
 
-def _make(structure: OutputStructure, items: list[Any]) -> Any:
-    """An output of the eager model's class, if that is imported here and takes its fields; else None."""
+def _imported(structure: OutputStructure) -> Any:
+    """The class of an output, if that is imported here; else None."""
     module, _, name = structure["class"].partition(":")
     try:
         kind = functools.reduce(getattr, name.split("."), sys.modules[module])
     except (KeyError, AttributeError):  # not imported, or a class inside a function
         return None
-    if not isinstance(kind, type):
+    return kind if isinstance(kind, type) else None
+
+
+def _make_cache(structure: OutputStructure, items: list[Any]) -> Any:
+    """A cache of the eager model's class; without that class a pair of keys and values for each layer."""
+    pairs = tuple(zip(items[::2], items[1::2], strict=True))
+    kind = _imported(structure)
+    if kind is None:
+        return pairs
+    cache = kind()
+    for index, (keys, values) in enumerate(pairs):
+        cache.update(keys, values, index)
+    return cache
+
+
+def _make(structure: OutputStructure, items: list[Any]) -> Any:
+    """An output of the eager model's class, if that is imported here and takes its fields; else None."""
+    made = kind = _imported(structure)
+    if kind is None:
         return None
-    made: Any = kind
     keys = structure["keys"]
     try:
         if issubclass(kind, tuple):

@@ -80,6 +80,51 @@ class CompileSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fullgraph: bool = False
 
 
+class GenerateSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The decode steps of transformers' ``generate`` with a static cache.
+
+    `length` is the cache's length in tokens, prompt and new tokens together, and `batch` the range of the sequences
+    that are generated at once, beams counted.
+    """
+
+    length: int
+    batch: Dimension = Dimension(1, 1)
+
+
+class SubmodelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A module below the handler, which is compiled by itself.
+
+    Attributes
+    ----------
+    path:
+        Where it is after the handler's `initialize`: attributes, keys or indices from the handler on, as
+        ``pipe.unet``.
+    method:
+        The method whose calls are answered by the artifact.
+    arguments:
+        Arguments that are no tensors and have these values in the calls that the artifact answers.
+    generate:
+        Compile the decode steps of ``generate`` in place of calls with declared inputs.
+    inputs, dimensions, warmup, outside:
+        As in `Settings`.
+    backends, on_miss, canary, tensorrt:
+        As in `Settings`, whose own they are where they are None.
+    """
+
+    path: str
+    method: str = "forward"
+    arguments: dict[str, bool | int | float | str | None] = msgspec.field(default_factory=dict)
+    generate: GenerateSettings | None = None
+    inputs: tuple[InputSpec, ...] = ()
+    dimensions: dict[str, Dimension] = msgspec.field(default_factory=dict)
+    warmup: tuple[dict[str, int], ...] = ()
+    outside: Literal["refuse", "eager"] = "eager"
+    backends: tuple[str, ...] | None = None
+    on_miss: Literal["compile", "background", "fail", "eager"] | None = None
+    canary: CanarySettings | None = None
+    tensorrt: TensorRTSettings | None = None
+
+
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that a user can set; see docs/settings.md for the same list in prose.
 
@@ -124,6 +169,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     verify:
         ``changed`` hashes entries and weights again only when they may have changed since they were last hashed;
         ``always`` hashes them at every start.
+    models:
+        Modules below the handler that are compiled by themselves, by names of the user's; see
+        `ts_handlers.settings.submodels`.
     guard, background, remote, trust, space, tensorrt, contexts:
         See `ts_handlers.settings.sections`.
     """
@@ -154,6 +202,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     space: SpaceSettings = SpaceSettings()
     tensorrt: TensorRTSettings = TensorRTSettings()
     contexts: ContextSettings = ContextSettings()
+    models: dict[str, SubmodelSettings] = msgspec.field(default_factory=dict)
 
     @property
     def warmup_sizes(self) -> tuple[dict[str, int], ...]:

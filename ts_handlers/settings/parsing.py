@@ -19,6 +19,7 @@ import msgspec
 from ts_handlers.errors import SettingsError
 from ts_handlers.settings.model import PT2_SECTION, SECTION, CompileSettings, Settings
 from ts_handlers.settings.removed import without_removed
+from ts_handlers.settings.submodels import validate_models
 from ts_handlers.settings.torch_compile import apply_compile
 from ts_handlers.settings.validation import validate
 
@@ -74,6 +75,7 @@ def parse_settings(model_yaml_config: Mapping[str, Any] | None) -> Settings:
         compile_settings = read_section(compile_section, CompileSettings, PT2_SECTION)
         settings = apply_compile(settings, compile_settings, section)
     validate(settings)
+    validate_models(settings)
     return settings
 
 

@@ -18,8 +18,10 @@ from tests.support.models import LINEAR_SECTION, eager_model
 from tests.support.subprocesses import SUPPORT
 from ts_handlers.errors import ModelError
 from ts_handlers.guard.quarantine import read_quarantines
+from ts_handlers.servers.torchserve.archive_keys import archive_keys
 from ts_handlers.servers.torchserve.prewarm import prewarm
 from ts_handlers.settings.sections import BackgroundSettings
+from ts_handlers.store.local.store import LocalStore
 
 pytest.importorskip("ts", reason="TorchServe is not installed")
 
@@ -155,3 +157,94 @@ def test_handler_without_the_mixin_has_nothing_to_build(folder: Path, tmp_path: 
     done = prewarm(folder, store=tmp_path / "store", config=folder / "model-config.yaml")
     assert done.result == "failed"
     assert "must be a CompiledHandlerMixin" in str(done.reason)
+
+
+THEIR_PARTS = """
+import torch
+from ts.torch_handler.base_handler import BaseHandler
+from ts_handlers.model.archive_files import load_model_class
+
+
+class Theirs(BaseHandler):
+    def initialize(self, context):
+        from pathlib import Path
+
+        folder = Path(context.system_properties["model_dir"])
+        self.parts = [load_model_class(folder / "model.py")() for _ in range(2)]
+        for part in self.parts:
+            part.load_state_dict(torch.load(folder / "model.pt", weights_only=True))
+"""
+PARTS_HANDLER = """
+from their_parts import Theirs
+from ts_handlers import CompiledHandlerMixin
+
+
+class Handler(CompiledHandlerMixin, Theirs):
+    pass
+"""
+
+
+@pytest.fixture
+def parts(folder: Path) -> Path:
+    """An archive whose handler holds two modules, each with settings of its own."""
+    (folder / "their_parts.py").write_text(THEIR_PARTS)
+    (folder / "parts_handler.py").write_text(PARTS_HANDLER)
+    (folder / "MAR-INF" / "MANIFEST.json").write_text(
+        json.dumps({"model": {"modelName": "model", "handler": "parts_handler.py", "configFile": "model-config.yaml"}})
+    )
+    linear = {"inputs": LINEAR_SECTION["inputs"], "dimensions": LINEAR_SECTION["dimensions"]}
+    models = {
+        "first": {"path": "parts.0", **linear},
+        "second": {"path": "parts.1", **linear, "dimensions": {"batch": {"min": 1, "max": 2}}},
+    }
+    write_config(folder, inputs=[], dimensions={}, warmup=[], models=models)
+    return folder
+
+
+def start_parts(folder: Path, store: Path) -> dict[str, Any]:
+    """The parts of a handler that starts on an archive's configuration."""
+    sys.modules.pop("parts_handler", None)
+    from parts_handler import Handler  # type: ignore[import-not-found]
+
+    section = yaml.safe_load((folder / "model-config.yaml").read_text())["handler"]["ts_handlers"]
+    handler = Handler()
+    handler.initialize(make_context(folder, store, {}, section={"warmup": [], **section}))
+    return {each.name: each.model for each in handler._submodels.all}
+
+
+@pytest.mark.processes
+def test_prewarm_builds_each_part_of_a_handler(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(parts))
+    store = tmp_path / "store"
+    done = prewarm(parts, store=store, device="cpu")
+    assert (done.ok, done.model, [part.result for part in done.parts]) == (True, "model", ["built", "built"]), done
+    started = start_parts(parts, store)
+    assert [model.outcome.result for model in started.values()] == ["hit", "hit"]
+    assert [model.outcome.key for model in started.values()] == [part.key for part in done.parts]
+    assert [part.model for part in done.parts] == ["model.first", "model.second"]
+    opened = LocalStore(store)
+    assert [(key.model, key.key.digest) for key in archive_keys(parts, opened)] == [
+        (part.model, part.key) for part in done.parts
+    ]
+
+
+@pytest.mark.processes
+def test_parts_are_built_in_the_background_each_in_a_process(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(parts))
+    write_models(parts, on_miss="background")
+    started = start_parts(parts, tmp_path / "store")
+    assert {model.outcome.backend for model in started.values()} == {"eager"}
+    for model in started.values():
+        assert model.background.wait(60)
+        assert (model.outcome.result, model.outcome.backend) == ("swapped", "aot_inductor"), model.describe()
+    started = start_parts(parts, tmp_path / "store")
+    assert [model.outcome.result for model in started.values()] == ["hit", "hit"]
+
+
+def write_models(folder: Path, **changes: Any) -> None:
+    """Change settings of an archive."""
+    config = yaml.safe_load((folder / "model-config.yaml").read_text())
+    config["handler"]["ts_handlers"] |= changes
+    (folder / "model-config.yaml").write_text(yaml.safe_dump(config))

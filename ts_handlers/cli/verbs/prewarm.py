@@ -48,7 +48,8 @@ def command(
         facts: dict[str, Any] = {**dataclasses.asdict(done), "ok": done.ok}
         print_json(facts)
     else:
-        say(_sentence(done))
+        for each in done.parts or (done,):
+            say(_sentence(each))
     return ExitCode.OK if done.ok else ExitCode.FINDINGS
 
 

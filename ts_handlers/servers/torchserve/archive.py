@@ -31,7 +31,7 @@ Build = Callable[[], torch.nn.Module]
 _NOTHING_LOADED = "No model weights could be loaded"
 """What `BaseHandler` raises when it knows no way to load an archive."""
 _WEIGHTS = (".pth", ".safetensors")
-_EXPORTED = "exported program"
+EXPORTED = "exported program"
 """Stands in the manifest as the model file while `BaseHandler` looks at an exported program."""
 
 
@@ -95,7 +95,7 @@ def prepared_for_base_handler(context: Any, config: Mapping[str, Any], *, hide_g
     gpu = properties.get("gpu_id")
     exported = not manifest.get("modelFile") and manifest.get("serializedFile", "").endswith(".pt2")
     if exported:
-        manifest["modelFile"] = _EXPORTED
+        manifest["modelFile"] = EXPORTED
     if hide_gpu:
         properties["gpu_id"] = None
     pt2 = config.get("pt2")
@@ -136,7 +136,7 @@ def source_of_archive(
     recipe:
         How another process makes this source.
     """
-    if files.model_file == _EXPORTED:
+    if files.model_file == EXPORTED:
         assert files.weights_path is not None
         return ExportedSource(name, files.weights_path)
     directory = Path(files.model_dir)

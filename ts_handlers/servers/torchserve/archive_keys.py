@@ -10,8 +10,8 @@ from typing import Any
 from ts_handlers.backends import get_backend
 from ts_handlers.errors import ModelError
 from ts_handlers.key.cache_key import CacheKey, explain
-from ts_handlers.model.recipes import make_source
-from ts_handlers.servers.torchserve.recipes import archive_recipe
+from ts_handlers.model.recipes import Made, make_source
+from ts_handlers.servers.torchserve.recipes import archive_recipe, recipes_of_parts
 from ts_handlers.servers.torchserve.unpacking import unpacked
 from ts_handlers.startup.address import key_in_store
 from ts_handlers.startup.observation import told_by_calls
@@ -44,6 +44,8 @@ def archive_keys(
 ) -> list[ArchiveKey]:
     """The keys of an archive on this machine, one for each backend that keeps artifacts, in the fallback order.
 
+    An archive with submodels has those of each of them, one after the other.
+
     The archive's handler is imported into this process and run until it starts its model. Number of threads
     (``OMP_NUM_THREADS``) and torch must be those of the server: they are part of the key. `store` knows what making the
     model reads from outside the archive, whose values here are part of it too. The other parameters are those of
@@ -55,14 +57,18 @@ def archive_keys(
         It is no model archive, or its handler starts no model.
     """
     with unpacked(archive) as directory:
-        made = make_source(archive_recipe(directory, device, config, model_name))
-        if made.settings is None or made.device is None:
-            raise ModelError(f"{archive}: its handler starts no model")
-        target = told_by_calls(new_target(made.source, made.settings, made.device), store)
-        backends = [get_backend(name) for name in target.settings.backends]
-        keys = [(backend.name, key_in_store(backend, target, store)) for backend in backends if backend.persistent]
-        left_out = getattr(made.source, "left_out", ())
-        return [ArchiveKey(made.source.name, name, key, left_out) for name, key in keys]
+        recipes = recipes_of_parts(archive_recipe(directory, device, config, model_name))
+        return [key for recipe in recipes for key in _keys(make_source(recipe), store, archive)]
+
+
+def _keys(made: Made, store: Store, archive: str | Path) -> list[ArchiveKey]:
+    if made.settings is None or made.device is None:
+        raise ModelError(f"{archive}: its handler starts no model")
+    target = told_by_calls(new_target(made.source, made.settings, made.device), store)
+    backends = [get_backend(name) for name in target.settings.backends]
+    keys = [(backend.name, key_in_store(backend, target, store)) for backend in backends if backend.persistent]
+    left_out = getattr(made.source, "left_out", ())
+    return [ArchiveKey(made.source.name, name, key, left_out) for name, key in keys]
 
 
 def nearest_entry(wanted: ArchiveKey, entries: list[EntryInfo]) -> EntryInfo | None:

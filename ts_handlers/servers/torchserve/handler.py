@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import types
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -37,6 +37,7 @@ from ts_handlers.servers.json_tensors import (
 )
 from ts_handlers.servers.torchserve.answering import answer, answer_one_by_one, answer_together
 from ts_handlers.servers.torchserve.archive import (
+    EXPORTED,
     ArchiveFiles,
     gpu_of_worker,
     own_build,
@@ -48,8 +49,10 @@ from ts_handlers.servers.torchserve.base_handler import BaseHandler
 from ts_handlers.servers.torchserve.envelopes import guard_envelope
 from ts_handlers.servers.torchserve.metrics import Emitter
 from ts_handlers.servers.torchserve.micro_batching import MicroBatches, micro_batches_of
+from ts_handlers.servers.torchserve.ready import begin_serving
 from ts_handlers.servers.torchserve.recipes import handler_recipe
 from ts_handlers.servers.torchserve.request_batch import CurrentBatch, RequestBatch
+from ts_handlers.servers.torchserve.shares import Shares
 from ts_handlers.servers.torchserve.their_handler import (
     answers_describe,
     describe_uncompiled,
@@ -60,16 +63,11 @@ from ts_handlers.servers.torchserve.their_handler import (
     reason_not_to_compile,
     refusing,
     unwrapped,
-    warn_of_startup_timeout,
     with_their_description,
     wrap_explanations,
 )
 from ts_handlers.settings import SECTION, Settings, parse_settings
 from ts_handlers.start import is_captured, start_model
-from ts_handlers.system.cycle_collector import exempt_from_collection
-
-if TYPE_CHECKING:
-    from ts_handlers.servers.torchserve.samples import SampledStart
 
 logger = logging.getLogger(__name__)
 
@@ -95,18 +93,21 @@ class CompiledHandlerMixin:
     model: Any
     settings: Settings
     _current: CurrentBatch
+    _shares: Shares
     _micro_batches: MicroBatches | None = None
     _last_context: Any = None
     _gpu: torch.device | None = None
     _emitter: Emitter
     _not_compiled: str | None = None
-    _sampled: SampledStart | None = None
+    _submodels: Any = None
+    _sampled: Any = None
     _initializing = 0
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Works for handlers that do not call their base class's constructor."""
         made = super().__new__(cls)
         made._current = CurrentBatch()
+        made._shares = Shares()
         return made
 
     @property
@@ -149,7 +150,12 @@ class CompiledHandlerMixin:
             super().initialize(context)  # type: ignore[misc]
         self.model_yaml_config = config
         guard_envelope()
-        self._start_module_of_base_handler()
+        if self.__settings.models:
+            from ts_handlers.servers.torchserve.submodules import start_submodels
+
+            self._submodels = start_submodels(self, context, self.__settings, self.__recipe, self._shares)
+        else:
+            self._start_module_of_base_handler()
         if is_base_handlers(getattr(super(), "handle", None), "handle"):
             self._micro_batches = micro_batches_of(self, self._current, config, self.__settings.contexts)
 
@@ -157,8 +163,10 @@ class CompiledHandlerMixin:
         """Called when the outermost `initialize` of the handler has ended."""
         if self._sampled is not None:
             self.model = self._sampled.finish(self.model, self._answer_below)
+        if not self.__settings.models:
+            self._shares.measure_served(self, self._served)
         if self._served is not None:
-            self._model_is_ready(self.__context)
+            (self._emitter,) = begin_serving([self._served], self.__config, getattr(self.__context, "metrics", None))
 
     @property
     def _served(self) -> ServedModel | None:
@@ -202,21 +210,6 @@ class CompiledHandlerMixin:
             return f"{type(error).__name__}: {one_line(error)}"
         return None
 
-    def _model_is_ready(self, context: Any) -> None:
-        warn_of_startup_timeout(self.model, self.__config)
-        self._emitter = Emitter(self.model.metrics)
-        self._emitter.emit(getattr(context, "metrics", None))
-        outcome = self.model.outcome
-        exempt_from_collection(outcome.result == "built" or bool(outcome.fallbacks))
-        if self.model.background is not None:
-            self.model.background.when_done(lambda: self._after_swap(context))
-
-    def _after_swap(self, context: Any) -> None:
-        self._emitter.emit(getattr(context, "metrics", None))
-        background = self.model.background
-        background.wait_for_idle_window()  # a full pass holds the interpreter; a call under way holds the eager module
-        exempt_from_collection(background.left_module)
-
     @property
     def model_device(self) -> torch.device:
         """Where the model runs. `device` is where `preprocess` puts its tensors, the CPU with
@@ -228,8 +221,8 @@ class CompiledHandlerMixin:
             return start_model(source, self.__settings, device or self.model_device)
         from ts_handlers.servers.torchserve.samples import SampledStart
 
-        self._sampled = SampledStart(self.__settings, type(self), self.__context, self.__config)
-        return self._sampled.start(source, device or self.model_device)
+        sampled = self._sampled = SampledStart(self.__settings, type(self), self.__context, self.__config)
+        return sampled.start(source, device or self.model_device)
 
     def _load_pickled_model(
         self, model_dir: str, model_file: str, model_pt_path: str | None = None, *args: Any, **kwargs: Any
@@ -241,8 +234,10 @@ class CompiledHandlerMixin:
         files = ArchiveFiles(model_dir, model_file, model_pt_path)
         overridden = type(self).load_model is not CompiledHandlerMixin.load_model
         build = own_build(self.load_model if overridden else None, below._load_pickled_model, files)
-        name = self.__context.model_name
-        return self._start(source_of_archive(name, type(self), files, self.__settings, build, self.__recipe))
+        source = source_of_archive(self.__context.model_name, type(self), files, self.__settings, build, self.__recipe)
+        if self.__settings.models and files.model_file != EXPORTED:  # parts of it are compiled
+            return source.eager()
+        return self._start(source)
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         """Build the eager model. Override to build it in another way; called only when an artifact is built or checked.
@@ -277,6 +272,9 @@ class CompiledHandlerMixin:
         """Answer a batch. A request that fails leaves the others alone: HTTP 400 when the model cannot answer it, 503
         when no execution context came free, and what TorchServe answers to a batch of one for any other error."""
         self.context = context
+        if self._submodels is not None:
+            with self._submodels.batch(context):
+                return self._answer(RequestBatch(data, context))
         served = self._served
         if served is not None:
             served.answering += 1
@@ -292,7 +290,8 @@ class CompiledHandlerMixin:
         if inspect.iscoroutinefunction(below.handle):  # its answers are not there yet
             return self._answer_below(batch)
         if self._micro_batches is None or not batch.rows or os.environ.get("ENABLE_TORCH_PROFILER"):
-            return answer(batch, lambda part: answer_together(part, self._answer_below), self._answer_below)
+            with self._shares.batch():
+                return answer(batch, lambda part: answer_together(part, self._answer_below), self._answer_below)
         return answer(batch, self._answer_by_parts, self._answer_below)
 
     def _answer_by_parts(self, batch: RequestBatch) -> Any:
@@ -347,6 +346,8 @@ class CompiledHandlerMixin:
         """What TorchServe's describe API shows as ``customizedMetadata``."""
         served = self._served
         facts = describe_uncompiled(self, self._not_compiled) if served is None else served.describe()
+        facts = facts if self._submodels is None else self._submodels.describe()
+        facts["time"] = self._shares.describe()
         facts["pid"] = os.getpid()
         return with_their_description(facts, getattr(super(), "describe_handle", None))
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ts_handlers.errors import BuildError
-from ts_handlers.servers.torchserve.recipes import archive_recipe
+from ts_handlers.servers.torchserve.recipes import archive_recipe, recipes_of_parts
 from ts_handlers.servers.torchserve.unpacking import unpacked
 from ts_handlers.settings.sections import BackgroundSettings
-from ts_handlers.startup.build_process import BuildProcess
+from ts_handlers.startup.build_process import BuildProcess, OnPhase
 
 Progress = Callable[[str, float, "float | None"], None]
 
@@ -25,6 +25,8 @@ class Prewarmed:
     `result` is ``built``, ``hit`` (it was there), ``waited`` (another process has built it meanwhile), ``eager`` (no
     backend of the fallback order works) or ``failed``, with `reason`. `fallbacks` names the backends that failed on the
     way, `published` says whether the entry is in the store for others to find.
+
+    An archive with submodels has one in `parts` for each of them, and is itself what the worst of them is.
     """
 
     model: str
@@ -38,10 +40,13 @@ class Prewarmed:
     reason: str | None = None
     build_ms: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
+    parts: tuple[Prewarmed, ...] = ()
 
     @property
     def ok(self) -> bool:
         """Whether the first backend's artifact is in the store, so that the next start is a hit."""
+        if self.parts:
+            return all(part.ok for part in self.parts)
         return self.result in ("built", "hit", "waited") and self.published and not self.fallbacks
 
 
@@ -96,25 +101,39 @@ def prewarm(
 
     report("unpack", None)
     with unpacked(archive) as directory:
-        recipe = archive_recipe(directory, device, config, model_name)
-        name = recipe["model_name"]
-        spec: dict[str, Any] = {
-            "source": recipe,
-            "search": [str(directory)],
-            "settings": None,
-            "overrides": {"on_miss": "compile", **({} if store is None else {"store": os.path.abspath(store)})},
-            "device": None,
-            "threads": None,
-            "float32_matmul": None,
-            "retry_failed": True,
-            "keys": {},
-        }
-        report("process", None)
+        recipes = recipes_of_parts(archive_recipe(directory, device, config, model_name))
+        overrides = {"on_miss": "compile", **({} if store is None else {"store": os.path.abspath(store)})}
         bounds = limits or BackgroundSettings(nice=0, compile_threads=len(os.sched_getaffinity(0)))
-        try:
-            facts = BuildProcess(name, spec, bounds, report).run()
-        except BuildError as error:
-            return Prewarmed(name, "failed", reason=str(error), seconds=round(time.monotonic() - started, 1))
+        done = [_build(recipe, directory, overrides, bounds, report) for recipe in recipes]
+    if "part" not in recipes[0]:
+        return done[0]
+    worst = min(done, key=lambda each: (each.ok, each.result != "failed"))
+    seconds = round(sum(each.seconds for each in done), 1)
+    return dataclasses.replace(worst, model=recipes[0]["model_name"], seconds=seconds, parts=tuple(done))
+
+
+def _build(
+    recipe: dict[str, Any], directory: Path, overrides: dict[str, Any], bounds: BackgroundSettings, report: OnPhase
+) -> Prewarmed:
+    """Build one model in a process of its own."""
+    started = time.monotonic()
+    name = recipe.get("part") or recipe["model_name"]
+    spec: dict[str, Any] = {
+        "source": recipe,
+        "search": [str(directory)],
+        "settings": None,
+        "overrides": overrides,
+        "device": None,
+        "threads": None,
+        "float32_matmul": None,
+        "retry_failed": True,
+        "keys": {},
+    }
+    report("process", None)
+    try:
+        facts = BuildProcess(name, spec, bounds, report).run()
+    except BuildError as error:
+        return Prewarmed(name, "failed", reason=str(error), seconds=round(time.monotonic() - started, 1))
     return Prewarmed(
         model=name,
         result=facts["result"],

@@ -60,9 +60,12 @@ def from_handler(
     gpu_id: int | None,
     batch_size: int | None,
     config: dict[str, Any],
+    part: str | None = None,
     **names: str,
 ) -> Made:
     """What a handler class starts when it is initialised with a context; the arguments are `handler_recipe`'s.
+
+    With several submodels, `part` is the name of the source that is wanted.
 
     Raises
     ------
@@ -86,13 +89,20 @@ def from_handler(
     handler: Any = kind()
     with captured_start() as found:
         handler.initialize(context)
-    return _only(found, model_name)
+    return _only(found, model_name, part)
 
 
 def from_unpacked_archive(
-    model_name: str, model_dir: str, gpu_id: int | None, config: dict[str, Any] | None, require_gpu: bool = False
+    model_name: str,
+    model_dir: str,
+    gpu_id: int | None,
+    config: dict[str, Any] | None,
+    require_gpu: bool = False,
+    part: str | None = None,
 ) -> Made:
     """What an unpacked archive starts when TorchServe's worker loads it; the arguments are `archive_recipe`'s.
+
+    With several submodels, `part` is the name of the source that is wanted.
 
     Raises
     ------
@@ -113,16 +123,19 @@ def from_unpacked_archive(
     # The batch size is the frontend's, and no part of the model.
     with captured_start() as found:
         TsModelLoader().load(model_name, model_dir, handler, gpu_id, 1, None, True, _metrics(model_name))
-    return _only(found, model_name)
+    return _only(found, model_name, part)
 
 
-def _only(found: list[Made], model_name: str) -> Made:
+def _only(found: list[Made], model_name: str, part: str | None) -> Made:
     if not found:
         raise ModelError(
             f"{model_name}: the handler starts no model that could be built ahead; it must be a CompiledHandlerMixin, "
             "and its archive must hold a model file or an exported program"
         )
-    return found[0]
+    made = next((each for each in found if part is None or each.source.name == part), None)
+    if made is None:
+        raise ModelError(f"{part}: the handler starts {', '.join(each.source.name for each in found)} only")
+    return made
 
 
 def _metrics(model_name: str) -> Any:
@@ -152,6 +165,30 @@ def archive_recipe(
         "require_gpu": device is not None and gpu is not None,
         "config": _read_config(config),
     }
+
+
+def recipes_of_parts(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    """A recipe for each submodel that an archive's settings name, or the archive's own recipe where they name none.
+
+    Parameters
+    ----------
+    recipe:
+        What `archive_recipe` has returned.
+    """
+    config = recipe["config"]
+    if config is None:
+        directory = Path(recipe["model_dir"])
+        try:
+            file = json.loads((directory / MANIFEST).read_text("utf-8"))["model"].get("configFile")
+        except (OSError, KeyError, TypeError, AttributeError, *UNDECODABLE):
+            return [recipe]
+        config = _read_config(directory / file) if isinstance(file, str) else {}
+    section: Any = config
+    for key in ("handler", "ts_handlers", "models"):
+        section = section.get(key) if isinstance(section, Mapping) else None
+    if not isinstance(section, Mapping) or not section:
+        return [recipe]
+    return [{**recipe, "part": f"{recipe['model_name']}.{name}"} for name in section]
 
 
 def _model_name(directory: Path) -> str:

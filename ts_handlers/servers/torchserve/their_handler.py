@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ts_handlers.errors import InputError, SettingsError
 from ts_handlers.model.explanations import explanations
 from ts_handlers.servers.torchserve.base_handler import BaseHandler
 from ts_handlers.servers.torchserve.request_batch import RequestBatch
-from ts_handlers.settings import DEFAULT_STARTUP_TIMEOUT_SECONDS, SECTION
+from ts_handlers.settings import SECTION
 
 logger = logging.getLogger(__name__)
 
@@ -39,23 +39,25 @@ def unwrapped(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def reason_not_to_compile(model: Any) -> str | None:
-    """Why a handler's ``self.model`` is served as it is; None when it can be compiled.
+def reason_not_to_compile(model: Any, name: str = "self.model") -> str | None:
+    """Why what a handler holds is served as it is; None when it can be compiled.
 
     Parameters
     ----------
     model:
-        What ``self.model`` is, without the wrapper of `torch.compile`; None when the handler has none.
+        What it holds, without the wrapper of `torch.compile`; None when there is none.
+    name:
+        Where it holds that, for the reason.
     """
     if model is None:
-        return "the handler has no self.model after initialize"
+        return f"the handler has no {name} after initialize"
     if isinstance(model, torch.jit.ScriptModule):
-        return "self.model is a TorchScript model"
+        return f"{name} is a TorchScript model"
     if not isinstance(model, torch.nn.Module):
-        return f"self.model is a {type(model).__name__} and no torch.nn.Module"
+        return f"{name} is a {type(model).__name__} and no torch.nn.Module"
     devices = sorted({str(tensor.device) for tensor in _tensors(model)})
     if len(devices) > 1 or "meta" in devices:
-        return f"the tensors of self.model lie on {', '.join(devices)}; expected one device"
+        return f"the tensors of {name} lie on {', '.join(devices)}; expected one device"
     return None
 
 
@@ -127,26 +129,6 @@ def inputs_needed(make_module: Callable[[], torch.nn.Module]) -> SettingsError:
     from ts_handlers.model.proposal import proposal_text
 
     return SettingsError(f"{SECTION}.inputs: needed by the default preprocess{proposal_text(make_module)}")
-
-
-def warn_of_startup_timeout(model: ServedModel, config: Mapping[str, Any]) -> None:
-    """Warn when building took longer than TorchServe waits for a worker.
-
-    Parameters
-    ----------
-    model:
-        The model that has started.
-    config:
-        The parsed model-config.yaml.
-    """
-    limit = config.get("startupTimeout", DEFAULT_STARTUP_TIMEOUT_SECONDS)
-    took = sum(model.metrics.build_ms.values()) / 1000
-    if isinstance(limit, (int, float)) and took > 0.8 * limit:
-        logger.warning(
-            "building took %.0f s of the %s s that TorchServe waits for a worker (startupTimeout); set "
-            "startupTimeout: %d in model-config.yaml",
-            *(took, limit, int(took * 3) + 60),
-        )
 
 
 def answers_describe(below: Any, batch: RequestBatch) -> bool:
