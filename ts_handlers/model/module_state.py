@@ -159,12 +159,17 @@ def _is_cached(holder: dict[Any, Any], key: Any, module: torch.nn.Module) -> boo
     return any(isinstance(getattr(type(owner), str(key), None), functools.cached_property) for owner in owners)
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: Any, b: Any, depth: int = 0) -> bool:
+    """Whether two values are one, or are equal texts, numbers and containers: torch.export replaces containers."""
     if a is b:
         return True
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return isinstance(a, _PLAIN) and type(a) is type(b) and repr(a) == repr(b)
+    if type(a) is not type(b) or depth > DEEPEST:
+        return False
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(_same(one, other, depth + 1) for one, other in zip(a, b, strict=True))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(_same(a[key], b[key], depth + 1) for key in a)
+    return isinstance(a, _PLAIN) and repr(a) == repr(b)
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -468,6 +468,36 @@ def test_unsuited_model_falls_to_the_next_backend_with_a_reason(case: str, tmp_p
         start_model(archive_source(archive), settings_of(**changes, strict=True))
 
 
+class WithDicts(torch.nn.Module):
+    """Keeps containers as the models of diffusers do, which torch.export replaces by equal ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 3)
+        self._internal_dict = {"width": 4, "names": ["a", ("b", None)]}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+def test_a_dimension_of_one_or_two_and_a_module_with_dicts(tmp_path: Path) -> None:
+    module = WithDicts().eval()
+    settings = settings_of(
+        store=str(tmp_path / "store"),
+        strict=True,
+        backends=["aot_inductor"],
+        dimensions={"batch": {"min": 1, "max": 2}},
+    )
+    for result in ("built", "hit"):
+        model = start_model(ModuleSource("model", module), settings)
+        assert (model.outcome.result, model.outcome.backend) == (result, "aot_inductor")
+        for rows in (1, 2):
+            x = torch.randn(rows, 4)
+            torch.testing.assert_close(model(x), module(x).detach())
+        with pytest.raises(InputError, match=r"outside the declared range 1\.\.2"):
+            model(torch.ones(3, 4))
+
+
 @pytest.mark.parametrize(("backend", "changed"), [("aot_inductor", 0.0), ("inductor", 1.0)])
 def test_model_that_changes_its_input_is_compiled(backend: str, changed: float, tmp_path: Path) -> None:
     """Whether the caller's tensor changes, as with eager, depends on the backend: docs/settings.md says so."""

@@ -320,6 +320,8 @@ class Holds(Diffuses):
         self.named = {"a": torch.nn.Linear(4, 3)}
         self.whole = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
         self.model = torch.compile(torch.nn.Linear(4, 3))
+        self.compiled = torch.nn.Linear(4, 3)
+        self.compiled.compile()
 
 
 def test_paths_lead_through_lists_mappings_and_modules(tmp_path: Path) -> None:
@@ -327,16 +329,18 @@ def test_paths_lead_through_lists_mappings_and_modules(tmp_path: Path) -> None:
         pass
 
     linear = {"inputs": [tensor("input", 4)], "dimensions": BATCH}
-    paths = ("listed.0", "named.a", "whole.0", "model")
+    paths = ("listed.0", "named.a", "whole.0", "model", "compiled")
     handler, _ = start(tmp_path, {f"m{i}": {"path": path, **linear} for i, path in enumerate(paths)}, Theirs)
     rows = torch.ones(2, 4)
     with torch.no_grad():
-        for module in (handler.listed[0], handler.named["a"], handler.whole[0], handler.model):
+        for module in (handler.listed[0], handler.named["a"], handler.whole[0], handler.model, handler.compiled):
             assert torch.allclose(module(rows), torch.nn.functional.linear(rows, module.weight, module.bias), atol=1e-5)
         handler.whole(rows)
     assert type(handler.model) is torch.nn.Linear
     lent = {name: row["contexts"]["lent"] for name, row in handler.describe_handle()["models"].items()}
-    assert lent["m2"] == lent["m0"] + 1 == lent["m1"] + 1 == lent["m3"] + 1
+    assert lent["m2"] == lent["m0"] + 1 == lent["m1"] + 1 == lent["m3"] + 1 == lent["m4"] + 1
+    handler, _ = start(tmp_path, {"m": {"path": "compiled", **linear, "backends": ["eager"]}}, Theirs)
+    assert handler.compiled._compiled_call_impl is not None  # as plain
 
 
 @pytest.mark.parametrize(
@@ -396,6 +400,8 @@ def test_where_the_time_goes_is_measured_over_the_first_batches(tmp_path: Path) 
     handler, context = start(tmp_path, {"unet": UNET})
     vae = handler.pipe.vae
     assert vae.decoder._forward_hooks
+    for other in (copy.deepcopy(vae), pickle.loads(pickle.dumps(vae))):
+        other(torch.ones(1, 3, 16, 16))
     for _ in range(20):
         assert ask(handler, context, *IDS)[0][0] == 200
     time: dict[str, Any] = handler.describe_handle()["time"]

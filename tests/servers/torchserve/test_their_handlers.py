@@ -388,14 +388,19 @@ def test_weights_without_a_model_file_that_their_initialize_loads(name: str, arc
             assert close(ask(handler, context, ROWS[:1])[0][1], module(x=X)["logits"][0])
 
 
-def test_compiled_module_of_theirs_is_compiled_by_us(archive: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_compiled_module_of_theirs_is_compiled_by_us(in_place: bool, archive: Path, tmp_path: Path) -> None:
     class Theirs(Initializes):
         def initialize(self, context: Any) -> None:
             super().initialize(context)
-            self.model = torch.compile(self.model)
+            if in_place:
+                self.model.compile()
+            else:
+                self.model = torch.compile(self.model)
 
     handler, _ = start(Theirs, archive, tmp_path)
     assert handler.model.outcome.backend == "aot_inductor"
+    assert handler.model._eager_module()._compiled_call_impl is None
     assert close(handler.model(x=X), torch.tensor(expected(archive, ROWS)))
 
 

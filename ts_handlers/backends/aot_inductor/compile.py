@@ -30,14 +30,17 @@ def export_steps(signature: Signature, target: Target) -> Iterator[tuple[str, li
     if not ranges:
         yield STATIC, [(STATIC, fixed, {}, False)]
         return
-    yield "dynamic", [("dynamic", fixed, ranges, True)]
+    if all(high > 2 for _, high in ranges.values()):  # torch.export takes 1 to 2 for 2 alone
+        yield "dynamic", [("dynamic", fixed, ranges, True)]
     ones = [name for name, (low, _) in ranges.items() if low == 1]
     variants: list[Variant] = []
     for count in range(len(ones) + 1):
         for chosen in itertools.combinations(ones, count):
             rest = {n: (max(low, 2), high) for n, (low, high) in ranges.items() if n not in chosen}
+            sizes = {**fixed, **dict.fromkeys(chosen, 1), **{n: low for n, (low, high) in rest.items() if low == high}}
+            rest = {n: (low, high) for n, (low, high) in rest.items() if low < high}
             name = "dynamic" + "".join(f"-{n}1" for n in chosen)
-            variants.append((name, {**fixed, **dict.fromkeys(chosen, 1)}, rest, False))
+            variants.append((name, sizes, rest, False))
     yield "dynamic+ones", variants
     declared = static_sizes(target.settings)
     if declared:

@@ -62,6 +62,7 @@ from ts_handlers.servers.torchserve.their_handler import (
     is_base_handlers,
     reason_not_to_compile,
     refusing,
+    set_compile_aside,
     unwrapped,
     with_their_description,
     wrap_explanations,
@@ -199,15 +200,19 @@ class CompiledHandlerMixin:
         folder = self.__context.system_properties.get("model_dir")
         source = ModuleSource(self.__context.model_name, module.eval(), recipe=self.__recipe, folder=folder)
         device = None if self.__settings.contexts.across_workers else device_of(module)
+        restore = set_compile_aside(module)
         try:
             self.model = self._start(source, device)
         except (SettingsError, MissError):
             raise
         except Exception as error:
+            restore()
             if self.__settings.strict or self.__settings.contexts.across_workers:
                 raise
             logger.debug("details", exc_info=error)
             return f"{type(error).__name__}: {one_line(error)}"
+        if self.model.outcome.backend == "eager" and self.model.background is None:
+            restore()
         return None
 
     @property

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import itertools
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -22,6 +24,8 @@ EAGER = "eager"
 Measured = Callable[[], AbstractContextManager[None]]
 """Gives a context for each call of a model."""
 _MOST_MODULES = 50
+_MOST_LOOKED_AT = 1000
+"""Attributes or elements of one object that are looked at."""
 _MOST_SHOWN = 20
 
 
@@ -66,8 +70,8 @@ class Shares:
         for child in (module, *module.children()):  # methods beside forward call the parts below a module
             if id(child) in compiled or _is_compiled(child):
                 continue
-            enter = child.register_forward_pre_hook(lambda *_, name=name: self._enter(name))
-            leave = child.register_forward_hook(lambda *_: self._leave(), always_call=True)
+            enter = child.register_forward_pre_hook(functools.partial(_enter, self, name))
+            leave = child.register_forward_hook(functools.partial(_leave, self), always_call=True)
             self._ends += [enter.remove, leave.remove]
 
     def measure_model(self, name: str, model: ServedModel, measure: Callable[[Measured | None], None]) -> None:
@@ -124,6 +128,10 @@ class Shares:
                 self._leave()
             self._end_batch()
 
+    def __reduce__(self) -> Any:
+        """A copy of a module, or a pickle, holds one that measures nothing."""
+        return Shares, (0,)
+
     def _enter(self, name: str) -> None:
         stack = getattr(self._thread, "stack", None)
         if stack is not None:
@@ -169,6 +177,14 @@ class Shares:
         }
 
 
+def _enter(shares: Shares, name: str, *call: Any) -> None:
+    shares._enter(name)
+
+
+def _leave(shares: Shares, *call: Any) -> None:
+    shares._leave()
+
+
 def _held_modules(handler: Any) -> dict[str, torch.nn.Module]:
     """The modules that a handler holds, by their path from it, those inside of others left out."""
     found: dict[str, torch.nn.Module] = {}
@@ -191,7 +207,7 @@ def _below(name: str, value: Any) -> dict[str, torch.nn.Module]:
         items = enumerate(value)
     elif not (inspect.isclass(value) or inspect.isroutine(value) or inspect.ismodule(value)):
         items = getattr(value, "__dict__", {}).items()
-    return {f"{name}.{key}": item for key, item in list(items)[:_MOST_MODULES] if _is_module(item)}
+    return {f"{name}.{key}": item for key, item in itertools.islice(items, _MOST_LOOKED_AT) if _is_module(item)}
 
 
 def _is_compiled(module: torch.nn.Module) -> bool:

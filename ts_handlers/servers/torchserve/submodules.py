@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ts_handlers.servers.served_method import ServedMethod
 from ts_handlers.servers.torchserve.metrics import Emitter
 from ts_handlers.servers.torchserve.ready import begin_serving
 from ts_handlers.servers.torchserve.shares import Shares
-from ts_handlers.servers.torchserve.their_handler import device_of, reason_not_to_compile, unwrapped
+from ts_handlers.servers.torchserve.their_handler import device_of, reason_not_to_compile, set_compile_aside, unwrapped
 from ts_handlers.settings import SECTION, Settings
 from ts_handlers.settings.model import GenerateSettings, SubmodelSettings
 from ts_handlers.settings.submodels import settings_of
@@ -52,6 +52,8 @@ class Submodel:
         Why the module answers itself; None when it is compiled.
     model, served:
         The compiled method, and what has taken the method's place.
+    restore:
+        Gives the module back what was set aside to compile it.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Submodel:
     reason: str | None = None
     model: ServedModel | None = None
     served: ServedMethod | None = None
+    restore: Callable[[], None] = lambda: None
 
 
 def start_submodels(
@@ -178,6 +181,7 @@ class Submodels:
             if self._settings.strict:
                 raise SettingsError(f"{where}: {each.reason}")
             return
+        each.restore = set_compile_aside(each.module)
         recipe = None if self._recipe is None else {**self._recipe, "part": full_name}
         source = MethodSource(full_name, each.called, recipe=recipe, folder=self._folder)
         each.made = Made(source, settings, device)
@@ -217,6 +221,7 @@ class Submodels:
     def _install(self, each: Submodel) -> None:
         model = each.model
         if model is None or (model.outcome.backend == "eager" and model.background is None):
+            each.restore()
             return
         assert each.called is not None
         assert each.form is not None

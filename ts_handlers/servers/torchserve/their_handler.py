@@ -39,6 +39,17 @@ def unwrapped(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
+def set_compile_aside(module: torch.nn.Module) -> Callable[[], None]:
+    """Undo a handler's ``module.compile()``, which would compile again in each process; returns what does it again."""
+    theirs = vars(module).pop("_compiled_call_impl", None)
+
+    def restore() -> None:
+        if theirs is not None:
+            vars(module)["_compiled_call_impl"] = theirs
+
+    return restore
+
+
 def reason_not_to_compile(model: Any, name: str = "self.model") -> str | None:
     """Why what a handler holds is served as it is; None when it can be compiled.
 
