@@ -13,7 +13,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -31,6 +31,9 @@ from ts_handlers.model.explanations import explanations_under_way
 from ts_handlers.model.module import ModuleSource
 from ts_handlers.model.signature import Signature
 from ts_handlers.store.base import Store
+
+if TYPE_CHECKING:
+    from ts_handlers.model.observed_calls import Observer
 
 logger = logging.getLogger(__name__)
 
@@ -56,21 +59,6 @@ class Background(Protocol):
 
     def close(self) -> None:
         """Give up: never swap."""
-
-
-class Observer(Protocol):
-    """What notes the calls that the eager module answers; see `ts_handlers.startup.observation`.
-
-    `refuses_changes` tells whether a change of the eager module would be lost, so that it must be refused.
-    """
-
-    refuses_changes: bool
-
-    def note(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Note a call that was answered; never raises."""
-
-    def describe(self) -> dict[str, Any]:
-        """What is known, JSON-compatible."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,7 +330,7 @@ class CompiledModel(ServedModel):
         before, names = self._loaded, other._loaded.signature.names
         if self._outside_eager and before.signature.names == names and self.outcome.backend == "eager":
             self._eager[names] = before.run
-        if not _declare_the_same(self._target, other._target):  # calls have told the other one's
+        if not self._target.declares_as(other._target):  # calls have told the other one's
             self._target = self._made_for = other._target
             self._outside_eager = other._outside_eager
             self._order = other._order
@@ -415,10 +403,6 @@ def measure_calls(model: ServedModel, measured: Callable[[], AbstractContextMana
     A model that runs in another process is not measured.
     """
     model._measured = measured
-
-
-def _declare_the_same(a: Target, b: Target) -> bool:
-    return (a.settings.inputs, a.settings.dimensions) == (b.settings.inputs, b.settings.dimensions)
 
 
 def log_outcome(event: str, name: str, model: ServedModel) -> None:

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import types
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -74,9 +74,6 @@ from ts_handlers.servers.torchserve.their_handler import (
 from ts_handlers.settings import SECTION, Settings, parse_settings
 from ts_handlers.start import is_captured, start_model
 
-if TYPE_CHECKING:
-    from ts_handlers.servers.torchserve.samples import SampledStart
-
 logger = logging.getLogger(__name__)
 
 
@@ -108,7 +105,7 @@ class CompiledHandlerMixin:
     _emitter: Emitter
     _not_compiled: str | None = None
     _submodels: Any = None
-    _sampled: SampledStart | None = None
+    _sampled: Any = None
     _initializing = 0
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -237,8 +234,8 @@ class CompiledHandlerMixin:
             return self._as_plain(start_model(source, self.__settings, device or device_of_model(self)))
         from ts_handlers.servers.torchserve.samples import SampledStart
 
-        self._sampled = SampledStart(self.__settings, type(self), self.__context, self.__config)
-        return self._sampled.start(source, device or device_of_model(self))
+        sampled = self._sampled = SampledStart(self.__settings, type(self), self.__context, self.__config)
+        return sampled.start(source, device or device_of_model(self))
 
     def _as_plain(self, model: ServedModel) -> ServedModel:
         return compile_as_plain(model, self.__config, self.__settings)
