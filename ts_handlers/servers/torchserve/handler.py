@@ -44,7 +44,7 @@ from ts_handlers.servers.torchserve.request_batch import CurrentBatch, RequestBa
 from ts_handlers.servers.torchserve.shares import Shares
 from ts_handlers.servers.torchserve.their_handler import (
     adapt,
-    answers_describe,
+    answer_of_describe,
     compile_as_plain,
     describe_uncompiled,
     device_of,
@@ -317,9 +317,8 @@ class CompiledHandlerMixin:
     def _answer_below(self, batch: RequestBatch) -> Any:
         below: Any = super()
         with self._current.use(batch):
-            if answers_describe(below.handle, batch):
-                return [self.describe_handle()]
-            return below.handle(batch.rows, batch.context)
+            found = answer_of_describe(below.handle, batch, self.describe_handle)
+            return below.handle(batch.rows, batch.context) if found is None else found
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -235,19 +235,25 @@ def give_way(kind: type, mixin: type) -> None:
             setattr(kind, name, theirs)
 
 
-def answers_describe(below: Any, batch: RequestBatch) -> bool:
-    """Whether a request is TorchServe's describe, and a handler's own `handle` would take it for a prediction.
+def answer_of_describe(below: Any, batch: RequestBatch, describe: Callable[[], dict[str, Any]]) -> Any:
+    """The answer to TorchServe's describe where a handler's own `handle` would take it for a prediction, else None.
 
     Parameters
     ----------
     below:
-        The bound method `handle` of the class behind the mixin.
+        The bound method `handle` of the class behind the mixin; the answer is awaitable as its answers are.
     batch:
         The request.
+    describe:
+        The handler's `describe_handle`.
     """
-    if is_base_handlers(below, "handle") or inspect.iscoroutinefunction(below):
-        return False
-    return batch.is_describe()
+    if is_base_handlers(below, "handle") or not batch.is_describe():
+        return None
+    return _awaitable([describe()]) if inspect.iscoroutinefunction(below) else [describe()]
+
+
+async def _awaitable(answers: Any) -> Any:
+    return answers
 
 
 def describe_uncompiled(handler: Any, reason: str | None) -> dict[str, Any]:
