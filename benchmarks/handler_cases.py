@@ -172,7 +172,7 @@ def _write_pretrained(case: Case, work: Path) -> None:
     if case.model == "GPT2Config":
         config = transformers.GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=2, n_positions=64)
     else:
-        config = transformers.BertConfig(vocab_size=100, num_labels=3, max_position_embeddings=32, **SIZES)
+        config = transformers.BertConfig(vocab_size=100, num_labels=2, max_position_embeddings=32, **SIZES)
     kind = getattr(transformers, case.config["handler"]["auto_class"])
     kind.from_config(config).eval().save_pretrained(work)
 

@@ -50,8 +50,9 @@ def run_file(kind: str, file: str, checkout: Path, work: Path) -> dict[str, str]
     report = work / f"{kind}-{Path(file).stem}.xml"
     scratch = work / "tmp" / f"{kind}-{Path(file).stem}"
     scratch.mkdir(parents=True, exist_ok=True)
-    search = [str(HERE.parent)]
+    search = [str(HERE / "mixin_over"), str(HERE.parent)]
     env = {**os.environ, "TMPDIR": str(scratch), "TS_HANDLERS_CACHE": str(work / "store")}
+    env["TORCHSERVE_CHECKOUT"] = str(checkout)
     if (checkout / "torch_home").is_dir():
         env["TORCH_HOME"] = str(checkout / "torch_home")
     java = find_java_home()
@@ -61,11 +62,12 @@ def run_file(kind: str, file: str, checkout: Path, work: Path) -> dict[str, str]
     env["PATH"] = os.pathsep.join((str(work / "bin"), env["PATH"]))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     if kind == "ours":
-        search.insert(0, str(HERE / "mixin_over"))
         env["MIXIN_OVER_HANDLERS"] = "1"
         command += ["-p", "mixin_over"]
     env["PYTHONPATH"] = os.pathsep.join([*search, *filter(None, [os.environ.get("PYTHONPATH")])])
     with_server = file.startswith(SERVER)
+    if with_server:
+        command += ["-p", "downloads"]
     folder = checkout / SERVER if with_server else checkout
     command.append(str(checkout / file))
     with (work / f"{kind}-{Path(file).stem}.log").open("wb") as log:

@@ -18,6 +18,7 @@ MODULES = sorted(
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
+NEED_TORCHSERVE = {f"ts_handlers.servers.torchserve.{name}" for name in ("handler", "compiled_handler")}
 STARTS_A_PROCESS = "ts_handlers.system.child_process"
 
 
@@ -25,7 +26,7 @@ STARTS_A_PROCESS = "ts_handlers.system.child_process"
     "name", [pytest.param(name, marks=[pytest.mark.processes] * (name == STARTS_A_PROCESS)) for name in MODULES]
 )
 def test_examples_run(name: str) -> None:
-    if name == "ts_handlers.servers.torchserve.handler":
+    if name in NEED_TORCHSERVE:
         pytest.importorskip("ts", reason="TorchServe is not installed")
     result = doctest.testmod(importlib.import_module(name), optionflags=FLAGS)
     assert result.failed == 0
@@ -33,5 +34,5 @@ def test_examples_run(name: str) -> None:
 
 def test_there_are_examples() -> None:
     finder = doctest.DocTestFinder(exclude_empty=True)
-    modules = [importlib.import_module(name) for name in MODULES if name != "ts_handlers.servers.torchserve.handler"]
+    modules = [importlib.import_module(name) for name in MODULES if name not in NEED_TORCHSERVE]
     assert sum(len(test.examples) for module in modules for test in finder.find(module)) >= 5

@@ -12,7 +12,7 @@ from ts_handlers.version import __version__ as __version__
 
 _NAMES = {
     "ArchiveSource": "ts_handlers.model.archive",
-    "CompiledHandler": "ts_handlers.servers.torchserve.handler",
+    "CompiledHandler": "ts_handlers.servers.torchserve.compiled_handler",
     "CompiledHandlerMixin": "ts_handlers.servers.torchserve.handler",
     "CompiledModel": "ts_handlers.compiled_model",
     "ExportedSource": "ts_handlers.model.exported",
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from ts_handlers.model.archive import ArchiveSource as ArchiveSource
     from ts_handlers.model.exported import ExportedSource as ExportedSource
     from ts_handlers.model.module import ModuleSource as ModuleSource
+    from ts_handlers.servers.torchserve.compiled_handler import CompiledHandler as CompiledHandler
     from ts_handlers.servers.torchserve.function_handler import FunctionHandler as FunctionHandler
-    from ts_handlers.servers.torchserve.handler import CompiledHandler as CompiledHandler
     from ts_handlers.servers.torchserve.handler import CompiledHandlerMixin as CompiledHandlerMixin
     from ts_handlers.servers.torchserve.prewarm import prewarm as prewarm
     from ts_handlers.settings import Settings as Settings

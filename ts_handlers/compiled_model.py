@@ -13,7 +13,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,7 @@ from ts_handlers.backends.eager import eager_run
 from ts_handlers.errors import BusyError, InputError
 from ts_handlers.execution.base import Loaded, Run
 from ts_handlers.execution.contexts import ContextPool, PoolStats
+from ts_handlers.execution.outcome import Background, Outcome
 from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.metrics import Metrics, compiled_graphs, graphs_for_requests
 from ts_handlers.model.call_form import accepts, forward_order, given_by_name, other_form, to_device
@@ -32,67 +33,10 @@ from ts_handlers.model.module import ModuleSource
 from ts_handlers.model.signature import Signature
 from ts_handlers.store.base import Store
 
+if TYPE_CHECKING:
+    from ts_handlers.model.observed_calls import Observer
+
 logger = logging.getLogger(__name__)
-
-
-class Background(Protocol):
-    """The build that goes on beside an eager model; `ts_handlers.startup.background.build.BackgroundBuild` is one."""
-
-    @property
-    def left_module(self) -> bool:
-        """Whether the eager module was to go with the swap and is still there."""
-
-    def describe(self) -> dict[str, Any]:
-        """State, phase, seconds and reason, JSON-compatible."""
-
-    def when_done(self, callback: Callable[[], None]) -> None:
-        """Call `callback` after the swap or the failure."""
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the swap or the failure; False when that took longer than `timeout` seconds."""
-
-    def wait_for_idle_window(self) -> None:
-        """Return between two calls of the model."""
-
-    def close(self) -> None:
-        """Give up: never swap."""
-
-
-class Observer(Protocol):
-    """What notes the calls that the eager module answers; see `ts_handlers.startup.observation`.
-
-    `refuses_changes` tells whether a change of the eager module would be lost, so that it must be refused.
-    """
-
-    refuses_changes: bool
-
-    def note(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Note a call that was answered; never raises."""
-
-    def describe(self) -> dict[str, Any]:
-        """What is known, JSON-compatible."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a start ended; the contents of `describe`.
-
-    `result` is ``hit``, ``built`` (by this process), ``waited`` (built by another process of this host while this one
-    waited), ``eager``, or with ``on_miss: background`` first ``background`` (served eagerly while a child process
-    builds) and then ``swapped``. `missed` names the key parts that kept the nearest entry from being a hit.
-    `independent_rows` tells whether the eager model was seen to answer rows alone as among others, None where that was
-    not tried; see `ts_handlers.startup.rows`.
-    """
-
-    backend: str
-    key: str | None
-    result: str
-    missed: tuple[str, ...] = ()
-    fallbacks: tuple[dict[str, str], ...] = ()
-    canary: dict[str, Any] | None = None
-    notes: tuple[str, ...] = ()
-    independent_rows: bool | None = None
-
 
 _FORMS_NAMED = 10
 """Forms of calls that `describe` names; a handler has a few."""
@@ -342,7 +286,7 @@ class CompiledModel(ServedModel):
         before, names = self._loaded, other._loaded.signature.names
         if self._outside_eager and before.signature.names == names and self.outcome.backend == "eager":
             self._eager[names] = before.run
-        if not _declare_the_same(self._target, other._target):  # calls have told the other one's
+        if not self._target.declares_as(other._target):  # calls have told the other one's
             self._target = self._made_for = other._target
             self._outside_eager = other._outside_eager
             self._order = other._order
@@ -415,10 +359,6 @@ def measure_calls(model: ServedModel, measured: Callable[[], AbstractContextMana
     A model that runs in another process is not measured.
     """
     model._measured = measured
-
-
-def _declare_the_same(a: Target, b: Target) -> bool:
-    return (a.settings.inputs, a.settings.dimensions) == (b.settings.inputs, b.settings.dimensions)
 
 
 def log_outcome(event: str, name: str, model: ServedModel) -> None:

@@ -2,8 +2,9 @@
 
 A trial is a start, a hit or a build, whose native code closes some or all of the descriptors that were opened since the
 start began (the marker's, those of locks and folders), while it is built, loaded and called, and opens files that take
-their numbers. Afterwards those files must be open and hold what was written, nothing is held against the artifact, and
-the next start hits.
+their numbers. It does so while no other thread of the package is at work: of what a thread has open for a moment nobody
+can tell afterwards whose the number is. Afterwards those files must be open and hold what was written, nothing is held
+against the artifact, and the next start hits.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ts_handlers.backends.base import Built, Description, Target, Workspace
 from ts_handlers.execution.base import Loaded
 from ts_handlers.guard.quarantine import read_quarantines
 from ts_handlers.store.upkeep.audit import audit
+from ts_handlers.store.upkeep.space import wait_for_room
 
 TEXT = b"somebody else's"
 
@@ -66,6 +68,7 @@ class _Closing(file_backend.FileBackend):
     def _close(self, moment: str) -> None:
         if moment not in self._moments:
             return
+        wait_for_room()
         numbers = sorted(_open() - self._before - set(self.foreign))
         for number in numbers if self._all else self._rng.sample(numbers, len(numbers) // 2):
             with contextlib.suppress(OSError):  # that of the listing

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.support.starts import Start
-from ts_handlers.compiled_model import Outcome
 from ts_handlers.errors import BuildError, CanaryError
+from ts_handlers.execution.outcome import Outcome
 from ts_handlers.startup.advice import fallback_line
 
 pytestmark = pytest.mark.usefixtures("backend")

@@ -145,6 +145,11 @@ class Target:
             )
         return self.signature
 
+    def declares_as(self, other: Target) -> bool:
+        """Whether the settings declare the same inputs and ranges as those of another target."""
+        mine, theirs = self.settings, other.settings
+        return (mine.inputs, mine.dimensions) == (theirs.inputs, theirs.dimensions)
+
     def inputs_identity(self) -> str:
         """The key's part for the inputs; an exported program without declared inputs brings its own."""
         return "exported" if self.signature is None else self.signature.canonical()

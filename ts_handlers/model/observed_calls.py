@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -23,6 +23,21 @@ SHAPES = 64
 _ARGUMENTS = 64
 """Arguments of one call that are kept."""
 _NAME = 64
+
+
+class Observer(Protocol):
+    """What notes the calls that the eager module answers; see `ts_handlers.startup.observation`.
+
+    `refuses_changes` tells whether a change of the eager module would be lost, so that it must be refused.
+    """
+
+    refuses_changes: bool
+
+    def note(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Note a call that was answered; never raises."""
+
+    def describe(self) -> dict[str, Any]:
+        """What is known, JSON-compatible."""
 
 
 class CallKind(msgspec.Struct, frozen=True):

@@ -39,12 +39,19 @@ def proposal_text(make_module: Callable[[], torch.nn.Module]) -> str:
     make_module:
         Returns the eager module; what it raises is none of the message's business.
     """
-    proposal = None
     with contextlib.suppress(Exception):
-        proposal = propose_inputs(make_module())
+        ending = declare_as(make_module())
+        if ending is not None:
+            return f"{ending}, or name samples"
+    return "; name a request's body in samples, or declare them, as `ts-handlers suggest ARCHIVE` proposes"
+
+
+def declare_as(module: torch.nn.Module) -> str | None:
+    """The proposal as the end of a message; None where there is none."""
+    proposal = propose_inputs(module)
     if proposal is None:
-        return "; name a request's body in samples, or declare them, as `ts-handlers suggest ARCHIVE` proposes"
-    return f"; declare them, as `{proposal}` (names are those of forward, check dtypes and sizes), or name samples"
+        return None
+    return f"; declare them, as `{proposal}` (names are those of forward, check dtypes and sizes)"
 
 
 def guess_declaration(module: torch.nn.Module) -> Declaration | None:

@@ -18,9 +18,10 @@ import msgspec
 import torch
 
 from ts_handlers.backends.base import Target
-from ts_handlers.compiled_model import Outcome, ServedModel
+from ts_handlers.compiled_model import ServedModel
 from ts_handlers.errors import BusyError, InputError, SettingsError, WarmStartError
 from ts_handlers.execution.contexts import PoolStats
+from ts_handlers.execution.outcome import Outcome
 from ts_handlers.key.outside import declared_names, outside_part
 from ts_handlers.metrics import COUNTERS, Metrics
 from ts_handlers.model.archive import IGNORED_FILES, files_of_model

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ts_handlers.compiled_model import Outcome
 from ts_handlers.errors import one_line
+from ts_handlers.execution.outcome import Outcome
 from ts_handlers.settings import SECTION
 
 _STORE = "make the store writable for this user, or name another one (`ts-handlers doctor`)"

@@ -22,8 +22,9 @@ import torch
 
 from ts_handlers.backends import get_backend
 from ts_handlers.backends.base import Backend, Target
-from ts_handlers.compiled_model import Background, CompiledModel, Outcome, log_outcome
+from ts_handlers.compiled_model import CompiledModel, log_outcome
 from ts_handlers.errors import FINAL, BuildError, MissError, RefitError, one_line, without_frames
+from ts_handlers.execution.outcome import Background, Outcome
 from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.execution.torch_device import begin_cuda
 from ts_handlers.metrics import Metrics, start_under_way

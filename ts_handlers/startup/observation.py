@@ -21,8 +21,9 @@ from typing import Any, Protocol
 import torch
 
 from ts_handlers.backends.base import Target
-from ts_handlers.compiled_model import Background, CompiledModel
+from ts_handlers.compiled_model import CompiledModel
 from ts_handlers.errors import BuildError, one_line
+from ts_handlers.execution.outcome import Background
 from ts_handlers.key.digests import digest_text
 from ts_handlers.model.declaration import Declaration, as_line, declare
 from ts_handlers.model.module_state import ModuleState

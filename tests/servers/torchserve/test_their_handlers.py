@@ -588,6 +588,9 @@ def test_an_asynchronous_handle_is_awaited_by_the_server(archive: Path, tmp_path
     for count in (1, 2):
         context.request_processor = [RequestProcessor({}) for _ in range(count)]
         assert asyncio.run(handler.handle([{"body": 1}] * count, context)) == ["more"] * count
+    context.request_processor = [RequestProcessor({"describe": "True"})]
+    (facts,) = asyncio.run(handler.handle([{}], context))
+    assert "no self.model" in facts["reason"]
 
 
 def test_a_torchscript_model_of_theirs_is_served_as_it_is(archive: Path, tmp_path: Path) -> None:

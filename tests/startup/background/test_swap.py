@@ -24,8 +24,8 @@ from tests.support.models import archive_source, eager_model, settings_of
 from tests.support.workers import wait_until
 from ts_handlers import CompiledModel
 from ts_handlers.backends.base import Target
-from ts_handlers.compiled_model import Outcome
 from ts_handlers.execution.base import Loaded
+from ts_handlers.execution.outcome import Outcome
 from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.metrics import Metrics
 from ts_handlers.settings.sections import ContextSettings

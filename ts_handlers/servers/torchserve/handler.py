@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import types
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,17 +24,6 @@ from ts_handlers.compiled_model import ServedModel
 from ts_handlers.errors import InputError, MissError, SettingsError, one_line
 from ts_handlers.model.base import ModelSource
 from ts_handlers.model.module import ModuleSource
-from ts_handlers.servers.json_tensors import (
-    DEPENDENT_ROWS,
-    NON_FINITE,
-    NOT_BY_ROW,
-    have_rows,
-    is_finite,
-    join_rows,
-    read_tensors,
-    rows_of,
-    split_rows,
-)
 from ts_handlers.servers.torchserve.answering import answer, answer_one_by_one, answer_together
 from ts_handlers.servers.torchserve.archive import (
     EXPORTED,
@@ -46,7 +35,6 @@ from ts_handlers.servers.torchserve.archive import (
     refusing_weights_alone,
     source_of_archive,
 )
-from ts_handlers.servers.torchserve.base_handler import BaseHandler
 from ts_handlers.servers.torchserve.envelopes import guard_envelope
 from ts_handlers.servers.torchserve.metrics import Emitter
 from ts_handlers.servers.torchserve.micro_batching import MicroBatches, micro_batches_of
@@ -56,13 +44,12 @@ from ts_handlers.servers.torchserve.request_batch import CurrentBatch, RequestBa
 from ts_handlers.servers.torchserve.shares import Shares
 from ts_handlers.servers.torchserve.their_handler import (
     adapt,
-    answers_describe,
+    answer_of_describe,
     compile_as_plain,
     describe_uncompiled,
     device_of,
     device_of_model,
     finishing,
-    inputs_needed,
     is_base_handlers,
     read_settings,
     reason_not_to_compile,
@@ -71,11 +58,8 @@ from ts_handlers.servers.torchserve.their_handler import (
     unwrapped,
     with_their_description,
 )
-from ts_handlers.settings import SECTION, Settings, parse_settings
-from ts_handlers.start import is_captured, start_model
-
-if TYPE_CHECKING:
-    from ts_handlers.servers.torchserve.samples import SampledStart
+from ts_handlers.settings import SECTION, Settings
+from ts_handlers.start import start_model
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +92,7 @@ class CompiledHandlerMixin:
     _emitter: Emitter
     _not_compiled: str | None = None
     _submodels: Any = None
-    _sampled: SampledStart | None = None
+    _sampled: Any = None
     _initializing = 0
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -237,8 +221,8 @@ class CompiledHandlerMixin:
             return self._as_plain(start_model(source, self.__settings, device or device_of_model(self)))
         from ts_handlers.servers.torchserve.samples import SampledStart
 
-        self._sampled = SampledStart(self.__settings, type(self), self.__context, self.__config)
-        return self._sampled.start(source, device or device_of_model(self))
+        sampled = self._sampled = SampledStart(self.__settings, type(self), self.__context, self.__config)
+        return sampled.start(source, device or device_of_model(self))
 
     def _as_plain(self, model: ServedModel) -> ServedModel:
         return compile_as_plain(model, self.__config, self.__settings)
@@ -333,9 +317,8 @@ class CompiledHandlerMixin:
     def _answer_below(self, batch: RequestBatch) -> Any:
         below: Any = super()
         with self._current.use(batch):
-            if answers_describe(below.handle, batch):
-                return [self.describe_handle()]
-            return below.handle(batch.rows, batch.context)
+            found = answer_of_describe(below.handle, batch, self.describe_handle)
+            return below.handle(batch.rows, batch.context) if found is None else found
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -373,50 +356,3 @@ class CompiledHandlerMixin:
 
 CompiledHandlerMixin.preprocess = refusing(CompiledHandlerMixin.preprocess)  # type: ignore[method-assign]
 CompiledHandlerMixin.initialize = finishing(CompiledHandlerMixin.initialize)  # type: ignore[method-assign]
-
-
-class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]
-    """A TorchServe handler for tensors as JSON.
-
-    A request is ``{input name: nested list}`` with the batch dimension included, or the bare nested list when the model
-    has one input. Requests are joined along dimension 0 and their answers split again; they are answered one by one if
-    an input or output has no row for each row of a request, and unless the start has found that a row is answered alone
-    as it is among others (`ts_handlers.startup.rows`). Answers have the output's structure, tensors as lists, and None
-    in place of NaN and infinity, or none at all with ``non_finite: refuse``.
-    """
-
-    _answers_alone = False
-
-    def _start(self, source: ModelSource, device: torch.device | None = None) -> ServedModel:
-        own = type(self).preprocess is CompiledHandler.preprocess and not is_captured()
-        if own and source.weights_by_name and self.settings.backends != ("eager",) and not self.settings.inputs:
-            raise inputs_needed(source.eager)
-        return super()._start(source, device)
-
-    @staticmethod
-    def _read_settings(config: Any) -> tuple[Settings, str | None]:
-        return parse_settings(config), None  # its methods need a model of ours
-
-    def preprocess(self, data: Any) -> Any:
-        """JSON bodies to input tensors, concatenated along dimension 0."""
-        specs = self.settings.inputs
-        if not specs:
-            raise inputs_needed(lambda: self.model)
-        if len(data) > 1 and (self._answers_alone or not have_rows(specs)):
-            raise InputError(NOT_BY_ROW)
-        if len(data) > 1 and not (isinstance(self.model, ServedModel) and self.model.outcome.independent_rows):
-            raise InputError(DEPENDENT_ROWS)
-        rows = [read_tensors(self.request_body(row), specs) for row in data]
-        joined, self.batch_state.counts = join_rows(rows, specs)
-        return joined
-
-    def postprocess(self, data: Any) -> list[Any]:
-        """One answer per request: the model's output for its rows, tensors as nested lists."""
-        if self.settings.non_finite == "refuse" and not is_finite(data):
-            raise InputError(NON_FINITE)
-        answers = split_rows(data, self.batch_state.counts)
-        if answers is None:
-            self._answers_alone = True
-            if len(self.batch_state.counts) > 1:
-                raise InputError(NOT_BY_ROW)
-        return answers or [rows_of(data)]

@@ -272,11 +272,11 @@ def _row(each: Submodel) -> dict[str, Any]:
 
 
 def _without_inputs(where: str, each: Submodel) -> str:
-    from ts_handlers.model.proposal import propose_inputs
+    from ts_handlers.model.proposal import declare_as
 
-    proposal = propose_inputs(each.module) if each.method == "forward" else None
-    return f"{where}.inputs: a compiling backend needs the inputs of {each.method}, found none; declare them" + (
-        f", as `{proposal}` (check dtypes and sizes)" if proposal else ""
+    ending = declare_as(each.module) if each.method == "forward" else None
+    return f"{where}.inputs: a compiling backend needs the inputs of {each.method}, found none" + (
+        ending or "; declare them"
     )
 
 

@@ -42,17 +42,6 @@ def unwrapped(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def set_compile_aside(module: torch.nn.Module) -> Callable[[], None]:
-    """Undo a handler's ``module.compile()``, which would compile again in each process; returns what does it again."""
-    theirs = vars(module).pop("_compiled_call_impl", None)
-
-    def restore() -> None:
-        if theirs is not None:
-            vars(module)["_compiled_call_impl"] = theirs
-
-    return restore
-
-
 def read_settings(config: Mapping[str, Any]) -> tuple[Settings, str | None]:
     """The settings, and why nothing is compiled where ``pt2`` names a compiler that only plain TorchServe knows.
 
@@ -103,6 +92,17 @@ def compile_as_plain(model: ServedModel, config: Mapping[str, Any], settings: Se
     shown = ", ".join(f"{name} {value}" for name, value in options.items())
     logger.info("%s. Compiled model with %s", note, shown)
     return model
+
+
+def set_compile_aside(module: torch.nn.Module) -> Callable[[], None]:
+    """Undo a handler's ``module.compile()``, which would compile again in each process; returns what does it again."""
+    theirs = vars(module).pop("_compiled_call_impl", None)
+
+    def restore() -> None:
+        if theirs is not None:
+            vars(module)["_compiled_call_impl"] = theirs
+
+    return restore
 
 
 def reason_not_to_compile(model: Any, name: str = "self.model") -> str | None:
@@ -235,19 +235,25 @@ def give_way(kind: type, mixin: type) -> None:
             setattr(kind, name, theirs)
 
 
-def answers_describe(below: Any, batch: RequestBatch) -> bool:
-    """Whether a request is TorchServe's describe, and a handler's own `handle` would take it for a prediction.
+def answer_of_describe(below: Any, batch: RequestBatch, describe: Callable[[], dict[str, Any]]) -> Any:
+    """The answer to TorchServe's describe where a handler's own `handle` would take it for a prediction, else None.
 
     Parameters
     ----------
     below:
-        The bound method `handle` of the class behind the mixin.
+        The bound method `handle` of the class behind the mixin; the answer is awaitable as its answers are.
     batch:
         The request.
+    describe:
+        The handler's `describe_handle`.
     """
-    if is_base_handlers(below, "handle") or inspect.iscoroutinefunction(below):
-        return False
-    return batch.is_describe()
+    if is_base_handlers(below, "handle") or not batch.is_describe():
+        return None
+    return _awaitable([describe()]) if inspect.iscoroutinefunction(below) else [describe()]
+
+
+async def _awaitable(answers: Any) -> Any:
+    return answers
 
 
 def describe_uncompiled(handler: Any, reason: str | None) -> dict[str, Any]:
