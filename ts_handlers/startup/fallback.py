@@ -213,13 +213,16 @@ class _Starter:
                 model.keep_eager(names)  # what answers now answers calls outside the ranges afterwards
                 module = source.eager()
                 try:
-                    return beside._load_beside(name, windows)
+                    fresh = beside._load_beside(name, windows)
                 finally:
                     source.keep(module)
+                observation.check_module()  # the model has served meanwhile
+                return fresh
 
             return beside._build_beside(model, backend, load, published)
 
-        observation = Observation(model, self._open_store(), self.identity, limits, self.declared, build)
+        asked = bool(self._settings.samples)
+        observation = Observation(model, self._open_store(), self.identity, limits, self.declared, build, asked)
         model.observe(observation)
 
     def _without_inputs(self, backends: list[Backend]) -> list[Backend]:
