@@ -57,15 +57,13 @@ from ts_handlers.servers.torchserve.their_handler import (
     answers_describe,
     describe_uncompiled,
     device_of,
-    finishing,
     inputs_needed,
     is_base_handlers,
     reason_not_to_compile,
-    refusing,
     set_compile_aside,
     unwrapped,
     with_their_description,
-    wrap_explanations,
+    wrap_methods,
 )
 from ts_handlers.settings import SECTION, Settings, parse_settings
 from ts_handlers.start import is_captured, start_model
@@ -325,11 +323,7 @@ class CompiledHandlerMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "preprocess" in cls.__dict__:
-            cls.preprocess = refusing(cls.__dict__["preprocess"])  # type: ignore[method-assign]
-        if "initialize" in cls.__dict__:
-            cls.initialize = finishing(cls.__dict__["initialize"])  # type: ignore[method-assign]
-        wrap_explanations(cls)
+        wrap_methods(cls)
 
     def request_body(self, row: Any) -> Any:
         """The body of one request: bytes, text or what TorchServe parsed from JSON.
@@ -357,8 +351,7 @@ class CompiledHandlerMixin:
         return with_their_description(facts, getattr(super(), "describe_handle", None))
 
 
-CompiledHandlerMixin.preprocess = refusing(CompiledHandlerMixin.preprocess)  # type: ignore[method-assign]
-CompiledHandlerMixin.initialize = finishing(CompiledHandlerMixin.initialize)  # type: ignore[method-assign]
+wrap_methods(CompiledHandlerMixin)
 
 
 class CompiledHandler(CompiledHandlerMixin, BaseHandler):  # type: ignore[misc]

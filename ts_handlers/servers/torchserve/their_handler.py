@@ -142,6 +142,14 @@ def inputs_needed(make_module: Callable[[], torch.nn.Module]) -> SettingsError:
     return SettingsError(f"{SECTION}.inputs: needed by the default preprocess{proposal_text(make_module)}")
 
 
+def wrap_methods(kind: type) -> None:
+    """Wrap what a class itself defines: `preprocess` in `refusing`, `initialize` in `finishing`; and explanations."""
+    for name, wrap in (("preprocess", refusing), ("initialize", finishing)):
+        if name in kind.__dict__:
+            setattr(kind, name, wrap(kind.__dict__[name]))
+    wrap_explanations(kind)
+
+
 def answers_describe(below: Any, batch: RequestBatch) -> bool:
     """Whether a request is TorchServe's describe, and a handler's own `handle` would take it for a prediction.
 
