@@ -20,10 +20,11 @@ import torch
 from ts_handlers.backends.base import Target
 from ts_handlers.backends.calling import spreads
 from ts_handlers.backends.eager import eager_run
-from ts_handlers.errors import BusyError, InputError
+from ts_handlers.errors import BuildError, BusyError, InputError
+from ts_handlers.execution.background import Background
 from ts_handlers.execution.base import Loaded, Run
 from ts_handlers.execution.contexts import ContextPool, PoolStats
-from ts_handlers.execution.outcome import Background, Outcome
+from ts_handlers.execution.outcome import Outcome
 from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.metrics import Metrics, compiled_graphs, graphs_for_requests
 from ts_handlers.model.call_form import accepts, forward_order, given_by_name, other_form, to_device
@@ -192,6 +193,7 @@ class CompiledModel(ServedModel):
         self._slots = slots
         self._eager: dict[tuple[str, ...], Run] = {}  # by the names of the inputs
         self._observer: Observer | None = None
+        self._stays_eager: str | None = None
         self._lock = threading.Lock()
         self._order = self._order_of_arguments()
         self.store: Store | None = None
@@ -282,18 +284,37 @@ class CompiledModel(ServedModel):
         return self._slots.call(self._run_eager, to_device(args, self._device), to_device(kwargs, self._device))
 
     def swap(self, other: CompiledModel) -> None:
-        """Serve from the next call on what `other` serves; calls that are running end as they began."""
-        before, names = self._loaded, other._loaded.signature.names
-        if self._outside_eager and before.signature.names == names and self.outcome.backend == "eager":
-            self._eager[names] = before.run
-        if not self._target.declares_as(other._target):  # calls have told the other one's
-            self._target = self._made_for = other._target
-            self._outside_eager = other._outside_eager
-            self._order = other._order
-        self.outcome = other.outcome
-        self.store = other.store
-        self._slots = other._slots
-        self._loaded = other._loaded
+        """Serve from the next call on what `other` serves; calls that are running end as they began.
+
+        Raises
+        ------
+        BuildError
+            The model stays eager, see `return_to_eager`.
+        """
+        with self._lock:
+            if self._stays_eager is not None:
+                raise BuildError(self._stays_eager)
+            before, names = self._loaded, other._loaded.signature.names
+            if self._outside_eager and before.signature.names == names and self.outcome.backend == "eager":
+                self._eager[names] = before.run
+            if not self._target.declares_as(other._target):  # calls have told the other one's
+                self._target = self._made_for = other._target
+                self._outside_eager = other._outside_eager
+                self._order = other._order
+            self.outcome = other.outcome
+            self.store = other.store
+            self._slots = other._slots
+            self._loaded = other._loaded
+
+    def return_to_eager(self, reason: str) -> None:
+        """Serve the eager module from the next call on and for good, for a reason that `describe` shows."""
+        with self._lock:
+            self._stays_eager = reason
+            if self.outcome.backend != "eager":
+                signature = self._loaded.signature
+                eager = Loaded(eager_run(self._target, signature.names), signature)
+                self.outcome = dataclasses.replace(self.outcome, backend="eager", notes=(*self.outcome.notes, reason))
+                self._loaded = self._slots.wrap(eager)
 
     @property
     def signature(self) -> Signature:
@@ -311,6 +332,9 @@ class CompiledModel(ServedModel):
         refused = self.background is not None or (self._observer is not None and self._observer.refuses_changes)
         serves = self.outcome.backend == "eager" and not refused
         return self._eager_module() if serves else super()._serving_module
+
+    def _module_to_change(self) -> torch.nn.Module | None:
+        return super()._module_to_change() or (None if self._observer is None else self._observer.give_way())
 
     @property
     def pool(self) -> ContextPool[Any]:

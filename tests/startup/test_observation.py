@@ -325,3 +325,58 @@ def test_workers_that_see_enough_at_once_build_once(start: Start, archive: Path,
     for model in models:
         call(model, archive, 5)
         assert model.metrics.counters["outside_eager"] == 0
+
+
+def test_a_change_of_a_model_that_calls_have_told_makes_it_eager_again(
+    start: Start, archive: Path, tmp_path: Path
+) -> None:
+    model = start()
+    for rows in (1, 2, 2, 2):
+        call(model, archive, rows)
+    wait_for(model, is_settled)
+    tensor = torch.randn(2, 4)
+    state = {"layer.weight": torch.ones(3, 4), "layer.bias": torch.zeros(3)}
+    for each in (model, start()):
+        assert each.outcome.backend == "aot_inductor"
+        assert hasattr(each, "load_state_dict")  # looking changes nothing
+        assert each.outcome.backend == "aot_inductor"
+        each.load_state_dict(state)
+        assert each.outcome.backend == "eager"
+        assert torch.allclose(each(tensor), tensor.sum(1, keepdim=True).expand(2, 3), atol=1e-5)
+        each.layer = torch.nn.Linear(4, 1)
+        assert each(tensor).shape == (2, 1)
+        assert "the handler changes the model" in each.describe()["observed"]["reason"]
+    assert start().outcome.backend == "aot_inductor"
+
+
+def test_a_change_while_it_is_built_keeps_it_eager(
+    start: Start, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUILD_UNTIL", str(tmp_path / "changed"))
+    model = start()
+    for _ in range(4):
+        call(model, archive, 2)
+    wait_for(model, lambda facts: len(begun(tmp_path)) == 1)
+    model.double()
+    (tmp_path / "changed").touch()
+    facts = wait_for(model, lambda facts: facts["background"]["state"] == "failed")
+    assert "the model has changed since its start" in facts["background"]["reason"]
+    assert model(torch.zeros(2, 4, dtype=torch.float64)).dtype == torch.float64
+    assert record(model, tmp_path)[1] is None
+
+
+def test_a_change_while_the_artifact_is_loaded_keeps_it_eager(
+    start: Start, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = start()
+    load = file_backend.BACKEND.load
+
+    def changing(*arguments: Any) -> Any:
+        model.double()
+        return load(*arguments)
+
+    monkeypatch.setattr(file_backend.BACKEND, "load", changing)
+    for _ in range(4):
+        call(model, archive, 2)
+    wait_for(model, lambda facts: facts["background"] is not None and facts["background"]["state"] == "failed")
+    assert model(torch.zeros(2, 4, dtype=torch.float64)).dtype == torch.float64

@@ -49,6 +49,10 @@ class GuardedModel(ModuleLook):
         """The eager module where that, and nothing else, answers calls; otherwise None."""
         return None
 
+    def _module_to_change(self) -> torch.nn.Module | None:
+        """The module that takes a change: the one that serves, or one that serves from now on; None to refuse it."""
+        return self._serving_module
+
     def _eager_module(self) -> torch.nn.Module:
         return self._made_for.eager()
 
@@ -80,12 +84,13 @@ class GuardedModel(ModuleLook):
         return self._cast(torch.float64)
 
     def _cast(self, dtype: torch.dtype) -> Self:
-        module = self._serving_module
-        if module is not None:
-            module.to(dtype=dtype)
+        serving = self._serving_module
+        if serving is None and self._dtypes() == {dtype}:
             return self
-        if self._dtypes() != {dtype}:
+        module = self._module_to_change()
+        if module is None:
             raise _frozen_error(f"the cast to {str(dtype)[6:]}", self._made_for.source.name)
+        module.to(dtype=dtype)
         return self
 
     def _dtypes(self) -> set[torch.dtype]:
@@ -104,7 +109,11 @@ class GuardedModel(ModuleLook):
         for dtype in self._dtypes():
             given = fn(torch.empty(0, dtype=dtype)).dtype
             if given != dtype:
-                raise _frozen_error(f"the cast to {str(given)[6:]}", self._made_for.source.name)
+                module = self._module_to_change()
+                if module is None:
+                    raise _frozen_error(f"the cast to {str(given)[6:]}", self._made_for.source.name)
+                module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+                return self
         return self
 
     def eval(self) -> Self:
@@ -113,7 +122,7 @@ class GuardedModel(ModuleLook):
 
     def train(self, mode: bool = True) -> Self:
         """Put an eager model that serves into training mode; a compiled one has been built in eval mode."""
-        module = self._serving_module
+        module = self._module_to_change() if mode else self._serving_module
         if module is not None:
             module.train(mode)
         elif mode:
@@ -133,27 +142,36 @@ class GuardedModel(ModuleLook):
             raise AttributeError(name)
         module = self._serving_module
         if module is None and name in _CHANGES:
-            return functools.partial(_refuse_change, f"{name}()", self._made_for.source.name)
+            return functools.partial(self._change, name)
         value = super().__getattr__(name)
         if module is None and isinstance(value, (torch.nn.Module, torch.Tensor)):
             self._warn_of_change(name)
         return value
+
+    def _change(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        module = self._module_to_change()
+        if module is None:
+            raise _frozen_error(f"{name}()", self._made_for.source.name)
+        return getattr(module, name)(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         changes = isinstance(value, (torch.nn.Module, torch.Tensor))
         if not changes and (name.startswith("_") or name in _OWN):
             return super().__setattr__(name, value)
         module = self._serving_module
+        if module is None and (changes or hasattr(self._made_for.eager(), name)):
+            module = self._module_to_change()
+            changes = True
         if module is not None:
             return setattr(module, name, value)
-        if changes or hasattr(self._made_for.eager(), name):
+        if changes:
             raise _frozen_error(f"the assignment of {name}", self._made_for.source.name)
         return super().__setattr__(name, value)  # a note of the handler's own
 
     def __delattr__(self, name: str) -> None:
         if name in self.__dict__:
             return super().__delattr__(name)
-        module = self._serving_module
+        module = self._module_to_change()
         if module is None:
             raise _frozen_error(f"the deletion of {name}", self._made_for.source.name)
         return delattr(module, name)
@@ -198,7 +216,3 @@ def _frozen_error(what: str, name: str) -> FrozenModelError:
         f"{what} of {name}, a compiled model, has no effect on what serves; change the model in load_model of the "
         "handler, set dtype: in handler.ts_handlers, or serve the module itself with backends: [eager]"
     )
-
-
-def _refuse_change(what: str, model: str, *args: Any, **kwargs: Any) -> Any:
-    raise _frozen_error(what, model)

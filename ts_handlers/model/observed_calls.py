@@ -36,6 +36,9 @@ class Observer(Protocol):
     def note(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Note a call that was answered; never raises."""
 
+    def give_way(self) -> torch.nn.Module | None:
+        """Before a change of the module: have it serve again and return it; None where the change must be refused."""
+
     def describe(self) -> dict[str, Any]:
         """What is known, JSON-compatible."""
 

@@ -24,7 +24,8 @@ from ts_handlers.backends import get_backend
 from ts_handlers.backends.base import Backend, Target
 from ts_handlers.compiled_model import CompiledModel, log_outcome
 from ts_handlers.errors import FINAL, BuildError, MissError, RefitError, one_line, without_frames
-from ts_handlers.execution.outcome import Background, Outcome
+from ts_handlers.execution.background import Background
+from ts_handlers.execution.outcome import Outcome
 from ts_handlers.execution.slots import ModuleSlots
 from ts_handlers.execution.torch_device import begin_cuda
 from ts_handlers.metrics import Metrics, start_under_way
@@ -218,13 +219,16 @@ class _Starter:
                 model.keep_eager(names)  # what answers now answers calls outside the ranges afterwards
                 module = source.eager()
                 try:
-                    return beside._load_beside(name, windows)
+                    fresh = beside._load_beside(name, windows)
                 finally:
                     source.keep(module)
+                observation.check_module()  # the model has served meanwhile
+                return fresh
 
             return beside._build_beside(model, backend, load, published)
 
-        observation = Observation(model, self._open_store(), self.identity, limits, self.declared, build)
+        asked = bool(self._settings.samples)
+        observation = Observation(model, self._open_store(), self.identity, limits, self.declared, build, asked)
         model.observe(observation)
 
     def _without_inputs(self, backends: list[Backend]) -> list[Backend]:

@@ -23,7 +23,7 @@ import torch
 from ts_handlers.backends.base import Target
 from ts_handlers.compiled_model import CompiledModel
 from ts_handlers.errors import BuildError, one_line
-from ts_handlers.execution.outcome import Background
+from ts_handlers.execution.background import Background
 from ts_handlers.key.digests import digest_text
 from ts_handlers.model.declaration import Declaration, as_line, declare
 from ts_handlers.model.module_state import ModuleState
@@ -91,6 +91,9 @@ class Observation:
         What the model serves already; None while nothing is compiled.
     build:
         Begins a build.
+    asked:
+        Whether samples have told the inputs, so that somebody wants an artifact: changes of the model are then refused,
+        as of any compiled one. Otherwise the eager module serves again before it is changed.
     """
 
     refuses_changes = False
@@ -103,7 +106,10 @@ class Observation:
         limits: ObserveSettings,
         declared: Declaration | None,
         build: Build,
+        asked: bool = False,
     ) -> None:
+        self._asked = asked
+        self._changed = False
         self._model = weakref.ref(model)
         self._name = model._target.source.name
         self._store = store
@@ -153,6 +159,16 @@ class Observation:
                 self._wake.set()
         except Exception as error:
             self._give_up(f"calls cannot be noted: {type(error).__name__}: {one_line(error)}")
+
+    def give_way(self) -> torch.nn.Module | None:
+        """Before a change of the module: have it serve again; None where samples have told the inputs."""
+        if self._asked:
+            return None
+        self._changed = True
+        model = self._served()
+        model.return_to_eager("its handler changes the model, which no artifact follows")
+        self._give_up("the handler changes the model, which no artifact follows")
+        return model._eager_module()
 
     def describe(self) -> dict[str, Any]:
         """State, number of calls that were noted, and the reason why nothing is built; JSON-compatible."""
@@ -218,6 +234,7 @@ class Observation:
     def _give_up(self, reason: str) -> None:
         self._state, self._reason = "off", reason
         self._closed.set()
+        self._wake.set()
         logger.warning("%s: stays as it is: %s", self._name, reason)
 
     def _build_now(self) -> None:
@@ -272,6 +289,8 @@ class Observation:
     def check_module(self) -> None:
         """Raise `BuildError` when the handler has changed its module, which what was built does not know."""
         changes = [] if self._module is None else self._module.changes()
+        if self._changed and not changes:
+            changes = ["by its handler"]
         if changes:
             raise BuildError(
                 f"the model has changed since its start ({', '.join(changes[:5])[:300]}), which an artifact would not "

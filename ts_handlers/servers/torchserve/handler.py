@@ -49,14 +49,13 @@ from ts_handlers.servers.torchserve.their_handler import (
     describe_uncompiled,
     device_of,
     device_of_model,
-    finishing,
     is_base_handlers,
     read_settings,
     reason_not_to_compile,
-    refusing,
     set_compile_aside,
     unwrapped,
     with_their_description,
+    wrap_methods,
 )
 from ts_handlers.settings import SECTION, Settings
 from ts_handlers.start import start_model
@@ -322,10 +321,6 @@ class CompiledHandlerMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "preprocess" in cls.__dict__:
-            cls.preprocess = refusing(cls.__dict__["preprocess"])  # type: ignore[method-assign]
-        if "initialize" in cls.__dict__:
-            cls.initialize = finishing(cls.__dict__["initialize"])  # type: ignore[method-assign]
         adapt(cls, CompiledHandlerMixin)
 
     def request_body(self, row: Any) -> Any:
@@ -354,5 +349,4 @@ class CompiledHandlerMixin:
         return with_their_description(facts, getattr(super(), "describe_handle", None))
 
 
-CompiledHandlerMixin.preprocess = refusing(CompiledHandlerMixin.preprocess)  # type: ignore[method-assign]
-CompiledHandlerMixin.initialize = finishing(CompiledHandlerMixin.initialize)  # type: ignore[method-assign]
+wrap_methods(CompiledHandlerMixin)

@@ -302,6 +302,9 @@ class SampleCalls:
         except Exception as error:
             logger.warning("%s: a call cannot be noted: %s", self._source.name, error)
 
+    def give_way(self) -> None:
+        """None: what is built next would not follow the change."""
+
     def describe(self) -> dict[str, Any]:
         """How many calls were noted."""
         return {"state": "samples", "calls": self.seen.count, "reason": None}

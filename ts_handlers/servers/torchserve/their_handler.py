@@ -220,9 +220,17 @@ def inputs_needed(make_module: Callable[[], torch.nn.Module]) -> SettingsError:
     return SettingsError(f"{SECTION}.inputs: needed by the default preprocess{proposal_text(make_module)}")
 
 
+def wrap_methods(kind: type) -> None:
+    """Wrap what a class itself defines: `preprocess` in `refusing`, `initialize` in `finishing`; and explanations."""
+    for name, wrap in (("preprocess", refusing), ("initialize", finishing)):
+        if name in kind.__dict__:
+            setattr(kind, name, wrap(kind.__dict__[name]))
+    wrap_explanations(kind)
+
+
 def adapt(kind: type, mixin: type) -> None:
     """Fit a class with the mixin to the handler class behind it."""
-    wrap_explanations(kind)
+    wrap_methods(kind)
     give_way(kind, mixin)
 
 
