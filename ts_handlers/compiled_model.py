@@ -304,6 +304,7 @@ class CompiledModel(ServedModel):
             self.outcome = other.outcome
             self.store = other.store
             self._slots = other._slots
+            self._when_called = ()  # calls that the artifact does not take are the eager module's
             self._loaded = other._loaded
 
     def return_to_eager(self, reason: str) -> None:
