@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -137,7 +138,10 @@ def write_archive(
     `file_name` (without suffix) names the archive differently from the model, as for a second version of it.
     """
     model_store.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=model_store, prefix=".archive-") as temporary:
+    with (
+        tempfile.TemporaryDirectory(dir=model_store, prefix=".archive-") as temporary,
+        tempfile.TemporaryDirectory(prefix=f"{name}-packing-") as scratch,
+    ):
         command = [sys.executable, "-c", _ARCHIVER, "--model-name", name]
         command += ["--version", version, "--export-path", temporary, "--archive-format", archive_format]
         command += [
@@ -149,7 +153,9 @@ def write_archive(
         command += ["--handler", str(directory / "handler.py")]
         command += ["--config-file", str(directory / "model-config.yaml"), "--force"]
         command += ["--extra-files", ",".join(map(str, extra_files))] if extra_files else []
-        subprocess.run(command, check=True)
+        # The archiver collects the files in a folder of the model's name in the temporary folder: in one of its own here,
+        # so that two of them at once do not meet.
+        subprocess.run(command, check=True, env={**os.environ, "TMPDIR": scratch})
         (packed,) = Path(temporary).iterdir()
         target = model_store / ((file_name or name) + packed.suffix)
         for older in (target.with_suffix(".mar"), target.with_suffix("")):

@@ -32,7 +32,7 @@ def test_a_captured_start_starts_nothing_and_ends_the_block(source: ArchiveSourc
         start_model(source, settings, "cuda:1")
         reached.append("behind")
     assert reached == ["before"]
-    assert [tuple(made) for made in found] == [(source, settings, torch.device("cuda", 1))]
+    assert [tuple(made) for made in found] == [(source, settings, torch.device("cuda", 1), False)]
     assert isinstance(start_model(source, settings_of(backends=["eager"])), CompiledModel)
 
 
