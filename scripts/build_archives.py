@@ -153,8 +153,8 @@ def write_archive(
         command += ["--handler", str(directory / "handler.py")]
         command += ["--config-file", str(directory / "model-config.yaml"), "--force"]
         command += ["--extra-files", ",".join(map(str, extra_files))] if extra_files else []
-        # The archiver collects the files in a folder of the model's name in the temporary folder: in one of its own here,
-        # so that two of them at once do not meet.
+        # The archiver collects the files in a folder of the model's name in the temporary folder. Two of them at once
+        # would meet there.
         subprocess.run(command, check=True, env={**os.environ, "TMPDIR": scratch})
         (packed,) = Path(temporary).iterdir()
         target = model_store / ((file_name or name) + packed.suffix)

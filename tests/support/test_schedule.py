@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -11,9 +10,9 @@ _made: list[int] = []
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[int]:
+def shared() -> int:
     _made.append(os.getpid())
-    yield os.getpid()
+    return os.getpid()
 
 
 @pytest.mark.parametrize("number", range(4))
