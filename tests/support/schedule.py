@@ -22,7 +22,7 @@ def plan(items: list[pytest.Item]) -> None:
         seen[rank] += 1
         keys[item] = (max(rank, _TOGETHER - 1), seen[rank] / ranks.count(rank) if rank < _TOGETHER else 0.0)
         if _shares_a_fixture(item):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}.{item.path.stem}"))
     items.sort(key=keys.__getitem__)
 
 

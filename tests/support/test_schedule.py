@@ -21,4 +21,4 @@ def test_a_test_with_a_modules_fixture_is_in_a_group(shared: int, number: int, r
     assert _made == [shared]
     config = request.config
     if hasattr(config, "workerinput") and config.getvalue("loadgroup"):
-        assert request.node.nodeid.endswith("@test_schedule")
+        assert request.node.nodeid.endswith("@support.test_schedule")
