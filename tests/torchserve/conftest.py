@@ -7,7 +7,7 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ from ts_handlers.testing import TorchServe
 HERE = Path(__file__).parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before the tests are put in order by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     missing = [name for name in ("ts", "model_archiver") if importlib.util.find_spec(name) is None]
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.serving)
             if missing:
                 item.add_marker(pytest.mark.skip(reason=f"not installed: {', '.join(missing)}"))
+    return (yield)
 
 
 @pytest.fixture(scope="session")
