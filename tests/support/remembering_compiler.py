@@ -1,4 +1,4 @@
-"""A C++ compiler that remembers, for the tests: what the session has compiled once, it copies.
+"""A C++ compiler that remembers, for the tests: what a test run has compiled once, it copies.
 
     python remembering_compiler.py OBJECTS ARGUMENTS...
 
