@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -11,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.archive_files import files_of, write_zip
 from tests.support.models import LINEAR, write_archive
+from tests.support.their_archives import OURS, pack_theirs
 from tests.support.torchserve_archives import ArchiveFactory
 from tests.support.torchserve_records import ServerFactory, published, starts
-from tests.torchserve.test_their_handlers import LABELS, PRETRAINED, TWO_LINES
+from tests.torchserve.test_their_handlers import LABELS, PRETRAINED
 from ts_handlers.store.local.layout import OBSERVED
 from ts_handlers.testing import TorchServe
 
@@ -38,12 +36,7 @@ BODIES: list[list[int]] = [[MARKER] * length for length in (3, 5, 3, 7, 3, 4)]
 
 def pack(store: Path, work: Path, name: str, theirs: str, section: str, **manifest: str) -> None:
     """Write an archive of the two lines over their handler."""
-    (work / "their.py").write_text(textwrap.dedent(theirs))
-    (work / "handler.py").write_text(TWO_LINES)
-    (work / "model-config.yaml").write_text(CONFIG + section)
-    model = {"modelName": name, "handler": "handler.py", "modelVersion": "1.0", **manifest}
-    described = {"model": {**model, "configFile": "model-config.yaml"}, "runtime": "python"}
-    write_zip(store / f"{name}.mar", {**files_of(work), "MAR-INF/MANIFEST.json": json.dumps(described).encode()})
+    pack_theirs(store, work, theirs, CONFIG + section, {name: OURS}, **manifest)
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +118,11 @@ def test_calls_tell_it_and_the_next_start_is_warm(observed: str, tmp_path: Path,
 
 
 def _assert_holds_no_contents(store: Path) -> None:
-    """No file holds two ids of a request, which are all the same, one behind the other."""
-    needle = torch.full((2,), MARKER, dtype=torch.int64).numpy().tobytes()
+    """No file holds three ids of a request, which are all the same, one behind the other.
+
+    Two would be found by chance: the head of a library names a size in its file and the same size in memory.
+    """
+    needle = torch.full((3,), MARKER, dtype=torch.int64).numpy().tobytes()
     files = [path for path in store.rglob("*") if path.is_file()]
     assert [path for path in files if needle in path.read_bytes()] == []
     texts = [path.read_text() for path in files if path.relative_to(store).parts[0] == OBSERVED]

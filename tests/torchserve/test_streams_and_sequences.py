@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import http.client
 import json
-import textwrap
 import urllib.parse
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.archive_files import files_of, write_zip
 from tests.support.models import LINEAR, write_archive
+from tests.support.their_archives import OURS, THEIRS, pack_theirs
 from tests.support.torchserve_archives import ArchiveFactory
 from tests.support.torchserve_records import ServerFactory, starts
 from ts_handlers.testing import TorchServe
 
-TWO_LINES = """
-from their import TheirHandler
-from ts_handlers import CompiledHandlerMixin
-
-
-class Handler(CompiledHandlerMixin, TheirHandler):
-    pass
-"""
 STREAMS = """
 import torch
 from ts.handler_utils.utils import send_intermediate_predict_response
@@ -94,14 +85,9 @@ SEQUENCE: dict[str, Any] = {
 def pack(store: Path, work: Path, name: str, theirs: str, config: dict[str, Any]) -> None:
     """Write ``plain_<name>`` with their handler and ``ours_<name>`` with the two lines over it."""
     write_archive(work, LINEAR)
-    (work / "their.py").write_text(textwrap.dedent(theirs))
-    (work / "handler.py").write_text(TWO_LINES)
-    (work / "model-config.yaml").write_text(json.dumps(config))
-    for kind, handler in (("plain", "their.py"), ("ours", "handler.py")):
-        files = {"modelFile": "model.py", "serializedFile": "model.pt", "configFile": "model-config.yaml"}
-        model = {"modelName": f"{kind}_{name}", "handler": handler, "modelVersion": "1.0", **files}
-        described = json.dumps({"model": model, "runtime": "python"}).encode()
-        write_zip(store / f"{kind}_{name}.mar", {**files_of(work), "MAR-INF/MANIFEST.json": described})
+    archives = {f"plain_{name}": THEIRS, f"ours_{name}": OURS}
+    files = {"modelFile": "model.py", "serializedFile": "model.pt"}
+    pack_theirs(store, work, theirs, json.dumps(config), archives, **files)
 
 
 @pytest.fixture(scope="module")

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support.archive_files import files_of, write_zip
+from tests.support.their_archives import OURS, THEIRS, pack_theirs
 from tests.support.torchserve_archives import ArchiveFactory
 from tests.support.torchserve_records import ServerFactory, published
-
-TWO_LINES = """
-from their import TheirHandler
-from ts_handlers import CompiledHandlerMixin
-
-
-class Handler(CompiledHandlerMixin, TheirHandler):
-    pass
-"""
 
 DIFFUSES = """
 import torch
@@ -150,16 +140,9 @@ GENERATE = {"lm": {"path": "model", "generate": {"length": 24}}}
 
 def pack(store: Path, work: Path, name: str, theirs: str, models: dict[str, Any]) -> None:
     """Write the archive ``plain_<name>`` with their handler, and ``ours_<name>`` with the two lines over it."""
-    (work / "their.py").write_text(textwrap.dedent(theirs))
-    (work / "handler.py").write_text(TWO_LINES)
     section = {"backends": ["aot_inductor", "eager"], "models": models}
     config = {"minWorkers": 1, "maxWorkers": 1, "startupTimeout": 600, "handler": {"ts_handlers": section}}
-    (work / "model-config.yaml").write_text(json.dumps(config))
-    for kind, handler in (("plain", "their.py"), ("ours", "handler.py")):
-        model = {"modelName": f"{kind}_{name}", "handler": handler, "modelVersion": "1.0"}
-        described = {"model": {**model, "configFile": "model-config.yaml"}, "runtime": "python"}
-        files = {**files_of(work), "MAR-INF/MANIFEST.json": json.dumps(described).encode()}
-        write_zip(store / f"{kind}_{name}.mar", files)
+    pack_theirs(store, work, theirs, json.dumps(config), {f"plain_{name}": THEIRS, f"ours_{name}": OURS})
 
 
 @pytest.fixture(scope="module")

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support.archive_files import files_of, write_zip
 from tests.support.models import LINEAR, write_archive
+from tests.support.their_archives import OURS, THEIRS, pack_theirs
 from tests.support.torchserve_archives import ArchiveFactory
 from tests.support.torchserve_records import ServerFactory, published, starts
-
-TWO_LINES = """
-from their import TheirHandler
-from ts_handlers import CompiledHandlerMixin
-
-
-class Handler(CompiledHandlerMixin, TheirHandler):
-    pass
-"""
 
 LABELS = """
 import torch
@@ -112,14 +102,8 @@ IDS = [
 def pack(store: Path, work: Path, name: str, theirs: str, declared: list[str], **manifest: str) -> None:
     """Write the archive ``plain_<name>`` with their handler, and ``ours_<name>`` with the two lines over it."""
     inputs, dimensions = (line.partition(": ")[2] for line in declared)
-    (work / "their.py").write_text(textwrap.dedent(theirs))
-    (work / "handler.py").write_text(TWO_LINES)
-    (work / "model-config.yaml").write_text(CONFIG.format(inputs=inputs, dimensions=dimensions))
-    for kind, handler in (("plain", "their.py"), ("ours", "handler.py")):
-        model = {"modelName": f"{kind}_{name}", "handler": handler, "modelVersion": "1.0", **manifest}
-        described = {"model": {**model, "configFile": "model-config.yaml"}, "runtime": "python"}
-        files = {**files_of(work), "MAR-INF/MANIFEST.json": json.dumps(described).encode()}
-        write_zip(store / f"{kind}_{name}.mar", files)
+    config = CONFIG.format(inputs=inputs, dimensions=dimensions)
+    pack_theirs(store, work, theirs, config, {f"plain_{name}": THEIRS, f"ours_{name}": OURS}, **manifest)
 
 
 @pytest.fixture(scope="module")

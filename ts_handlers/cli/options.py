@@ -121,3 +121,15 @@ def one_key(keys: Iterable[str], prefix: str, none: str, kind: str = "keys") -> 
     if len(found) > 1:
         raise typer.BadParameter(f"{len(found)} {kind} start with {prefix!r}: {', '.join(found[:8])}; give more digits")
     return found[0]
+
+
+ArchiveArgument = Annotated[Path, typer.Argument(metavar="ARCHIVE", help="A .mar or .tgz file, or a model's folder.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:<index>; otherwise the first GPU if there is one.")
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option(metavar="YAML", help="Takes the place of the archive's model-config.yaml.")
+]
+ModelNameOption = Annotated[
+    str | None, typer.Option(help="The name that TorchServe serves the archive under; otherwise its own.")
+]

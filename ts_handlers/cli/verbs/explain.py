@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ts_handlers.cli.exit_codes import ExitCode
-from ts_handlers.cli.options import JsonOption, StoreOptions, find_entries
+from ts_handlers.cli.options import ConfigOption, JsonOption, ModelNameOption, StoreOptions, find_entries
 from ts_handlers.cli.output import print_json, print_table, say
 from ts_handlers.key.cache_key import CacheKey, explain, only_differing
 
@@ -35,12 +35,8 @@ def command(
         str | None,
         typer.Option(help="Of an archive: cpu, cuda or cuda:<index>; otherwise the first GPU if there is one."),
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(metavar="YAML", help="Takes the place of the archive's model-config.yaml.")
-    ] = None,
-    model_name: Annotated[
-        str | None, typer.Option(help="The name that TorchServe serves the archive under; otherwise its own.")
-    ] = None,
+    config: ConfigOption = None,
+    model_name: ModelNameOption = None,
     store: StoreOptions,
     as_json: JsonOption = False,
 ) -> ExitCode:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ts_handlers.cli.exit_codes import ExitCode
-from ts_handlers.cli.options import JsonOption, StoreOption
+from ts_handlers.cli.options import (
+    ArchiveArgument,
+    ConfigOption,
+    DeviceOption,
+    JsonOption,
+    ModelNameOption,
+    StoreOption,
+)
 from ts_handlers.cli.output import PrintableFormatter, print_json, say
 
 if TYPE_CHECKING:
@@ -19,16 +25,10 @@ if TYPE_CHECKING:
 
 
 def command(
-    archive: Annotated[Path, typer.Argument(metavar="ARCHIVE", help="A .mar or .tgz file, or a model's folder.")],
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:<index>; otherwise the first GPU if there is one.")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(metavar="YAML", help="Takes the place of the archive's model-config.yaml.")
-    ] = None,
-    model_name: Annotated[
-        str | None, typer.Option(help="The name that TorchServe will serve it under; otherwise the archive's.")
-    ] = None,
+    archive: ArchiveArgument,
+    device: DeviceOption = None,
+    config: ConfigOption = None,
+    model_name: ModelNameOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log of the build.")] = False,
     store: StoreOption = None,
     as_json: JsonOption = False,

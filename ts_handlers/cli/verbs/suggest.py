@@ -5,28 +5,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from ts_handlers.cli.exit_codes import ExitCode
-from ts_handlers.cli.options import JsonOption, StoreOptions
+from ts_handlers.cli.options import (
+    ArchiveArgument,
+    ConfigOption,
+    DeviceOption,
+    JsonOption,
+    ModelNameOption,
+    StoreOptions,
+)
 from ts_handlers.cli.output import print_json, say
 
 
 def command(
-    archive: Annotated[Path, typer.Argument(metavar="ARCHIVE", help="A .mar or .tgz file, or a model's folder.")],
+    archive: ArchiveArgument,
     *,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:<index>; otherwise the first GPU if there is one.")
-    ] = None,
-    config: Annotated[
-        Path | None, typer.Option(metavar="YAML", help="Takes the place of the archive's model-config.yaml.")
-    ] = None,
-    model_name: Annotated[
-        str | None, typer.Option(help="The name that TorchServe serves the archive under; otherwise its own.")
-    ] = None,
+    device: DeviceOption = None,
+    config: ConfigOption = None,
+    model_name: ModelNameOption = None,
     store: StoreOptions,
     as_json: JsonOption = False,
 ) -> ExitCode:
