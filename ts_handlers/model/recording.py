@@ -1,10 +1,12 @@
 """What making an eager model reads from outside its archive is recorded: files, environment variables, modules.
 
 Files are seen by Python's audit hook, which tells of every `open`, of `os.open` and of listings; native readers that
-open files by themselves are wrapped (`_NATIVE`). Variables are seen where `os.environ` looks one up. A read counts if
-the model's own code (`ts_handlers.model.own_code`) does it, directly or by calling a library; what a library reads for
-itself, as while it is imported, is covered by its version. A variable that a library looks up counts if its name stands
-in the model's own code.
+open files by themselves are wrapped (`_NATIVE`). A hook stays until the process ends and slows every call that Python
+audits, of which tracing a model makes hundreds of thousands. So while a start hits, which needs no complete record, the
+functions that open and list are wrapped instead (`_OPENERS`). Variables are seen where `os.environ` looks one up. A
+read counts if the model's own code (`ts_handlers.model.own_code`) does it, directly or by calling a library; what a
+library reads for itself, as while it is imported, is covered by its version. A variable that a library looks up counts
+if its name stands in the model's own code.
 
 docs/decisions/0024-outside-the-archive.md has the reasons.
 """
@@ -42,6 +44,14 @@ LIMIT = 10_000
 
 # Readers that open a file in native code, with the position of its path among their arguments.
 _NATIVE = (("safetensors", "safe_open", 0), ("torch._C", "import_ir_module", 1))
+# The functions of the standard library that open and list, by what the audit hook calls them.
+_OPENERS = (
+    ("builtins", "open", "open"),
+    ("io", "open", "open"),
+    ("os", "open", "os.open"),
+    ("os", "listdir", "os.listdir"),
+    ("os", "scandir", "os.scandir"),
+)
 _KERNEL = ("/proc/", "/sys/", "/dev/", "/run/")
 _RANDOM = re.compile(r"/tmp[a-z0-9_]{8}(/|$)")  # as the module tempfile names files and folders
 _OWN_CACHES = ("torchinductor_", ".triton", "__pycache__")
@@ -253,9 +263,12 @@ def recording(
     Other threads that record wait. After a block that raises nothing is learnt.
     """
     with _lock:
-        _install_hook()
         recorder = Recorder(surroundings, is_keyed)
         with contextlib.ExitStack() as stack:
+            if surroundings.deferred and not _hooked:
+                stack.enter_context(_openers_watched())
+            else:
+                _install_hook()
             stack.enter_context(_variables_watched())
             for module, name, position in _NATIVE:
                 stack.enter_context(_native_watched(module, name, position))
@@ -296,6 +309,36 @@ def _tell(note: Callable[[Recorder, types.FrameType | None], None]) -> None:
                     note(recorder, frame)
     finally:
         _busy.noting = False
+
+
+class _WatchedOpener:
+    """A function that opens or lists. A class that has it as an attribute does not make it a method, as of one in C."""
+
+    def __init__(self, event: str, original: Callable[..., Any]) -> None:
+        self._event = event
+        functools.update_wrapper(self, original)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        path = arguments[0] if arguments else keywords.get("file", keywords.get("path"))
+        second = arguments[1] if len(arguments) > 1 else None
+        if self._event == "open":
+            mode = keywords.get("mode", "r") if second is None else second
+            _tell(lambda recorder, frame: recorder.note_open(path, mode, 0, frame))
+        elif self._event == "os.open":
+            flags = keywords.get("flags", 0) if second is None else second
+            _tell(lambda recorder, frame: recorder.note_open(path, None, flags, frame))
+        else:
+            _tell(lambda recorder, frame: recorder.note_listing(path, frame))
+        return self.__wrapped__(*arguments, **keywords)  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _openers_watched() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for module, name, event in _OPENERS:
+            owner = sys.modules[module]
+            stack.enter_context(replaced_attribute(owner, name, _WatchedOpener(event, getattr(owner, name))))
+        yield
 
 
 @contextlib.contextmanager
