@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{mark}: {cost}")
     costs.watch()
     if not hasattr(config, "workerinput"):  # workers of a test run with several have its PATH
-        folder = tempfile.mkdtemp(prefix="ts_handlers-compiler-")
+        folder = tempfile.mkdtemp(prefix=remembering_compiler.PREFIX)
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
         remembering_compiler.install(folder)
 
