@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ BAGS = {
     "dimensions": {"length": {"min": 1, "max": 64}},
 }
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+BERT_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 MICRO = {"micro_batching": {"micro_batch_size": 1, "parallelism": {"preprocess": 1, "inference": 1, "postprocess": 1}}}
 SEQUENCE = {"sequenceBatching": True, "maxNumSequence": 4, "maxSequenceJobQueueSize": 10, "sequenceMaxIdleMSec": 60000}
 
@@ -59,6 +61,8 @@ class Case:
         Whether `BaseHandler` loads the model; otherwise the handler does.
     body:
         What a request holds.
+    real_size:
+        Whether the model is as large as those that people serve: ResNet-50 or BERT-base.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Case:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     model_file: bool = True
     body: str = "image"
+    real_size: bool = False
 
     def bodies(self) -> list[Any]:
         """The requests, sent one after the other."""
@@ -172,7 +177,8 @@ def _write_pretrained(case: Case, work: Path) -> None:
     if case.model == "GPT2Config":
         config = transformers.GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=2, n_positions=64)
     else:
-        config = transformers.BertConfig(vocab_size=100, num_labels=2, max_position_embeddings=32, **SIZES)
+        sizes = BERT_BASE if case.real_size else SIZES
+        config = transformers.BertConfig(vocab_size=100, num_labels=2, max_position_embeddings=32, **sizes)
     kind = getattr(transformers, case.config["handler"]["auto_class"])
     kind.from_config(config).eval().save_pretrained(work)
 
@@ -188,10 +194,14 @@ def equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def select(names: str | None) -> list[Case]:
-    """The cases of a comma-separated choice; all of them for None."""
+def select(names: str | None, *, real_size: bool = False) -> list[Case]:
+    """The cases of a comma-separated choice; all of them for None. With `real_size` those whose model has one."""
     wanted = [case.name for case in CASES] if names is None else names.split(",")
     unknown = set(wanted) - {case.name for case in CASES}
     if unknown:
         sys.exit(f"unknown handlers {', '.join(sorted(unknown))}; expected {', '.join(case.name for case in CASES)}")
-    return [case for case in CASES if case.name in wanted]
+    chosen = [case for case in CASES if case.name in wanted]
+    if not real_size:
+        return chosen
+    larger = {"Convolutions": "Deep", "BertConfig": "BertConfig"}
+    return [replace(case, model=larger[case.model], real_size=True) for case in chosen if case.model in larger]

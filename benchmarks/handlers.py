@@ -178,12 +178,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", help="comma-separated names of handlers")
     parser.add_argument("-n", type=int, default=3, metavar="ROUNDS", help="interleaved launches; 0 measures no times")
+    parser.add_argument("--real-size", action="store_true", help="models of the size of ResNet-50 and BERT-base")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was seen")
     parser.add_argument("--table", action="store_true", help="print Markdown tables")
     parser.add_argument("--workdir", type=Path, help="keep archives, the store and logs here")
     arguments = parser.parse_args()
     with command_line.work_folder("handlers", arguments.workdir) as work:
-        result = measure(select(arguments.only), arguments.n, work)
+        result = measure(select(arguments.only, real_size=arguments.real_size), arguments.n, work)
     command_line.write(result, arguments, markdown)
     return 1 if failures(result) else 0
 
