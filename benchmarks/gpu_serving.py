@@ -1,14 +1,15 @@
 """k execution contexts against k eager workers in TorchServe, on a GPU: throughput, p99 and memory.
 
     python benchmarks/gpu_serving.py --workers 4 1 --seconds 2 --rounds 3 --json FILE
-    python benchmarks/gpu_serving.py --workers 4 --sides eager across_workers aot_inductor --json FILE
+    python benchmarks/gpu_serving.py --workers 4 --sides eager across_workers --model resnet50 --json FILE
 
-The model is gpu_start.py's BERT-base in fp16; a request holds 8 sequences of 128 token ids (int16, 2 KiB) and its
-answer their first tokens' vectors (float16, 12 KiB), so that the sides compete for the GPU and not for HTTP. Every
-inference, on every side, takes `--together` requests. The contexts belong to one worker, which gets eight inferences
-for each context from TorchServe at once and spreads them over its contexts, by TorchServe's micro-batching (`tensorrt`,
-`aot_inductor`); or to one process that 2 k workers share, which get one inference at a time as the eager workers do
-(`across_workers`, of an AOTInductor artifact).
+The models are gpu_start.py's BERT-base and ResNet-50 in fp16 (`--model`). A request to BERT-base holds 8 sequences of
+128 token ids (int16, 2 KiB) and its answer their first tokens' vectors (float16, 12 KiB); one to ResNet-50 holds 8
+images of 32 x 32 (uint8, 24 KiB), which the handler enlarges, and its answer the scores (float16, 16 KiB). So the sides
+compete for the GPU and not for HTTP. Every inference, on every side, takes `--together` requests. The contexts belong
+to one worker, which gets eight inferences for each context from TorchServe at once and spreads them over its contexts,
+by TorchServe's micro-batching (`tensorrt`, `aot_inductor`); or to one process that 2 k workers share, which get one
+inference at a time as the eager workers do (`across_workers`, of an AOTInductor artifact).
 
 Throughput is that of a closed loop of `--clients` connections, in requests; p99 is taken in the same loop, and at equal
 rates for all sides, fractions of what the eager workers can do, from the time at which a request was due. Memory is the
@@ -32,31 +33,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from gpu_start import BERT_BASE, INPUTS, ROOT, environment
+from gpu_serving_models import BATCH, HANDLER, LOADS
+from gpu_start import INPUTS, ROOT, SOURCES, environment
 
 sys.path.insert(0, str(ROOT))
 
-HANDLER = """
-import numpy
-import torch
-
-from ts_handlers import CompiledHandler
-
-
-class Handler(CompiledHandler):
-    def preprocess(self, data):
-        bodies = [self.request_body(row) for row in data]
-        rows = numpy.frombuffer(b"".join(bodies), dtype=numpy.int16).reshape(8 * len(bodies), 128)
-        self.batch_state.requests = len(bodies)
-        ids = torch.from_numpy(rows.astype(numpy.int64)).to(self.device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-    def postprocess(self, data):
-        vectors = data[:, 0].cpu().numpy().reshape(self.batch_state.requests, -1)
-        return [each.tobytes() for each in vectors]
-"""
-BATCH = 8
-ANSWER_BYTES = BATCH * 768 * 2
 PROCESSES = 8
 SIDES = ("eager", "tensorrt", "aot_inductor", "across_workers")
 RATES = (0.8, 0.95, 1.0)
@@ -72,7 +53,7 @@ def workers_of(side: str, workers: int) -> int:
     return {"eager": workers, "across_workers": SHARING * workers}.get(side, 1)
 
 
-def configuration(side: str, workers: int, together: int, store: str) -> Facts:
+def configuration(model: str, side: str, workers: int, together: int, store: str) -> Facts:
     """model-config.yaml of one side."""
     rows = BATCH * together
     section: Facts = {
@@ -80,7 +61,7 @@ def configuration(side: str, workers: int, together: int, store: str) -> Facts:
         "backends": ["aot_inductor" if side == "across_workers" else side],
         "strict": True,
         "dtype": "float16",
-        "inputs": INPUTS["bert_base"],
+        "inputs": INPUTS[model],
         "dimensions": {"batch": {"min": 1, "max": 16}},
         "warmup": [{"batch": rows}],
     }
@@ -103,18 +84,16 @@ def configuration(side: str, workers: int, together: int, store: str) -> Facts:
     return config
 
 
-def client(port: int, connections: int, seconds: float, rate: float, pipe: Any) -> None:
+def client(model: str, port: int, connections: int, seconds: float, rate: float, pipe: Any) -> None:
     """A process with some connections in threads: a closed loop, or one request per `connections / rate` seconds each.
 
     Sends back the latencies in seconds, counted from when the request was due.
     """
-    import random
     import threading
 
     latencies: list[float] = []
     wrong: list[str] = []
-    ids = random.randbytes(BATCH * 256)
-    body = bytes(b if i % 2 == 0 else b % 100 for i, b in enumerate(ids))  # int16 inside the vocabulary
+    body = LOADS[model].body()
     ready = threading.Barrier(connections + 1)
 
     def work(number: int) -> None:
@@ -132,7 +111,7 @@ def client(port: int, connections: int, seconds: float, rate: float, pipe: Any) 
             connection.request("POST", "/predictions/model", body, {"Content-Type": "application/octet-stream"})
             answer = connection.getresponse()
             content = answer.read()
-            if answer.status != 200 or len(content) != ANSWER_BYTES:
+            if answer.status != 200 or len(content) != LOADS[model].answer_bytes:
                 wrong.append(f"{answer.status}: {content[:200]!r}")
             latencies.append(time.perf_counter() - started)
             due += interval
@@ -146,12 +125,12 @@ def client(port: int, connections: int, seconds: float, rate: float, pipe: Any) 
     pipe.send((latencies, wrong[:3]))
 
 
-def load(port: int, clients: int, seconds: float, rate: float = 0.0) -> Facts:
+def load(model: str, port: int, clients: int, seconds: float, rate: float = 0.0) -> Facts:
     """Requests per second and latencies in milliseconds."""
     pipes, processes = [], []
     for _ in range(PROCESSES):
         ours, theirs = multiprocessing.Pipe()
-        arguments = (port, clients // PROCESSES, seconds, rate / PROCESSES, theirs)
+        arguments = (model, port, clients // PROCESSES, seconds, rate / PROCESSES, theirs)
         processes.append(multiprocessing.Process(target=client, args=arguments))
         pipes.append(ours)
     for process in processes:
@@ -173,7 +152,7 @@ def gpu_memory_mib() -> int:
     return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0])
 
 
-def serve(side: str, model_store: Path, workers: int, measure: Any) -> Facts:
+def serve(model: str, side: str, model_store: Path, workers: int, measure: Any) -> Facts:
     """Start TorchServe with one side and measure it."""
     from ts_handlers.testing.server import TorchServe
 
@@ -182,7 +161,7 @@ def serve(side: str, model_store: Path, workers: int, measure: Any) -> Facts:
         server.wait_ready("model", workers_of(side, workers), timeout=400)
         ready = server.elapsed
         port = int(server.url().rpartition(":")[2])
-        load(port, 64, 2.0)
+        load(model, port, 64, 2.0)
         facts: Facts = measure(port)
         facts["ready_s"] = round(ready, 2)
         facts["gpu_memory_mib"] = gpu_memory_mib() - before
@@ -190,11 +169,11 @@ def serve(side: str, model_store: Path, workers: int, measure: Any) -> Facts:
     return facts
 
 
-def without_server(side: str, folder: Path, workers: int, seconds: float) -> float:
+def without_server(model: str, side: str, folder: Path, workers: int, seconds: float) -> float:
     """Inferences per second without TorchServe, all together."""
     processes, threads = (workers, 1) if side == "eager" else (1, workers)
     child = Path(__file__).with_name("serving_child.py")
-    command = [sys.executable, str(child), str(folder), str(threads), str(seconds)]
+    command = [sys.executable, str(child), model, str(folder), str(threads), str(seconds)]
     pipes: Facts = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     started = [subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, **pipes) for _ in range(processes)]
     for process in started:
@@ -237,7 +216,7 @@ def memory_parts(facts: Facts, context: int, weights: int) -> Facts:
     return parts
 
 
-def prepare(work: Path, store: str, workers: int, together: int, sides: list[str]) -> tuple[Path, int]:
+def prepare(work: Path, model: str, store: str, workers: int, together: int, sides: list[str]) -> tuple[Path, int]:
     """A folder for each side (TorchServe's no-archive format), with the same seeded weights, whose MiB are returned."""
     import torch
     import yaml
@@ -248,11 +227,12 @@ def prepare(work: Path, store: str, workers: int, together: int, sides: list[str
     for side in sides:
         folder = model_store / side
         (folder / "MAR-INF").mkdir(parents=True)
-        (folder / "model.py").write_text(BERT_BASE)
+        (folder / "model.py").write_text(SOURCES[model])
         (folder / "handler.py").write_text(HANDLER)
-        config = configuration(side, workers, together, store)
+        (folder / "codec.py").write_text(LOADS[model].codec)
+        config = configuration(model, side, workers, together, store)
         (folder / "model-config.yaml").write_text(yaml.safe_dump(config))
-        model = {
+        described = {
             "modelName": "model",
             "serializedFile": "model.pt",
             "modelFile": "model.py",
@@ -260,29 +240,30 @@ def prepare(work: Path, store: str, workers: int, together: int, sides: list[str
             "modelVersion": "1.0",
             "configFile": "model-config.yaml",
         }
-        (folder / "MAR-INF" / "MANIFEST.json").write_text(json.dumps({"runtime": "python", "model": model}))
+        (folder / "MAR-INF" / "MANIFEST.json").write_text(json.dumps({"runtime": "python", "model": described}))
         torch.manual_seed(0)
         state = load_model_class(folder / "model.py")().state_dict()
         torch.save(state, folder / "model.pt")
     return model_store, sum(tensor.numel() * 2 for tensor in state.values()) >> 20
 
 
-def build(model_store: Path, sides: list[str]) -> None:
+def build(model: str, model_store: Path, sides: list[str]) -> None:
     """Fill the store, all backends at once; what is measured starts from it."""
     with ThreadPoolExecutor() as threads:
         artifacts = [side for side in ("tensorrt", "aot_inductor") if side in sides]
         if "across_workers" in sides and "aot_inductor" not in sides:
             artifacts.append("across_workers")
-        list(threads.map(lambda side: without_server(side, model_store / side, 1, 0.1), artifacts))
+        list(threads.map(lambda side: without_server(model, side, model_store / side, 1, 0.1), artifacts))
 
 
 def compare(workers: int, arguments: argparse.Namespace) -> dict[str, Facts]:
     """Measure one side after the other."""
     found: dict[str, Facts] = {}
+    model, clients, seconds = arguments.model, arguments.clients, arguments.seconds
     sides = [side for side in arguments.sides if workers == arguments.workers[0] or side != "tensorrt"]
     with tempfile.TemporaryDirectory() as folder:
-        model_store, weights = prepare(Path(folder), arguments.store, workers, arguments.together, sides)
-        build(model_store, sides[1:])
+        model_store, weights = prepare(Path(folder), model, arguments.store, workers, arguments.together, sides)
+        build(model, model_store, sides[1:])
         context = context_mib()
         capacity = 0.0
         for side in sides:
@@ -290,19 +271,22 @@ def compare(workers: int, arguments: argparse.Namespace) -> dict[str, Facts]:
             def measure(port: int) -> Facts:
                 nonlocal capacity
                 rounds = range(arguments.rounds)
-                closed = [load(port, arguments.clients, arguments.seconds) for _ in rounds]
+                closed = [load(model, port, clients, seconds) for _ in rounds]
                 capacity = capacity or statistics.median(one["per_second"] for one in closed)
                 at = {
-                    str(part): [load(port, arguments.clients, arguments.seconds, part * capacity) for _ in rounds]
+                    str(part): [
+                        load(model, port, arguments.clients, arguments.seconds, part * capacity) for _ in rounds
+                    ]
                     for part in RATES
                 }
                 return {"closed": closed, **at}
 
-            facts = found[side] = serve(side, model_store, workers, measure)
+            facts = found[side] = serve(model, side, model_store, workers, measure)
             facts["processes"] = workers if side == "eager" else 1
             facts["memory_parts_mib"] = memory_parts(facts, context, weights)
             facts["without_server"] = [
-                without_server(side, model_store / side, workers, arguments.seconds) for _ in range(arguments.rounds)
+                without_server(model, side, model_store / side, workers, arguments.seconds)
+                for _ in range(arguments.rounds)
             ]
             print(side, {key: value for key, value in facts.items() if key != "describe"}, flush=True)
     return found
@@ -314,6 +298,7 @@ def main() -> None:
     parser.add_argument(
         "--workers", type=int, nargs="+", default=[4, 1], help="eager workers, and contexts of the others together"
     )
+    parser.add_argument("--model", choices=sorted(LOADS), default="bert_base")
     parser.add_argument("--together", type=int, default=1, choices=(1, 2), help="requests in one inference")
     parser.add_argument(
         "--sides", nargs="+", default=list(SIDES), choices=SIDES, help="eager comes first; tensorrt with the first k"
