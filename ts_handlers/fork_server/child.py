@@ -213,6 +213,7 @@ def _check(request: Request, parent: Parent) -> None:
         raise Refused(problem)
     if (path := parent.files.changed()) is not None:
         raise Changed(f"{path} has changed since it was imported; it starts anew")
+    _apply_limits(request.limits)
 
 
 def _tie(lifeline: socket.socket) -> list[int]:
@@ -247,7 +248,6 @@ def _become(request: Request, parent: Parent, streams: list[int]) -> None:
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)  # a signal for the client's group reaches this process through the client, and once
     os.chdir(request.directory)
-    _apply_limits(request.limits)
     _apply_signals(request.state)
     os.environ.clear()
     os.environ.update(request.environment)
@@ -272,8 +272,11 @@ def _become(request: Request, parent: Parent, streams: list[int]) -> None:
 def _apply_limits(limits: Mapping[int, tuple[int, int]]) -> None:
     for number, wanted in limits.items():
         if resource.getrlimit(number) != wanted:
-            with contextlib.suppress(ValueError, OSError):
+            try:
                 resource.setrlimit(number, wanted)
+            except (ValueError, OSError) as error:
+                found = resource.getrlimit(number)
+                raise Refused(f"its limit {number} is {found}, expected {wanted}: {error}") from None
 
 
 def _apply_signals(state: Mapping[bytes, bytes]) -> None:

@@ -114,7 +114,7 @@ def _until_status(connection: socket.socket) -> bytes:
     return data.partition(client.STATUS)[0]
 
 
-def write_stand_in(path: Path, script: str, target: Path | None = None) -> Path:
+def write_stand_in(path: Path, script: str) -> Path:
     """Write the executable file that stands in this interpreter's place, beside the socket; returns its path.
 
     Parameters
@@ -135,7 +135,7 @@ def write_stand_in(path: Path, script: str, target: Path | None = None) -> Path:
     here = str(Path(client.__file__).parent)
     code = f"import sys\nsys.path.insert(0, {here!r})\nimport client\ndel sys.path[0]\n"
     code += f"client.main({str(path)!r}, {sys.executable!r}, {script!r})\n"
-    target = target or folder / "python"
+    target = folder / "python"
     if len(os.fsencode(sys.executable)) <= LONGEST_INTERPRETER and not any(map(str.isspace, sys.executable)):
         text = f"#!{sys.executable} -IS\n{code}"
     else:  # the kernel would not read that line; a shell drops variables with names that it cannot have
