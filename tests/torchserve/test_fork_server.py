@@ -102,26 +102,21 @@ def resident(socket: Path, variables: dict[str, str]) -> Iterator[dict[str, Any]
         assert not socket.exists()
 
 
-def test_what_a_worker_of_a_resident_fork_server_builds_is_a_hit_without(
-    first_start: FirstStart, tiny: str, tmp_path: Path, make_server: ServerFactory
+def test_a_resident_fork_server_is_found_by_a_server_and_outlives_it(
+    first_start: FirstStart, tiny: str, warm_store: Path, make_server: ServerFactory
 ) -> None:
-    store = tmp_path / "store"
     with tempfile.TemporaryDirectory() as folder:  # with a path that is short enough for sockets
         variables = {"TMPDIR": folder, "TEMP": folder, "JAVA_HOME": find_java_home() or ""}
         variables = {name: value for name, value in variables.items() if value}
-        serve = ["--fork-server", "on", "--fork-server-socket", f"{folder}/socket"]
         with resident(Path(folder) / "socket", variables) as facts:
             assert "ts_handlers.servers.torchserve.compiled_handler" in facts["modules"]
             assert facts["failed"] == {}
-            with make_server([tiny], store, serve=serve, env=variables) as server:
+            variables["TS_HANDLERS_FORK_SERVER_SOCKET"] = f"{folder}/socket"
+            with make_server([tiny], warm_store, serve=["--fork-server", "on"], env=variables) as server:
                 server.wait_ready(tiny)
                 (worker,) = server.worker_pids(tiny)
                 assert parent_of(worker) == facts["pid"]
-                assert [start["result"] for start in starts(server, tiny)] == ["built"]
-                assert server.describe(tiny)["key"] == first_start.description["key"]
+                assert server.predict(tiny, ROWS).json() == first_start.answer
+                assert [start["result"] for start in starts(server, tiny)] == ["hit"]
             assert wait_until(lambda: not is_alive(worker))
-        with make_server([tiny], store, serve=["--fork-server", "off"]) as server:
-            server.wait_ready(tiny)
-            assert [start["result"] for start in starts(server, tiny)] == ["hit"]
-            assert server.describe(tiny)["counters"]["build"] == 0
-    assert len(published(store)) == 1
+            assert is_alive(facts["pid"])
