@@ -73,6 +73,7 @@ class Run:
     problems: list[str] = dataclasses.field(default_factory=list)
     description: dict[str, Any] = dataclasses.field(default_factory=dict)
     starts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    further_s: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -96,6 +97,11 @@ class Bench:
         self._directory = directory
         self._seeded: dict[tuple[str, Seeds], Host] = {}
         self._count = 0
+
+    model_api = False
+
+    def while_serving(self, server: TorchServe, row: Row, run: Run) -> None:
+        """Measure more while the server of a counted run serves; for benchmarks that derive from this one."""
 
     def is_prepared(self, row: Row) -> bool:
         """Whether everything that a row starts from is there."""
@@ -154,6 +160,8 @@ class Bench:
             config={"default_workers_per_model": str(row.workers)},
             env=env,
             directory=directory,
+            serve=row.serve,
+            model_api=self.model_api,
         )
         try:
             with server:
@@ -170,6 +178,8 @@ class Bench:
                     run.starts = _start_records(server, model, row.workers)
                 if len(set(server.worker_pids(model))) != row.workers:
                     run.problems.append(f"{len(set(server.worker_pids(model)))} workers, expected {row.workers}")
+                if claim is not None:
+                    self.while_serving(server, row, run)
         except Exception as error:
             run.problems.append(f"{type(error).__name__}: {error}")
         if claim is not None and run.first_200_s is not None:

@@ -42,6 +42,8 @@ class Row:
         "new": a copy of the cache alone under another path; temporary folder and home empty.
     package:
         A checkout of the project from which the workers import the package; None takes what is installed.
+    serve:
+        Options of ``ts-handlers serve``, which then launches TorchServe; None launches it by ``torchserve``.
     workers:
         Workers of the model. With more than one the row's time is that until all are READY.
     """
@@ -55,6 +57,7 @@ class Row:
     host: str = "fresh"
     workers: int = 1
     package: str | None = None
+    serve: tuple[str, ...] | None = None
 
     @property
     def metric(self) -> str:

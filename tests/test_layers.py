@@ -17,6 +17,7 @@ import ts_handlers
 PACKAGE = "ts_handlers"
 LAYERS = (
     ("errors", "version", "system", "metrics"),
+    ("fork_server",),
     ("settings", "key"),
     ("model",),
     ("execution",),

@@ -9,10 +9,11 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ts_handlers.cli.exit_codes import ExitCode, exit_code_of
 from ts_handlers.cli.output import PrintableFormatter, say
+from ts_handlers.errors import WarmStartError
 
 if TYPE_CHECKING:
     import typer
@@ -22,6 +23,8 @@ NEEDS = "the command ts-handlers needs the packages typer and rich: pip install 
 
 def main() -> None:
     """Run the command `ts-handlers`: the entry point of the console script."""
+    if sys.argv[1:2] == ["serve"]:
+        _serve()
     try:
         app = make_app()
     except ModuleNotFoundError as error:
@@ -61,8 +64,19 @@ def make_app() -> typer.Typer:
     for info in sorted(pkgutil.iter_modules(verbs.__path__), key=lambda info: info.name):
         module = importlib.import_module(f"{verbs.__name__}.{info.name}")
         name = info.name.strip("_").replace("_", "-")  # `import_.py`, since `import` is a keyword
-        app.command(name)(_with_exit_codes(expand(module.command)))
+        app.command(name, context_settings=getattr(module, "CONTEXT", None))(_with_exit_codes(expand(module.command)))
     return app
+
+
+def _serve() -> NoReturn:
+    """Run the verb `serve` without the others, whose imports a server would wait for."""
+    from ts_handlers.servers.torchserve.launch import main
+
+    try:
+        raise SystemExit(main(sys.argv[2:]))
+    except WarmStartError as error:
+        say(f"ts-handlers: {error}", file=sys.stderr)
+        raise SystemExit(exit_code_of(error)) from None
 
 
 def _print_version(wanted: bool) -> None:

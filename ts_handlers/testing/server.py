@@ -43,6 +43,13 @@ tempfile.tempdir = sys.argv.pop(1)
 from ts.model_server import start
 sys.exit(start())
 """
+_SERVE = """
+import sys, tempfile
+tempfile.tempdir = sys.argv.pop(1)
+sys.argv.insert(1, "serve")
+from ts_handlers.cli.app import main
+main()
+"""
 
 
 class TorchServe(Client):
@@ -74,6 +81,8 @@ class TorchServe(Client):
         Use the addresses of `config` where it has them instead of free ports.
     python:
         Interpreter that runs TorchServe and its workers.
+    serve:
+        Launch by ``ts-handlers serve`` with these options; None launches by ``torchserve``.
     """
 
     def __init__(
@@ -88,6 +97,7 @@ class TorchServe(Client):
         model_api: bool = False,
         keep_addresses: bool = False,
         python: str = sys.executable,
+        serve: Sequence[str] | None = None,
     ) -> None:
         self.model_store = Path(model_store).resolve()
         self.models = resolve_models(self.model_store, models)
@@ -100,6 +110,7 @@ class TorchServe(Client):
         self._directory: Path | None = None
         self._socket_directory: Path | None = None
         self._python = python
+        self._serve = serve
         self._tree: ProcessTree | None = None
         self._launched = 0.0
         self._last_log = ""
@@ -282,7 +293,8 @@ class TorchServe(Client):
         config.write_text("".join(f"{name}={value}\n" for name, value in properties.items()), "utf-8")
         self._urls = {name.removesuffix("_address"): properties[name].rstrip("/") for name in _ADDRESSES}
 
-        command = [self._python, "-c", _LAUNCHER, str(temporary), "--start", "--foreground", "--ncs"]
+        command = [self._python, "-c", _LAUNCHER if self._serve is None else _SERVE, str(temporary)]
+        command += [*(self._serve or ()), "--start", "--foreground", "--ncs"]
         command += ["--ts-config", str(config), "--model-store", str(self.model_store)]
         command += [] if self.token_auth else ["--disable-token-auth"]
         command += ["--enable-model-api"] if self.model_api else []
