@@ -68,10 +68,10 @@ def test_gauges_of_processes_that_are_gone_go(folder: Path) -> None:
     one, other = ProcessFile(folder), ProcessFile(folder)
     one.set(CONTEXTS, 2)
     other.set(CONTEXTS, 3)
-    one.set(("last_start_seconds", ("m",)), 4)
-    other.set(("last_start_seconds", ("m",)), 9)
+    one.set(("last_start_seconds", ("m", "hit")), 4)
+    other.set(("last_start_seconds", ("m", "hit")), 9)
     found = gather([folder]).series
-    assert (found[CONTEXTS], found["last_start_seconds", ("m",)]) == ([5.0], [9.0])
+    assert (found[CONTEXTS], found["last_start_seconds", ("m", "hit")]) == ([5.0], [9.0])
     other.close()
     assert gather([folder]).series[CONTEXTS] == [2.0]
 

@@ -14,7 +14,7 @@ from ts_handlers.errors import WarmStartError
 from ts_handlers.execution.contexts import PoolStats
 from ts_handlers.key.cache_key import OUTSIDE
 from ts_handlers.key.parts import PARTS
-from ts_handlers.metrics import COUNTERS, Metrics
+from ts_handlers.metrics import COUNTERS, PHASES, Metrics
 from ts_handlers.monitoring.catalogue import BY_NAME, BY_REASON, BY_REQUEST, CACHE, MISS_REASONS, metric_of
 from ts_handlers.monitoring.gathering import gather
 from ts_handlers.monitoring.progress import shown
@@ -37,6 +37,12 @@ def test_every_counter_has_a_metric() -> None:
                 f"{counter} has no metric: add it to COUNTED of ts_handlers/monitoring/catalogue.py"
             )
             assert where[1] in (BY_NAME[where[0]].zeros or ((),)), f"{counter} does not begin at 0"
+
+
+def test_no_metric_has_the_name_of_one_that_torchserve_serves() -> None:
+    old = {f"ts_handlers_{counter}_total" for counter in COUNTERS} | {f"ts_handlers_{phase}_ms" for phase in PHASES}
+    old |= {f"ts_handlers_context_{name}" for name in ("waits_total", "wait_ms", "refused_total")}
+    assert old & {family.full_name for family in BY_NAME.values()} == set()
 
 
 def test_every_part_of_the_key_is_a_reason() -> None:
@@ -125,7 +131,7 @@ def test_waits_for_contexts_are_counted_again_after_a_swap(tmp_path: Path) -> No
     ):
         recorder.contexts(stats)
     found = recorded(tmp_path)
-    assert (found["context_waits_total", "m"], found["context_wait_seconds_total", "m"]) == ([6.0], [1.25])
+    assert (found["context_queue_calls_total", "m"], found["context_queue_seconds_total", "m"]) == ([6.0], [1.25])
 
 
 def test_nothing_is_recorded_where_it_is_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,7 +165,13 @@ FAMILIES: tuple[Family, ...] = (
         PHASE_BUCKETS,
     ),
     Family("start_failures_total", "counter", "Starts that ended with an error instead of a ready model."),
-    Family("last_start_seconds", "gauge", "Duration of the slowest latest start among the workers.", merge="max"),
+    Family(
+        "last_start_seconds",
+        "gauge",
+        "Duration of the slowest latest start among the workers.",
+        ("model", "result"),
+        merge="max",
+    ),
     Family(
         "last_start_timestamp_seconds",
         "gauge",
@@ -237,9 +243,9 @@ FAMILIES: tuple[Family, ...] = (
     Family("compilations_after_ready_total", "counter", "Graphs compiled for requests after the model was ready."),
     Family("contexts", "gauge", "Execution contexts: calls that can run at once."),
     Family("contexts_most_in_use", "gauge", "Most execution contexts that were in use at one moment."),
-    Family("context_waits_total", "counter", "Calls that had to wait for an execution context."),
-    Family("context_wait_seconds_total", "counter", "Time that calls waited for an execution context, together."),
-    Family("context_refusals_total", "counter", "Calls refused because no execution context came free in time."),
+    Family("context_queue_calls_total", "counter", "Calls that had to wait for an execution context."),
+    Family("context_queue_seconds_total", "counter", "Time that calls waited for an execution context, together."),
+    Family("context_queue_refusals_total", "counter", "Calls refused because no execution context came free in time."),
     Family(
         "result_cache_events_total",
         "counter",

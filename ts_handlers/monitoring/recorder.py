@@ -191,7 +191,7 @@ class ModelRecorder:
             record.observe("start_phase_seconds", (model, phase, backend, result), took / 1000)
         for phase, took in build_ms.items():
             record.observe("build_phase_seconds", (model, phase, backend), took / 1000)
-        record.set("last_start_seconds", (model,), seconds)
+        record.set("last_start_seconds", (model, result), seconds)
         record.set("last_start_timestamp_seconds", (model,), time.time())
         info = (model, backend, (outcome.key or "")[:_KEY_DIGITS], result)
         if self._info is not None:
@@ -239,7 +239,7 @@ class ModelRecorder:
             self._recording.set("contexts", labels, stats.size)
             self._recording.set("contexts_most_in_use", labels, stats.high_water)
         if now != before:
-            names = ("context_waits_total", "context_wait_seconds_total", "context_refusals_total")
+            names = ("context_queue_calls_total", "context_queue_seconds_total", "context_queue_refusals_total")
             for name, value, earlier in zip(names, now, before, strict=True):
                 self._recording.add(name, labels, value - earlier)
 

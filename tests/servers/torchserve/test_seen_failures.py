@@ -1,4 +1,4 @@
-"""The counter `refused` counts requests that clients saw refused and no others, and each failure counts once, by kind."""
+"""`refused` counts requests that clients saw refused and no others, and each failure counts once, by kind."""
 
 from __future__ import annotations
 

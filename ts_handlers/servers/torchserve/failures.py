@@ -34,6 +34,8 @@ class Failure:
         Of HTTP. None: the handler's own status.
     type:
         The body's field ``type``.
+    grpc:
+        Status of gRPC. None: TorchServe derives it from the handler's own status.
     retry:
         ``no``, ``later`` or ``once``, and why.
     """
@@ -43,37 +45,38 @@ class Failure:
     status: int | None
     phrase: str
     type: str
+    grpc: str | None
     retry: str
 
 
 INVALID_INPUT = Failure(
     "invalid_input",
     "The request cannot be decoded, or its inputs are outside what the model declares.",
-    *(400, "Bad Request", "InputError"),
+    *(400, "Bad Request", "InputError", "INVALID_ARGUMENT"),
     "no: the same request is refused again",
 )
 BUSY = Failure(
     "busy",
     "No execution context came free within `contexts.wait_seconds`.",
-    *(503, "Service Unavailable", "BusyError"),
+    *(503, "Service Unavailable", "BusyError", "UNAVAILABLE"),
     "later: with a growing pause",
 )
 OUT_OF_MEMORY = Failure(
     "out_of_memory",
     "The worker or its GPU had no memory left for this request.",
-    *(507, "Insufficient Storage", "InternalServerException"),
+    *(507, "Insufficient Storage", "InternalServerException", "INTERNAL"),
     "later: with a smaller request, or elsewhere",
 )
 HANDLER = Failure(
     "handler",
     "The handler raised TorchServe's `PredictionException` with a status from 400 to 599.",
-    *(None, "", "InternalServerException"),
+    *(None, "", "InternalServerException", None),
     "as the handler's author says",
 )
 INTERNAL = Failure(
     "internal",
     "Anything else was raised; the worker's log has the error and its traceback.",
-    *(503, "Service Unavailable", "InternalServerException"),
+    *(503, "Service Unavailable", "InternalServerException", "UNAVAILABLE"),
     "once: it may be a fault of the request",
 )
 FAILURES = (INVALID_INPUT, BUSY, OUT_OF_MEMORY, HANDLER, INTERNAL)
@@ -123,6 +126,17 @@ def refusal(error: Exception) -> str:
     1000
     """
     return _bounded_body({"code": status_of(error)[0], "type": failure_of(error).type}, _message(error))
+
+
+def as_prediction_exception(error: Exception) -> Exception:
+    """The error by which TorchServe answers a batch of one over gRPC; its text is the `refusal`.
+
+    That text goes to the worker's log, from which TorchServe reads metrics.
+    """
+    from ts.utils.util import PredictionException
+
+    made: Exception = PredictionException(refusal(error).replace("[METR", "[ METR"), status_of(error)[0])
+    return made
 
 
 def log_text(error: Exception) -> str:

@@ -17,7 +17,13 @@ from typing import Any, Protocol
 
 from ts_handlers.errors import BusyError, InputError
 from ts_handlers.metrics import refusals_counted_by_server
-from ts_handlers.servers.torchserve.failures import is_loggable, log_text, refusal, status_of
+from ts_handlers.servers.torchserve.failures import (
+    as_prediction_exception,
+    is_loggable,
+    log_text,
+    refusal,
+    status_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +130,15 @@ class RequestBatch:
     def _is_inside_envelope(self) -> bool:
         return getattr(self.context, "inside_envelope", False)
 
+    @property
+    def _is_one_of_grpc(self) -> bool:
+        """Whether it is one request that came over gRPC: TorchServe gives it no headers but those of its inputs."""
+        processors = getattr(self.context, "request_processor", None) or []
+        if len(processors) != 1 or self.rows is None or len(self.rows) != 1:
+            return False
+        headers = processors[0].get_request_properties()
+        return bool(headers) and all(isinstance(value, dict) for value in headers.values())
+
     def asks_alone(self, index: int) -> bool:
         """Whether a request asks for something else than a prediction: TorchServe's describe, or an explanation."""
         return self.is_describe(index) or _header(self.context, index, "explain") == "True"
@@ -160,8 +175,12 @@ class RequestBatch:
         """As `refuse` for what the client is told; anything else is raised, for TorchServe to log and answer.
 
         An error whose text a request has made long, or has filled with control characters, is answered here instead.
-        Behind an envelope all errors are raised.
+        Behind an envelope all errors are raised. A single request that came over gRPC is refused by an error, too: a
+        status that a handler sets for one request is lost there, and the client would take the refusal for an answer.
         """
+        if isinstance(error, REFUSALS) and self._is_one_of_grpc and not self._is_inside_envelope:
+            self._tell(error)
+            raise as_prediction_exception(error) from None
         if not self._is_inside_envelope and (isinstance(error, REFUSALS) or not is_loggable(error)):
             return self.refuse(error)
         if not self._is_inside_envelope:
