@@ -14,7 +14,7 @@ import pytest
 from ts_handlers.monitoring.catalogue import BY_NAME, CAPS, OTHER
 from ts_handlers.monitoring.gathering import TOTALS, gather
 from ts_handlers.monitoring.process_file import FIRST_BYTES, MAGIC, ProcessFile, read_series
-from ts_handlers.monitoring.recorder import FOLDER, MANY_FILES, Recording, begin_recording, recorder_of
+from ts_handlers.monitoring.recorder import MANY_FILES, Recording, begin_recording, folder_of, recorder_of
 
 SWAPS = "swaps_total", ("m",)
 CONTEXTS = "contexts", ("m",)
@@ -165,14 +165,14 @@ def test_a_forked_child_writes_nothing_into_its_parents_file(tmp_path: Path) -> 
 
     in_child(child)
     parent.counted("swap", 4, ())
-    assert len(files(tmp_path / FOLDER)) == 2
-    assert gather([tmp_path / FOLDER]).series[SWAPS] == [6.0]
-    assert len(files(tmp_path / FOLDER)) == 1  # the parent's, whose lock the child has not taken along
+    assert len(files(folder_of(tmp_path))) == 2
+    assert gather([folder_of(tmp_path)]).series[SWAPS] == [6.0]
+    assert len(files(folder_of(tmp_path))) == 1  # the parent's, whose lock the child has not taken along
 
 
 def test_without_an_exporter_the_folder_stays_small(tmp_path: Path) -> None:
-    folder = tmp_path / FOLDER
-    folder.mkdir(mode=0o700)
+    folder = folder_of(tmp_path)
+    folder.mkdir(mode=0o700, parents=True)
     for _ in range(MANY_FILES + 5):
         file = ProcessFile(folder)
         file.add(SWAPS)

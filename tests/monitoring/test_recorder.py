@@ -18,12 +18,12 @@ from ts_handlers.metrics import COUNTERS, PHASES, Metrics
 from ts_handlers.monitoring.catalogue import BY_NAME, BY_REASON, BY_REQUEST, CACHE, MISS_REASONS, metric_of
 from ts_handlers.monitoring.gathering import gather
 from ts_handlers.monitoring.progress import shown
-from ts_handlers.monitoring.recorder import FOLDER, SWITCH, begin_recording, recorder_of
+from ts_handlers.monitoring.recorder import FOLDER, SWITCH, begin_recording, folder_of, recorder_of
 from ts_handlers.start import start_model
 
 
 def recorded(store: Path) -> dict[tuple[str, ...], list[float]]:
-    found = gather([store / FOLDER]).series
+    found = gather([folder_of(store)]).series
     return {(name, *labels): numbers for (name, labels), numbers in found.items()}
 
 
@@ -87,7 +87,7 @@ def test_a_start_that_fails_is_told_with_the_reason(archive: Path, tmp_path: Pat
     settings = settings_of(backends=["aot_inductor"], store=str(store), on_miss="fail")
     with pytest.raises(WarmStartError):
         start_model(archive_source(archive), settings)
-    gathered = gather([store / FOLDER])
+    gathered = gather([folder_of(store)])
     name = archive_source(archive).name
     assert gathered.series["start_failures_total", (name,)] == [1.0]
     (progress,) = gathered.progress[name]

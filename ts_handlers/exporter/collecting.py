@@ -14,7 +14,7 @@ from ts_handlers.guard.state_directory import existing_directories
 from ts_handlers.monitoring.gathering import Gathered, gather
 from ts_handlers.monitoring.process_file import Key
 from ts_handlers.monitoring.progress import STATES, shown
-from ts_handlers.monitoring.recorder import FOLDER
+from ts_handlers.monitoring.recorder import folder_of
 from ts_handlers.store.upkeep.scan import scan_entries
 from ts_handlers.version import __version__
 
@@ -59,7 +59,7 @@ class Collector:
         return progress_of(self._gather())
 
     def _gather(self) -> Gathered:
-        return gather(directory / FOLDER for directory in existing_directories(self._root))
+        return gather(folder_of(directory) for directory in existing_directories(self._root))
 
     def _of_store(self) -> Mapping[Key, list[float]]:
         if self._looked is not None and time.monotonic() - self._looked < STORE_SECONDS:

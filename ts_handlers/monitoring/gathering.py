@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 TOTALS = "totals.json"
 LOCK = "totals.lock"
+UNFINISHED_SECONDS = 60.0
 
 
 @dataclasses.dataclass
@@ -131,6 +132,7 @@ def _gather_one(folder: Path, whole: Gathered) -> None:
                     _write_totals(folder, totals, [*over, *(name for name in names if name in folded)])
                 for name in [*over, *folded]:
                     (folder / name).unlink(missing_ok=True)
+            _remove_unfinished(folder)
         whole.known = totals.known
         whole.ended.update(totals.ended)
         whole.take(totals.series, gauges=False)
@@ -145,6 +147,14 @@ def _gather_one(folder: Path, whole: Gathered) -> None:
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove the files of processes that died while they made them."""
+    for path in folder.glob(f".*{ENDING}"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > UNFINISHED_SECONDS and is_over(path):
+                path.unlink()
 
 
 def _lock_totals(folder: Path) -> int | None:

@@ -31,6 +31,7 @@ from ts_handlers.monitoring.catalogue import (
 from ts_handlers.monitoring.process_file import ENDING, ProcessFile
 from ts_handlers.monitoring.progress import Progress
 from ts_handlers.system.ownership import is_private_folder
+from ts_handlers.system.processes import boot_id
 
 if TYPE_CHECKING:
     from ts_handlers.execution.contexts import PoolStats
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FOLDER = "metrics"
-"""In a store's state directory."""
+"""In a store's state directory; it has a folder for each boot of each host, as several may share a store."""
 SWITCH = "TS_HANDLERS_METRICS"
 """Environment variable: ``off`` records nothing."""
 MANY_FILES = 64
@@ -247,6 +248,11 @@ class ModelRecorder:
         self._recording.file.write_progress(self._model, dataclasses.asdict(self._progress))
 
 
+def folder_of(root: Path) -> Path:
+    """Where the processes of this host record, in a state directory."""
+    return root / FOLDER / (boot_id()[:13] or "host")
+
+
 _lock = threading.Lock()
 _recording: Recording | None = None
 
@@ -268,11 +274,12 @@ def begin_recording(store: Path, *, counts: bool = True) -> None:
         problem: OSError | None = None
         for root in writable_directories(store):
             try:
+                folder = folder_of(root)
                 root.mkdir(mode=0o700, parents=True, exist_ok=True)
-                folder = root / FOLDER
-                folder.mkdir(mode=0o700, exist_ok=True)
-                if not is_private_folder(folder):
-                    raise PermissionError(f"{folder} can be written by others")
+                for each in (folder.parent, folder):
+                    each.mkdir(mode=0o700, exist_ok=True)
+                    if not is_private_folder(each):
+                        raise PermissionError(f"{each} can be written by others")
                 _recording = Recording(ProcessFile(folder), counts)
                 _sum_up_if_many(folder)
                 return

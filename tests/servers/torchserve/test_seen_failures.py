@@ -14,7 +14,7 @@ from tests.support.handlers import ROWS, ask, make_context
 from ts_handlers import CompiledHandler
 from ts_handlers.errors import BusyError, InputError
 from ts_handlers.monitoring.gathering import gather
-from ts_handlers.monitoring.recorder import FOLDER, stop_recording
+from ts_handlers.monitoring.recorder import folder_of, stop_recording
 
 WIDE = [[1.0, 2.0, 3.0, 4.0, 5.0]]
 
@@ -33,12 +33,12 @@ def start(context: Any, kind: type[CompiledHandler] = CompiledHandler) -> Any:
 
 
 def errors(store: Path) -> dict[str, float]:
-    series = gather([store / FOLDER]).series
+    series = gather([folder_of(store)]).series
     return {key[1][1]: numbers[0] for key, numbers in series.items() if key[0] == "request_errors_total" and numbers[0]}
 
 
 def requests(store: Path) -> float:
-    return gather([store / FOLDER]).series["requests_total", ("model",)][0]
+    return gather([folder_of(store)]).series["requests_total", ("model",)][0]
 
 
 MICRO = {"micro_batching": {"micro_batch_size": 2, "parallelism": {"preprocess": 1, "inference": 2, "postprocess": 1}}}
