@@ -14,6 +14,7 @@ import struct
 import subprocess
 import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -57,17 +58,35 @@ class Handler(CompiledHandler):
 """
 
 
+SLOW = """
+import os
+import time
+from ts_handlers import CompiledHandler
+
+
+class Handler(CompiledHandler):
+    def load_model(self, *arguments):
+        while not os.path.exists(os.environ["LOAD_NOW"]):
+            time.sleep(0.05)
+        return super().load_model(*arguments)
+"""
+
+
 class Running(NamedTuple):
     """A TorchServe with its exporter."""
 
     server: TorchServe
     exporter: ExporterServer
     store: Path
+    load_now: Path
 
     def exporter_answer(self, path: str) -> Any:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(f"http://127.0.0.1:{self.exporter.server_port}{path}", timeout=30) as answer:
-            return json.loads(answer.read())
+        try:
+            with opener.open(f"http://127.0.0.1:{self.exporter.server_port}{path}", timeout=30) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            return json.loads(error.read())
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +100,11 @@ def running(
     plain = (Path(__file__).parent / "tiny" / "handler.py").read_text("utf-8")
     eager = ("backends: [aot_inductor, inductor, eager]", "backends: [eager]")
     archives.tiny("failing", replace={"handler.py": (plain, FAILING), "model-config.yaml": eager})
-    store = copy_store(first_start, tmp_path_factory.mktemp("monitored") / "store")
+    archives.tiny("slow", replace={"handler.py": (plain, SLOW), "model-config.yaml": eager})
+    folder = tmp_path_factory.mktemp("monitored")
+    store = copy_store(first_start, folder / "store")
     with (
-        make_server([tiny, "failing"], store) as server,
+        make_server([tiny, "failing", "slow"], store, env={"LOAD_NOW": str(folder / "load-now")}) as server,
         ExporterServer(("127.0.0.1", 0), Collector(store)) as exporter,
     ):
         thread = threading.Thread(target=exporter.serve_forever)
@@ -91,7 +112,7 @@ def running(
         try:
             server.wait_ready(tiny)
             server.wait_ready("failing")
-            yield Running(server, exporter, store)
+            yield Running(server, exporter, store, folder / "load-now")
         finally:
             exporter.shutdown()
             thread.join()
@@ -103,6 +124,23 @@ def test_progress_and_describe_agree(running: Running, tiny: str) -> None:
     assert (found["state"], found["serving"], found["share"]) == ("ready", True, 1.0)
     assert [described.get(name) for name in ("state", "serving", "share", "phase")] == ["ready", True, 1.0, None]
     assert running.exporter_answer(f"/ready?model={tiny}")["ready"] is True
+
+
+def test_a_start_is_seen_while_torchserve_is_silent_about_it(running: Running, tiny: str) -> None:
+    """The worker is inside `initialize`, where TorchServe cannot ask it."""
+    while "slow" not in (models := running.exporter_answer("/progress")["models"]) or models["slow"]["phase"] != "load":
+        time.sleep(0.05)
+    assert (models["slow"]["state"], models["slow"]["serving"]) == ("starting", False)
+    assert running.exporter_answer("/ready")["ready"] is False
+    assert running.exporter_answer(f"/ready?model={tiny}")["ready"] is True
+    running.load_now.touch()
+    running.server.wait_ready("slow")
+    assert running.exporter_answer("/ready")["ready"] is True
+
+
+def test_what_torchserve_answers_itself(running: Running) -> None:
+    assert running.server.predict("nobody", b"x").status == 404
+    assert running.server.predict("failing", b"x" * 7_000_000).status == 413
 
 
 def test_the_exporter_tells_of_the_cold_start_and_of_the_warm_one(running: Running, tiny: str) -> None:

@@ -168,9 +168,18 @@ class ModelRecorder:
     # What a start tells.
 
     def begin(self) -> None:
-        """A start begins."""
-        self._progress = Progress()
+        """A start begins, or a server begins to make ready what a start belongs to."""
+        before, self._progress = self._progress, Progress()
+        if before.ended is None:
+            self._progress.began = before.began
         self._write()
+
+    def serves(self) -> None:
+        """Requests are answered from now on, also where nothing was compiled under the model's own name."""
+        if not self._progress.serving:
+            self._progress.serving = True
+            self._progress.end("ready")
+            self._write()
 
     def started(self, outcome: Outcome, metrics: Metrics, seconds: float) -> None:
         """A start has ended with a model that serves.

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ts_handlers.cli.options import StoreOptions
-from ts_handlers.cli.output import say
+from ts_handlers.cli.options import JsonOption, StoreOptions
+from ts_handlers.cli.output import print_json, say
 
 
 def command(
@@ -17,8 +17,11 @@ def command(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8083,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     once: Annotated[bool, typer.Option("--once", help="Print the metrics once and end.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Serve the metrics of all workers that use the store: /metrics for Prometheus, /ready and /progress as JSON.
+
+    With --json it prints once what /progress answers.
 
     Run it beside the server, as the same user. Who reaches the port reads names of models and keys; there is no
     authorization, so it listens on the loopback interface unless --host says otherwise.
@@ -28,6 +31,9 @@ def command(
     from ts_handlers.monitoring.exposition import exposition
 
     collector = Collector(store.path())
+    if as_json:
+        print_json({"models": collector.progress()})
+        return
     if once:
         sys.stdout.write(exposition(collector.series()))
         return

@@ -137,7 +137,7 @@ class CompiledHandlerMixin:
         self.__config = config
         self.__name = name_of_model(context)
         self.request_meter.name = self.__name
-        begin_to_record(self.__settings)
+        begin_to_record(self.__settings, self.__name)
         self.__recipe = handler_recipe(type(self), context, config)
         self._gpu = gpu_of_worker(context)
         across_workers = self.__settings.contexts.across_workers

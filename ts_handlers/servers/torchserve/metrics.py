@@ -22,10 +22,13 @@ from ts_handlers.settings import Settings, default_store_root
 from ts_handlers.start import is_captured
 
 
-def begin_to_record(settings: Settings) -> None:
+def begin_to_record(settings: Settings, model: str) -> None:
     """Record for the exporter what this worker does, unless it is only looked at what the handler would start."""
     if not is_captured():
         begin_recording(Path(settings.store or default_store_root()).expanduser())
+        recorder = recorder_of(model)
+        if recorder is not None:
+            recorder.begin()
 
 
 class RequestMeter:
@@ -46,6 +49,8 @@ class RequestMeter:
         """The handler is initialized; `served` is its model, if it is compiled as a whole."""
         self._served = served
         self._recorder = recorder_of(self.name)
+        if self._recorder is not None:
+            self._recorder.serves()
 
     @contextlib.contextmanager
     def batch(self, rows: Any) -> Iterator[None]:
