@@ -59,17 +59,12 @@ class Handler(CompiledHandler):
 
 
 SLOW = """
-import os
-import time
-from ts_handlers import CompiledHandler
+        import os
+        import time
 
-
-class Handler(CompiledHandler):
-    def load_model(self, *arguments):
         while not os.path.exists(os.environ["LOAD_NOW"]):
             time.sleep(0.05)
-        return super().load_model(*arguments)
-"""
+        super().__init__()"""
 
 
 class Running(NamedTuple):
@@ -100,7 +95,7 @@ def running(
     plain = (Path(__file__).parent / "tiny" / "handler.py").read_text("utf-8")
     eager = ("backends: [aot_inductor, inductor, eager]", "backends: [eager]")
     archives.tiny("failing", replace={"handler.py": (plain, FAILING), "model-config.yaml": eager})
-    archives.tiny("slow", replace={"handler.py": (plain, SLOW), "model-config.yaml": eager})
+    archives.tiny("slow", replace={"model.py": ("super().__init__()", SLOW.strip()), "model-config.yaml": eager})
     folder = tmp_path_factory.mktemp("monitored")
     store = copy_store(first_start, folder / "store")
     with (
@@ -140,7 +135,11 @@ def test_a_start_is_seen_while_torchserve_is_silent_about_it(running: Running, t
 
 def test_what_torchserve_answers_itself(running: Running) -> None:
     assert running.server.predict("nobody", b"x").status == 404
-    assert running.server.predict("failing", b"x" * 7_000_000).status == 413
+    grpc = pytest.importorskip("grpc", reason="the package grpcio is not installed")
+    with pytest.raises(grpc.RpcError) as raised:
+        _predict_by_grpc(grpc, running.server, "nobody", b"x")
+    error: Any = raised.value
+    assert error.code().name == "INTERNAL"
 
 
 def test_the_exporter_tells_of_the_cold_start_and_of_the_warm_one(running: Running, tiny: str) -> None:
