@@ -249,11 +249,11 @@ class CompiledModel(ServedModel):
                 tensors = signature.bind(args, kwargs, self._device)  # a value outside its limits is refused anyway
                 if not self._outside_eager:
                     self.signature.check(tensors)  # what is declared and not compiled is answered eagerly
-        except InputError:
-            self.metrics.count("refused")
+        except InputError as error:
+            self.metrics.count_refusal("refused", error)
             raise
-        except BusyError:
-            self.metrics.count("busy")
+        except BusyError as error:
+            self.metrics.count_refusal("busy", error)
             raise
         self.metrics.count("outside_eager")
         return self._noted(self._slots.call(self.keep_eager(signature.names), tensors), *given)

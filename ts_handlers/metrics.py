@@ -11,8 +11,8 @@ import dataclasses
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 from ts_handlers.system.processes import process_age_ms
 
@@ -72,17 +72,52 @@ COUNTERS = (
 )
 
 
+class Recorder(Protocol):
+    """What keeps a model's metrics for the exporter; `ts_handlers.monitoring.recorder.ModelRecorder` is one."""
+
+    def counted(self, name: str, amount: int, missed: tuple[str, ...]) -> None:
+        """A counter was increased; `missed` are the parts of the key that the latest lookup missed."""
+
+    def phase_begins(self, name: str) -> None:
+        """A phase begins, one of a build as ``build: export``."""
+
+    def expects(self, seconds: float | None) -> None:
+        """How long the build took the last time, None when that is not known."""
+
+    def builds_beside(self, phase: str, estimate: float | None) -> None:
+        """A build beside the model that serves has got on."""
+
+    def ended_beside(self, outcome: Any, described: Mapping[str, Any], build_ms: Mapping[str, float]) -> None:
+        """A build beside the model that serves has ended, with a swap or without."""
+
+
+_server = threading.local()
+
+
+@contextlib.contextmanager
+def refusals_counted_by_server() -> Iterator[None]:
+    """Inside the block, in this thread, a refused call is counted by the server, when a client sees it refused."""
+    before, _server.counts = getattr(_server, "counts", False), True
+    try:
+        yield
+    finally:
+        _server.counts = before
+
+
 @dataclasses.dataclass
 class Metrics:
     """Phases in milliseconds and counters of one model in one process.
 
-    `observer` is called with the name of each phase when it begins, those of a build as ``build: export``.
+    `observer` is called with the name of each phase when it begins, those of a build as ``build: export``. `recorder`
+    keeps the same for the exporter, and `missed` names the parts of the key that the latest lookup missed.
     """
 
     phases_ms: dict[str, float] = dataclasses.field(default_factory=dict)
     build_ms: dict[str, float] = dataclasses.field(default_factory=dict)
     counters: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
     observer: Callable[[str], None] | None = None
+    recorder: Recorder | None = None
+    missed: tuple[str, ...] = ()
     _inner_ms: list[float] = dataclasses.field(default_factory=list)
 
     @classmethod
@@ -102,8 +137,7 @@ class Metrics:
         """
         if name not in PHASES:
             raise ValueError(f"no phase of a start is called {name!r}; declared are {', '.join(PHASES)}")
-        if self.observer is not None:
-            self.observer(name)
+        self._begin(name)
         self._inner_ms.append(0.0)
         before = self.phases_ms.get(name, 0.0)
         try:
@@ -129,8 +163,7 @@ class Metrics:
                 f"no phase of a build is called {name!r}; declared are {', '.join(BUILD_PHASES)}, and a backend names "
                 "its own with a dot, as in 'my_backend.quantise'"
             )
-        if self.observer is not None:
-            self.observer(f"build: {name}")
+        self._begin(f"build: {name}")
         with _timed(self.build_ms, name):
             yield
 
@@ -138,11 +171,42 @@ class Metrics:
         """Increase a declared counter."""
         with _LOCK:  # requests come in several threads
             self.counters[name] += amount
+        if self.recorder is not None and amount:
+            self.recorder.counted(name, amount, self.missed)
+
+    def count_refusal(self, name: str, error: Exception) -> None:
+        """Count a call that was refused, here or by the server: a batch that is answered again would count twice.
+
+        Parameters
+        ----------
+        name:
+            The counter.
+        error:
+            What refuses the call; see `refused_by`.
+        """
+        if getattr(_server, "counts", False):
+            error.__dict__["refused_by"] = self
+        elif "refused_by" not in error.__dict__:
+            self.count(name)
+            error.__dict__["refused_by"] = None
+
+    def _begin(self, phase: str) -> None:
+        if self.observer is not None:
+            self.observer(phase)
+        if self.recorder is not None:
+            self.recorder.phase_begins(phase)
 
     def counted(self) -> dict[str, int]:
         """The counters at one moment."""
         with _LOCK:
             return dict(self.counters)
+
+
+def count_as_seen(name: str, error: Exception, default: Metrics | None) -> None:
+    """Count a request that a client sees refused: with the model that refused it, otherwise with `default`."""
+    metrics: Metrics | None = error.__dict__.get("refused_by", default)
+    if metrics is not None:  # None is noted where it was counted already
+        metrics.count(name)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ HEAVY = (
     "cryptography",
     "rich",
     "typer",
+    "prometheus_client",
+    "opentelemetry",
     "torch_tensorrt",
 )
 FOR_BUILDS = (
@@ -26,6 +28,9 @@ FOR_BUILDS = (
     "ts_handlers.backends.aot_inductor.linears",
     "ts_handlers.backends.inductor.backend",
     "ts_handlers.backends.tensorrt.backend",
+    "ts_handlers.monitoring.exposition",
+    "ts_handlers.monitoring.gathering",
+    "ts_handlers.exporter",
     "ts_handlers.store.upkeep.eviction",
     "ts_handlers.guard.failures",
     "ts_handlers.store.upkeep.garbage",

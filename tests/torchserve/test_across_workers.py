@@ -14,6 +14,7 @@ import pytest
 
 from tests.support.torchserve_archives import ROWS, TINY, ArchiveFactory, expected
 from tests.support.torchserve_records import ServerFactory, published, starts
+from ts_handlers.exporter.collecting import Collector
 from ts_handlers.testing import Response, TorchServe
 
 PROPERTIES = Path(__file__).parents[2] / "config.properties"  # with metrics that are not declared
@@ -119,6 +120,13 @@ def test_workers_share_a_process_and_lose_no_request_with_it(
             assert server.predict("sharing", ROWS).json() == [pytest.approx(row, abs=1e-5) for row in expected(1, ROWS)]
         server.unregister("sharing")
         assert wait_for(lambda: not runs(second), UNREGISTERED_SECONDS)
+    # The exporter counts each event once, though a worker and the model's process were killed.
+    series = Collector(store).series()
+    assert series["builds_total", ("sharing", "none")] == [1.0]
+    assert [series["lookups_total", ("sharing", result)] for result in ("hit", "miss")] == [[1.0], [1.0]]
+    assert series["request_errors_total", ("sharing", "invalid_input")] == [1.0]
+    ended = {labels[2]: sum(counts[:-1]) for (name, labels), counts in series.items() if name == "start_seconds"}
+    assert ended == {"built": 1, "joined": 3}
 
 
 def test_handlers_with_a_way_of_their_own_are_shared_too(

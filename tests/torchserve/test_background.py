@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.torchserve_archives import ROWS, ArchiveFactory, expected
 from tests.support.torchserve_records import ServerFactory, published, starts
+from ts_handlers.exporter.collecting import Collector
 from ts_handlers.servers.torchserve.prewarm import prewarm
 from ts_handlers.testing import TorchServe
 
@@ -63,10 +64,15 @@ def test_ready_eagerly_then_swapped_under_load(
         first = server.describe("background")
         assert (first["backend"], first["result"]) == ("eager", "background")
         assert first["background"]["state"] in ("waiting", "building")
+        assert first["progress"]["state"] in ("waiting", "compiling")
+        told = Collector(store).progress()["background"]
+        assert (told["state"], told["serving"]) == ("compiling", True)
         assert published(store) == []
         load.wait_for(20)
         while (facts := server.describe("background"))["background"]["state"] not in ("swapped", "failed"):
             time.sleep(0.1)
+        told = Collector(store).progress()["background"]
+        assert (told["state"], told["serving"], told["phase"]) == ("ready", True, None)
         before = len(load.answers)
         load.wait_for(20)
         metrics = server.metrics()
@@ -76,6 +82,10 @@ def test_ready_eagerly_then_swapped_under_load(
     assert (facts["counters"]["build"], facts["counters"]["background_build"], facts["counters"]["swap"]) == (1, 1, 1)
     assert len(published(store)) == 1
     assert [start["result"] for start in starts(server, "background")] == ["background"]
+    series = Collector(store).series()
+    ended = {labels[1:]: sum(counts[:-1]) for (name, labels), counts in series.items() if name == "start_seconds"}
+    assert ended == {("eager", "background"): 1, ("aot_inductor", "swapped"): 1}
+    assert series["builds_total", ("background", "none")] == [1.0]
     right = [pytest.approx(row, abs=1e-6) for row in expected(1, ROWS)]
     assert before > 20
     assert [(status, answer) for status, answer in load.answers if status != 200 or answer != right] == []

@@ -52,10 +52,14 @@ class StoreOptions(OptionGroup):
         StoreError
             There is none, or it is not safe to use.
         """
-        root = self._root.expanduser().absolute()
+        root = self.path()
         if not root.exists():
             raise StoreError(f"there is no store at {root}; name another one with --store or TS_HANDLERS_CACHE")
         return self._open(root)
+
+    def path(self) -> Path:
+        """Where the store lies, or will lie."""
+        return self._root.expanduser().absolute()
 
     def make(self) -> LocalStore:
         """The store, which is made if it does not exist.

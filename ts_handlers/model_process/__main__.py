@@ -72,11 +72,15 @@ def _start(spec: Mapping[str, Any], progress: Callable[[str, float | None], None
     """The model, and the settings of its contexts."""
     from ts_handlers.model.recipes import restore
     from ts_handlers.model_process.server import refuse_without_inputs
+    from ts_handlers.monitoring.recorder import begin_recording
+    from ts_handlers.settings import default_store_root
     from ts_handlers.startup.fallback import start_here
     from ts_handlers.system.cycle_collector import exempt_from_collection
 
     progress("process", None)
     made = restore(spec)
+    store = Path(made.settings.store or default_store_root()).expanduser()
+    begin_recording(store, counts=False)  # the workers are told what is counted here
     model = start_here(made.source, made.settings, made.device, progress=progress, event="start")
     refuse_without_inputs(model)
     outcome = model.outcome

@@ -31,6 +31,7 @@ from ts_handlers.model.signature import Signature
 from ts_handlers.model_process.client import ModelProcess
 from ts_handlers.model_process.launch import Launcher, parent_identity
 from ts_handlers.model_process.wire import ModelDescription
+from ts_handlers.monitoring.recorder import recorder_of
 from ts_handlers.settings import SECTION, Settings
 from ts_handlers.version import __version__
 
@@ -57,6 +58,7 @@ class SharedModel(ServedModel):
         names = [field.name for field in dataclasses.fields(Outcome)]
         outcome = Outcome(**{name: _frozen(facts[name]) for name in names})
         super().__init__(target, outcome, Metrics.of_this_process())
+        recorder = self.metrics.recorder = recorder_of(target.source.name)
         self._signature = target.signature or Signature(description.inputs, description.dimensions)
         # Only the other process can tell whether it answers a call outside the declared ranges eagerly.
         self._checks_here = target.settings.outside == "refuse"
@@ -71,6 +73,11 @@ class SharedModel(ServedModel):
         else:
             self.metrics.phases_ms["wait"] = join_ms
         self.absorb(description.counted)
+        if recorder is not None:
+            recorder.begin()
+            seconds = (join_ms + self.metrics.phases_ms.get("process", 0.0)) / 1000
+            joined = outcome if description.first else dataclasses.replace(outcome, result="joined")
+            recorder.started(joined, self.metrics, seconds)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if explanations_under_way():
@@ -84,11 +91,11 @@ class SharedModel(ServedModel):
                 return self._process.run(tensors)
             except InputError as refusal:
                 return self._answer_other_form(signature, args, kwargs, refusal)
-        except InputError:
-            self.metrics.count("refused")
+        except InputError as error:
+            self.metrics.count_refusal("refused", error)
             raise
-        except BusyError:
-            self.metrics.count("busy")
+        except BusyError as error:
+            self.metrics.count_refusal("busy", error)
             raise
 
     @property

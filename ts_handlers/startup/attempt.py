@@ -158,6 +158,7 @@ class Attempt:
         served = self._from_entry(found, result) if isinstance(found, Hit) else found
         if isinstance(served, Served):
             return served
+        self._metrics.missed = ("corrupt",) if isinstance(served, Corrupt) else served.parts
         self._metrics.count("miss")
         if isinstance(served, Corrupt):
             self._metrics.count("corrupt")

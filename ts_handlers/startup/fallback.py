@@ -37,6 +37,7 @@ from ts_handlers.startup.attempt import Attempt
 from ts_handlers.startup.base import IdleWindows, Served, Start
 from ts_handlers.startup.inputs import try_eager
 from ts_handlers.startup.preparation import prepare
+from ts_handlers.startup.recording import recorded_start
 from ts_handlers.startup.target import new_target
 from ts_handlers.store.address import Address
 from ts_handlers.store.base import Store
@@ -70,7 +71,8 @@ def start_here(
         start.identity, start.declared = observed
     if progress is not None:
         metrics.observer = lambda phase: progress(phase, start.estimate)
-    model = start.run()
+    with recorded_start(source.name if event == "start" else None, metrics) as ended:
+        model = ended(start.run())
     log_outcome(event, source.name, model)
     if model.outcome.fallbacks:
         from ts_handlers.startup.advice import fallback_line
@@ -279,6 +281,8 @@ class _Starter:
         if self._settings.on_miss == "background":
             return self._serve_eagerly_meanwhile(backend, attempt.missed)
         self.estimate = store.build_estimate(address)
+        if self._metrics.recorder is not None:
+            self._metrics.recorder.expects(self.estimate)
         served = attempt.build(self.estimate)
         return self._ready(backend, served, attempt.key.digest, attempt.missed)
 

@@ -33,6 +33,7 @@ def guard_envelope() -> None:
             inside = batch.inside_envelope()
             return original(self, inside.rows, inside.context)
 
-        return answer(RequestBatch(data, context), lambda batch: answer_together(batch, below), below)
+        meter = getattr(getattr(self._handle_fn, "__self__", None), "request_meter", None)
+        return answer(RequestBatch(data, context, meter), lambda batch: answer_together(batch, below), below)
 
     envelope.handle = handle

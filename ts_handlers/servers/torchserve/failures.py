@@ -7,6 +7,7 @@ either at will.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import traceback
 
@@ -19,6 +20,88 @@ MOST_LOGGED = 4000
 _MOST_FRAMES = 8
 
 
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """One row of docs/errors.md: what a client is told, and whether it should try again.
+
+    Attributes
+    ----------
+    kind:
+        The label of the metric ``ts_handlers_request_errors_total``.
+    happened:
+        What has happened, for people.
+    status, phrase:
+        Of HTTP. None: the handler's own status.
+    type:
+        The body's field ``type``.
+    grpc:
+        Status of gRPC. None: TorchServe derives it from the handler's own status.
+    retry:
+        ``no``, ``later`` or ``once``, and why.
+    """
+
+    kind: str
+    happened: str
+    status: int | None
+    phrase: str
+    type: str
+    grpc: str | None
+    retry: str
+
+
+INVALID_INPUT = Failure(
+    "invalid_input",
+    "The request cannot be decoded, or its inputs are outside what the model declares.",
+    *(400, "Bad Request", "InputError", "INVALID_ARGUMENT"),
+    "no: the same request is refused again",
+)
+BUSY = Failure(
+    "busy",
+    "No execution context came free within `contexts.wait_seconds`.",
+    *(503, "Service Unavailable", "BusyError", "UNAVAILABLE"),
+    "later: with a growing pause",
+)
+OUT_OF_MEMORY = Failure(
+    "out_of_memory",
+    "The worker or its GPU had no memory left for this request.",
+    *(507, "Insufficient Storage", "InternalServerException", "INTERNAL"),
+    "later: with a smaller request, or elsewhere",
+)
+HANDLER = Failure(
+    "handler",
+    "The handler raised TorchServe's `PredictionException` with a status from 400 to 599.",
+    *(None, "", "InternalServerException", None),
+    "as the handler's author says",
+)
+INTERNAL = Failure(
+    "internal",
+    "Anything else was raised; the worker's log has the error and its traceback.",
+    *(503, "Service Unavailable", "InternalServerException", "UNAVAILABLE"),
+    "once: it may be a fault of the request",
+)
+FAILURES = (INVALID_INPUT, BUSY, OUT_OF_MEMORY, HANDLER, INTERNAL)
+
+
+def failure_of(error: Exception) -> Failure:
+    """The row of `FAILURES` for an error.
+
+    Examples
+    --------
+    >>> failure_of(InputError("no")).kind, failure_of(MemoryError()).kind, failure_of(KeyError("x")).kind
+    ('invalid_input', 'out_of_memory', 'internal')
+    """
+    if isinstance(error, InputError):
+        return INVALID_INPUT
+    if isinstance(error, BusyError):
+        return BUSY
+    if _is_out_of_memory(error):
+        return OUT_OF_MEMORY
+    code = getattr(error, "error_code", None)
+    if _is_prediction_exception(error) and isinstance(code, int) and 400 <= code < 600:
+        return HANDLER
+    return INTERNAL
+
+
 def status_of(error: Exception) -> tuple[int, str]:
     """HTTP status and reason phrase.
 
@@ -27,14 +110,9 @@ def status_of(error: Exception) -> tuple[int, str]:
     >>> status_of(InputError("no")), status_of(KeyError("x"))
     ((400, 'Bad Request'), (503, 'Service Unavailable'))
     """
-    if isinstance(error, InputError):
-        return 400, "Bad Request"
-    if _is_out_of_memory(error):
-        return 507, "Insufficient Storage"
-    code = getattr(error, "error_code", None)
-    if _is_prediction_exception(error) and isinstance(code, int) and 400 <= code < 600:
-        return code, ""
-    return 503, "Service Unavailable"
+    failure = failure_of(error)
+    status: int = error.error_code if failure.status is None else failure.status  # type: ignore[attr-defined]
+    return status, failure.phrase
 
 
 def refusal(error: Exception) -> str:
@@ -47,8 +125,18 @@ def refusal(error: Exception) -> str:
     >>> len(refusal(InputError("x" * 1_000_000)))
     1000
     """
-    kind = next((kind.__name__ for kind in (InputError, BusyError) if isinstance(error, kind)), None)
-    return _bounded_body({"code": status_of(error)[0], "type": kind or "InternalServerException"}, _message(error))
+    return _bounded_body({"code": status_of(error)[0], "type": failure_of(error).type}, _message(error))
+
+
+def as_prediction_exception(error: Exception) -> Exception:
+    """The error by which TorchServe answers a batch of one over gRPC; its text is the `refusal`.
+
+    That text goes to the worker's log, from which TorchServe reads metrics.
+    """
+    from ts.utils.util import PredictionException
+
+    made: Exception = PredictionException(refusal(error).replace("[METR", "[ METR"), status_of(error)[0])
+    return made
 
 
 def log_text(error: Exception) -> str:

@@ -24,6 +24,7 @@ from ts_handlers.compiled_model import ServedModel
 from ts_handlers.errors import InputError, MissError, SettingsError, one_line
 from ts_handlers.model.base import ModelSource
 from ts_handlers.model.module import ModuleSource
+from ts_handlers.monitoring.progress import of_background
 from ts_handlers.servers.torchserve.answering import answer, answer_one_by_one, answer_together
 from ts_handlers.servers.torchserve.archive import (
     EXPORTED,
@@ -36,7 +37,7 @@ from ts_handlers.servers.torchserve.archive import (
     source_of_archive,
 )
 from ts_handlers.servers.torchserve.envelopes import guard_envelope
-from ts_handlers.servers.torchserve.metrics import Emitter
+from ts_handlers.servers.torchserve.metrics import Emitter, RequestMeter, begin_to_record
 from ts_handlers.servers.torchserve.micro_batching import MicroBatches, micro_batches_of
 from ts_handlers.servers.torchserve.ready import begin_serving
 from ts_handlers.servers.torchserve.recipes import handler_recipe
@@ -89,6 +90,7 @@ class CompiledHandlerMixin:
     _last_context: Any = None
     _gpu: torch.device | None = None
     _emitter: Emitter
+    request_meter: RequestMeter
     _not_compiled: str | None = None
     _submodels: Any = None
     _sampled: Any = None
@@ -99,6 +101,7 @@ class CompiledHandlerMixin:
         made = super().__new__(cls)
         made._current = CurrentBatch()
         made._shares = Shares()
+        made.request_meter = RequestMeter()
         return made
 
     @property
@@ -133,6 +136,8 @@ class CompiledHandlerMixin:
         self.__context = context
         self.__config = config
         self.__name = name_of_model(context)
+        self.request_meter.name = self.__name
+        begin_to_record(self.__settings, self.__name)
         self.__recipe = handler_recipe(type(self), context, config)
         self._gpu = gpu_of_worker(context)
         across_workers = self.__settings.contexts.across_workers
@@ -161,6 +166,7 @@ class CompiledHandlerMixin:
                 self.model = self._as_plain(self._served)
         if not self.__settings.models:
             self._shares.measure_served(self, self._served)
+        self.request_meter.begin(self._served)
         if self._served is not None:
             (self._emitter,) = begin_serving([self._served], self.__config, getattr(self.__context, "metrics", None))
 
@@ -274,14 +280,16 @@ class CompiledHandlerMixin:
         """Answer a batch. A request that fails leaves the others alone: HTTP 400 when the model cannot answer it, 503
         when no execution context came free, and what TorchServe answers to a batch of one for any other error."""
         self.context = context
+        batch = RequestBatch(data, context, self.request_meter)
         if self._submodels is not None:
-            with self._submodels.batch(context):
-                return self._answer(RequestBatch(data, context))
+            with self.request_meter.batch(data), self._submodels.batch(context):
+                return self._answer(batch)
         served = self._served
         if served is not None:
             served.answering += 1
         try:
-            return self._answer(RequestBatch(data, context))
+            with self.request_meter.batch(data):
+                return self._answer(batch)
         finally:
             if served is not None:
                 served.answering -= 1
@@ -345,6 +353,7 @@ class CompiledHandlerMixin:
         facts = describe_uncompiled(self, self._not_compiled) if served is None else served.describe()
         facts = facts if self._submodels is None else self._submodels.describe()
         facts["time"] = self._shares.describe()
+        facts["progress"] = of_background(facts.get("background"))
         facts["pid"] = os.getpid()
         return with_their_description(facts, getattr(super(), "describe_handle", None))
 

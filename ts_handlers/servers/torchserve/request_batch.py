@@ -13,10 +13,17 @@ import logging
 import threading
 import types
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from ts_handlers.errors import BusyError, InputError
-from ts_handlers.servers.torchserve.failures import is_loggable, log_text, refusal, status_of
+from ts_handlers.metrics import refusals_counted_by_server
+from ts_handlers.servers.torchserve.failures import (
+    as_prediction_exception,
+    is_loggable,
+    log_text,
+    refusal,
+    status_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +35,13 @@ _STREAMS = "ts_stream_next"
 """The header that TorchServe sets on an answer of which it has sent a part."""
 
 
+class Meter(Protocol):
+    """Counts requests that fail; `ts_handlers.servers.torchserve.metrics.RequestMeter` is one."""
+
+    def failed(self, error: Exception, requests: int) -> None:
+        """Clients see as many requests fail with this error."""
+
+
 class RequestBatch:
     """Some requests of one batch.
 
@@ -37,6 +51,8 @@ class RequestBatch:
         The requests as TorchServe gives them.
     context:
         TorchServe's context of exactly these requests; see `select`.
+    meter:
+        Is told of each request that a client sees fail.
 
     Attributes
     ----------
@@ -44,9 +60,10 @@ class RequestBatch:
         A namespace for the handler's own per-batch values.
     """
 
-    def __init__(self, rows: Any, context: Any) -> None:
+    def __init__(self, rows: Any, context: Any, meter: Meter | None = None) -> None:
         self.rows = rows
         self.context = context
+        self.meter = meter
         self.state = types.SimpleNamespace()
 
     def select(self, indexes: Sequence[int]) -> RequestBatch:
@@ -57,13 +74,13 @@ class RequestBatch:
         context = copy.copy(self.context)
         processors = getattr(self.context, "request_processor", None)
         if self._is_inside_envelope and (processors is None or len(processors) != len(self.rows)):
-            return RequestBatch([self.rows[index] for index in indexes], context)
+            return RequestBatch([self.rows[index] for index in indexes], context, self.meter)
         if processors is not None:
             context.request_processor = [processors[index] for index in indexes]
         ids = getattr(self.context, "request_ids", None)
         if ids is not None:
             context.request_ids = {new: ids[old] for new, old in enumerate(indexes) if old in ids}
-        return RequestBatch([self.rows[index] for index in indexes], context)
+        return RequestBatch([self.rows[index] for index in indexes], context, self.meter)
 
     def split(self) -> list[RequestBatch]:
         """One batch for each request."""
@@ -73,11 +90,12 @@ class RequestBatch:
         """The same requests, whose dicts may be changed without harm to a second attempt."""
         if not self.can_be_split:
             return self
-        return RequestBatch([dict(row) if type(row) is dict else row for row in self.rows], self.context)
+        return RequestBatch([dict(row) if type(row) is dict else row for row in self.rows], self.context, self.meter)
 
     def inside_envelope(self) -> RequestBatch:
         """The same requests for a handler behind an envelope: its rows need not be the requests of the context."""
-        inside = self.select(range(len(self.rows))) if self.rows else RequestBatch(self.rows, copy.copy(self.context))
+        everything = range(len(self.rows or ()))
+        inside = self.select(everything) if self.rows else RequestBatch(self.rows, copy.copy(self.context), self.meter)
         inside.context.inside_envelope = True
         return inside
 
@@ -111,6 +129,15 @@ class RequestBatch:
     @property
     def _is_inside_envelope(self) -> bool:
         return getattr(self.context, "inside_envelope", False)
+
+    @property
+    def _is_one_of_grpc(self) -> bool:
+        """Whether it is one request that came over gRPC: TorchServe gives it no headers but those of its inputs."""
+        processors = getattr(self.context, "request_processor", None) or []
+        if len(processors) != 1 or self.rows is None or len(self.rows) != 1:
+            return False
+        headers = processors[0].get_request_properties()
+        return bool(headers) and all(isinstance(value, dict) for value in headers.values())
 
     def asks_alone(self, index: int) -> bool:
         """Whether a request asks for something else than a prediction: TorchServe's describe, or an explanation."""
@@ -148,13 +175,24 @@ class RequestBatch:
         """As `refuse` for what the client is told; anything else is raised, for TorchServe to log and answer.
 
         An error whose text a request has made long, or has filled with control characters, is answered here instead.
-        Behind an envelope all errors are raised.
+        Behind an envelope all errors are raised. A single request that came over gRPC is refused by an error, too: a
+        status that a handler sets for one request is lost there, and the client would take the refusal for an answer.
         """
+        if isinstance(error, REFUSALS) and self._is_one_of_grpc and not self._is_inside_envelope:
+            self._tell(error)
+            raise as_prediction_exception(error) from None
         if not self._is_inside_envelope and (isinstance(error, REFUSALS) or not is_loggable(error)):
             return self.refuse(error)
+        if not self._is_inside_envelope:
+            self._tell(error, 1 if self.rows is None else len(self.rows))
         raise error
 
+    def _tell(self, error: Exception, requests: int = 1) -> None:
+        if self.meter is not None:
+            self.meter.failed(error, requests)
+
     def _refuse(self, index: int, error: Exception) -> str:
+        self._tell(error)
         code, phrase = status_of(error)
         self.context.set_response_status(code, phrase, index)
         if getattr(self.context, "request_processor", None) is not None:
@@ -203,6 +241,7 @@ class CurrentBatch(threading.local):
         """Make `batch` the current one inside the block."""
         before, self.batch = self.batch, batch
         try:
-            yield batch
+            with refusals_counted_by_server():
+                yield batch
         finally:
             self.batch = before

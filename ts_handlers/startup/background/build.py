@@ -217,6 +217,9 @@ class BackgroundBuild:
         finally:
             self._ended = time.time()
             self._phase = None
+            metrics = self._model.metrics
+            if metrics.recorder is not None:
+                metrics.recorder.ended_beside(self._model.outcome, self.describe(), metrics.build_ms)
             atexit.unregister(self.close)
             with self._lock:
                 self._done.set()
@@ -248,6 +251,8 @@ class BackgroundBuild:
                 self._phase = phase
                 self._estimate = estimate if estimate is not None else self._estimate
                 lease.report(phase=phase)
+                if self._model.metrics.recorder is not None:
+                    self._model.metrics.recorder.builds_beside(phase, self._estimate)
 
             try:
                 ended = self._build(dict(recipe), report)

@@ -26,6 +26,8 @@
         guards/<key>.<random>                             crash markers, see guard/markers.py
         quarantine/<key>-<identity>.json                  what is not tried again, see guard/records.py
         quarantine/<key>-build-<identity>.json            builds that are not tried again
+        metrics/<boot>/<process>.series               what a process has counted, see monitoring/process_file.py
+        metrics/<boot>/totals.json                    what ended processes had counted, see monitoring/gathering.py
         shared/                                           what builds share, a folder for each backend that needs one:
             timing/<version>-<device>.cache               TensorRT's measured kernel times, see backends/tensorrt
 
