@@ -23,6 +23,7 @@ LAYERS = (
     ("backends", "guard"),
     ("store",),
     ("compiled_model", "doctor"),
+    ("result_cache",),
     ("startup",),
     ("model_process",),
     ("start",),

@@ -24,7 +24,7 @@ from ts_handlers.compiled_model import ServedModel
 from ts_handlers.errors import InputError, MissError, SettingsError, one_line
 from ts_handlers.model.base import ModelSource
 from ts_handlers.model.module import ModuleSource
-from ts_handlers.servers.torchserve.answering import answer, answer_one_by_one, answer_together
+from ts_handlers.servers.torchserve.answering import Below, answer, answer_one_by_one, answer_together
 from ts_handlers.servers.torchserve.archive import (
     EXPORTED,
     ArchiveFiles,
@@ -92,6 +92,7 @@ class CompiledHandlerMixin:
     _not_compiled: str | None = None
     _submodels: Any = None
     _sampled: Any = None
+    _results: Any = None
     _initializing = 0
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -161,6 +162,10 @@ class CompiledHandlerMixin:
                 self.model = self._as_plain(self._served)
         if not self.__settings.models:
             self._shares.measure_served(self, self._served)
+        if self.__settings.result_cache is not None:
+            from ts_handlers.servers.torchserve.result_cache import results_of
+
+            self._results = results_of(self, self._served, self.__settings, self.__config, self.__context)
         if self._served is not None:
             (self._emitter,) = begin_serving([self._served], self.__config, getattr(self.__context, "metrics", None))
 
@@ -293,8 +298,13 @@ class CompiledHandlerMixin:
             return self._answer_below(batch)
         if self._micro_batches is None or not batch.rows or os.environ.get("ENABLE_TORCH_PROFILER"):
             with self._shares.batch():
-                return answer(batch, lambda part: answer_together(part, self._answer_below), self._answer_below)
-        return answer(batch, self._answer_by_parts, self._answer_below)
+                together = self._kept(lambda part: answer_together(part, self._answer_below))
+                return answer(batch, together, self._answer_below)
+        return answer(batch, self._kept(self._answer_by_parts), self._answer_below)
+
+    def _kept(self, together: Below) -> Below:
+        """What answers predictions, from the result cache if there is one."""
+        return together if self._results is None else self._results.around(together, self._answer_below)
 
     def _answer_by_parts(self, batch: RequestBatch) -> Any:
         if batch.asks_alone(0):
@@ -345,6 +355,7 @@ class CompiledHandlerMixin:
         facts = describe_uncompiled(self, self._not_compiled) if served is None else served.describe()
         facts = facts if self._submodels is None else self._submodels.describe()
         facts["time"] = self._shares.describe()
+        facts["result_cache"] = None if self._results is None else self._results.describe()
         facts["pid"] = os.getpid()
         return with_their_description(facts, getattr(super(), "describe_handle", None))
 
