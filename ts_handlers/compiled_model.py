@@ -363,6 +363,7 @@ class CompiledModel(ServedModel):
         facts["graphs_in_process"] = compiled_graphs()
         facts["background"] = None if self.background is None else self.background.describe()
         facts["observed"] = None if self._observer is None else self._observer.describe()
+        facts["result_cache"] = getattr(self._answers, "describe", lambda: None)()
         return facts
 
 

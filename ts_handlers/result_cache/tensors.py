@@ -54,9 +54,13 @@ class TensorResults:
 
     def attach(self) -> None:
         """Have the calls that an artifact answers come here from now on."""
-        answer_calls_with(self._model, self.answer)
+        answer_calls_with(self._model, self)
 
-    def answer(self, serving: int, loaded: Loaded, tensors: list[torch.Tensor]) -> Any:
+    def describe(self) -> dict[str, Any]:
+        """The cache; JSON-compatible."""
+        return {"on": "tensors", "reason": None, **self.cache.describe()}
+
+    def __call__(self, serving: int, loaded: Loaded, tensors: list[torch.Tensor]) -> Any:
         """Answer a call.
 
         Parameters
@@ -94,7 +98,9 @@ class TensorResults:
     def _prefix_of(self, epoch: int) -> bytes:
         known, prefix = self._of_epoch
         if known != epoch:
-            prefix = identity([("model", self._prefix.hex()), ("epoch", str(epoch))])
+            outcome = self._model.outcome
+            artifact = ("backend", outcome.backend), ("artifact", outcome.key or "")
+            prefix = identity([("model", self._prefix.hex()), *artifact, ("epoch", str(epoch))])
             self._of_epoch = epoch, prefix
         return prefix
 

@@ -116,6 +116,7 @@ def test_without_the_section_nothing_is_kept_and_no_header_is_set(handler: Any, 
         ((_, _, headers),) = send(handler, context, ROWS)
         assert headers == {}
     assert handler.describe_handle()["result_cache"] is None
+    assert handler._results is None
     assert counted(handler) == {}
 
 
@@ -249,7 +250,8 @@ def test_a_model_that_draws_random_numbers_has_no_cache_and_starts(
 ) -> None:
     kind = type("Handler", (Own,), {"module": Stochastic})
     handler, context = start(kind, on=on, deterministic=True, section={"backends": ["eager"]})
-    assert "random numbers" in handler.describe_handle()["result_cache"]["reason"]
+    shown = handler.describe_handle()
+    assert "random numbers" in shown["result_cache"]["reason"] + "".join(shown["notes"])
     assert send(handler, context, ROWS)[0][1] != send(handler, context, ROWS)[0][1]
     assert sum("random numbers" in record.message for record in caplog.records) == 1
 
@@ -402,7 +404,7 @@ def test_a_describe_and_explanations_pass_by(start: Start) -> None:
     (described,) = handler.handle([{}], context)
     assert described["backend"] == "aot_inductor"
     assert "X-Cache" not in context.get_response_headers(0)
-    assert handler._results.describe()["entries"] == 3
+    assert handler.describe_handle()["result_cache"]["entries"] == 3
 
 
 def test_a_swap_of_the_model_is_another_key(start: Start, archive: Path) -> None:

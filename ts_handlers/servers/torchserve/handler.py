@@ -165,7 +165,9 @@ class CompiledHandlerMixin:
         if self.__settings.result_cache is not None:
             from ts_handlers.servers.torchserve.result_cache import results_of
 
-            self._results = results_of(self, self._served, self.__settings, self.__config, self.__context)
+            below: Any = super()
+            given = self._served, self.__settings, self.__config, self.__context
+            self._results = results_of(self, below.handle, *given)
         if self._served is not None:
             (self._emitter,) = begin_serving([self._served], self.__config, getattr(self.__context, "metrics", None))
 
@@ -222,7 +224,12 @@ class CompiledHandlerMixin:
 
     def _start(self, source: ModelSource, device: torch.device | None = None) -> ServedModel:
         if self.__settings.inputs or not self.__settings.samples:
-            return self._as_plain(start_model(source, self.__settings, device or device_of_model(self)))
+            settings = self.__settings
+            if settings.result_cache is not None:
+                from ts_handlers.servers.torchserve.result_cache import settings_of_start
+
+                settings = settings_of_start(settings, self.__config)
+            return self._as_plain(start_model(source, settings, device or device_of_model(self)))
         from ts_handlers.servers.torchserve.samples import SampledStart
 
         sampled = self._sampled = SampledStart(self.__settings, type(self), self.__context, self.__config)
@@ -355,7 +362,8 @@ class CompiledHandlerMixin:
         facts = describe_uncompiled(self, self._not_compiled) if served is None else served.describe()
         facts = facts if self._submodels is None else self._submodels.describe()
         facts["time"] = self._shares.describe()
-        facts["result_cache"] = None if self._results is None else self._results.describe()
+        if self._results is not None:
+            facts["result_cache"] = self._results.describe(facts.get("result_cache"))
         facts["pid"] = os.getpid()
         return with_their_description(facts, getattr(super(), "describe_handle", None))
 

@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,9 @@ from ts_handlers.errors import one_line
 from ts_handlers.key.digests import digest_file
 from ts_handlers.model.archive import files_of_model
 from ts_handlers.model.changes import source_of
+from ts_handlers.result_cache.attach import attach_to_calls, new_cache
 from ts_handlers.result_cache.base import SharedTier
-from ts_handlers.result_cache.cache import ResultCache
-from ts_handlers.result_cache.keys import identity
 from ts_handlers.result_cache.proof import reason_against
-from ts_handlers.result_cache.tensors import TensorResults
 from ts_handlers.servers.torchserve.answering import Below
 from ts_handlers.servers.torchserve.request_batch import STATEFUL
 from ts_handlers.servers.torchserve.request_results import RequestResults
@@ -49,39 +47,51 @@ _NOT_READ = ("MAR-INF/*", "*.pyc", "*.log", "core.[0-9]*", "__pycache__/*", "*/_
 class HandlerResults:
     """The result cache of a handler.
 
-    Attributes
+    Parameters
     ----------
-    reason:
-        Why there is none; None where there is one.
+    on:
+        What is looked at: requests, or the model's calls, whose cache is the model's own.
+    cached:
+        The cache of requests, or why there is no cache; None for calls.
     """
 
-    def __init__(self, cached: RequestResults | TensorResults | str, on: str) -> None:
-        self.reason = cached if isinstance(cached, str) else None
+    def __init__(self, on: str, cached: RequestResults | str | None) -> None:
         self._on = on
-        self._cached = None if isinstance(cached, str) else cached
+        self._cached = cached
 
     def around(self, together: Below, below: Below) -> Below:
         """As of `RequestResults.around`; `together` itself where requests are not looked at."""
         return self._cached.around(together, below) if isinstance(self._cached, RequestResults) else together
 
-    def describe(self) -> dict[str, Any]:
-        """What it holds, or why there is none; JSON-compatible."""
+    def describe(self, of_model: Any) -> dict[str, Any]:
+        """What it holds, or why there is none; `of_model` is what the model says of its own. JSON-compatible."""
         if isinstance(self._cached, RequestResults):
             return self._cached.describe()
-        if self._cached is None:
-            return {"on": self._on, "reason": self.reason}
-        return {"on": self._on, "reason": None, **self._cached.cache.describe()}
+        if isinstance(self._cached, str) or of_model is None:
+            return {"on": self._on, "reason": self._cached or "see notes"}
+        return dict(of_model)
+
+
+def settings_of_start(settings: Settings, config: Mapping[str, Any]) -> Settings:
+    """The settings with which a model is started: without the cache where the handler keeps a state."""
+    stateful = any(config.get(name) for name in STATEFUL)
+    return msgspec.structs.replace(settings, result_cache=None) if stateful else settings
 
 
 def results_of(
-    handler: Any, model: ServedModel | None, settings: Settings, config: Mapping[str, Any], context: Any
+    handler: Any,
+    handle_below: Any,
+    model: ServedModel | None,
+    settings: Settings,
+    config: Mapping[str, Any],
+    context: Any,
 ) -> HandlerResults | None:
     """The result cache of a handler whose model is ready; None where the settings have no section ``result_cache``.
 
     Parameters
     ----------
-    handler:
-        A handler behind the mixin.
+    handler, handle_below:
+        A handler with the mixin, and the method `handle` of the class behind that.
     model:
         What it serves, None when that is nothing of ours.
     settings, config, context:
@@ -90,46 +100,45 @@ def results_of(
     wanted = settings.result_cache
     if wanted is None:
         return None
+    cached: RequestResults | str | None
     try:
-        cached = _cached(handler, model, settings, wanted, config, context)
+        cached = _reason_against_handler(handler, handle_below, model, settings, wanted, config)
+        if cached is None:
+            assert model is not None
+            cached = _cached(handler, model, settings, wanted, context)
     except Exception as error:
         logger.debug("details", exc_info=error)
         cached = f"{type(error).__name__}: {one_line(error)}"
     if isinstance(cached, str):
         name = "model" if model is None else source_of(model).name
         logger.warning("%s: answers are not kept (result_cache): %s", name, cached)
-    return HandlerResults(cached, wanted.on)
+    return HandlerResults(wanted.on, cached)
 
 
 def _cached(
-    handler: Any,
-    model: ServedModel | None,
-    settings: Settings,
-    wanted: ResultCacheSettings,
-    config: Mapping[str, Any],
-    context: Any,
-) -> RequestResults | TensorResults | str:
-    reason = _reason_against_handler(handler, model, settings, wanted, config)
-    if reason is not None:
-        return reason
-    assert model is not None
+    handler: Any, model: ServedModel, settings: Settings, wanted: ResultCacheSettings, context: Any
+) -> RequestResults | str | None:
+    if wanted.on == "tensors":
+        if isinstance(model, CompiledModel):  # otherwise in the process that runs it, see `ts_handlers.model_process`
+            attach_to_calls(model, settings)
+        return None
     tolerance = settings.canary.tolerance
     reason = reason_against(model, declared=wanted.deterministic, tolerance=tolerance)
     if reason is not None:
         return reason
     facts = _facts(handler, model, settings, wanted, context)
-    if wanted.on == "tensors":
-        assert isinstance(model, CompiledModel)
-        results = TensorResults(model, _new_cache(wanted, model, None), identity(facts))
-        results.attach()
-        return results
-    cache = _new_cache(wanted, model, _shared(wanted, settings, model))
+    cache = new_cache(wanted, model, _shared(wanted, settings, model))
     limit = TOLERANCES[torch.float32] if tolerance is None else tolerance
     return RequestResults(source_of(model).name, model, cache, facts, wanted, limit)
 
 
 def _reason_against_handler(
-    handler: Any, model: ServedModel | None, settings: Settings, wanted: ResultCacheSettings, config: Mapping[str, Any]
+    handler: Any,
+    handle_below: Any,
+    model: ServedModel | None,
+    settings: Settings,
+    wanted: ResultCacheSettings,
+    config: Mapping[str, Any],
 ) -> str | None:
     """Why answers of this kind of handler cannot be kept, or None."""
     if settings.models:
@@ -140,12 +149,8 @@ def _reason_against_handler(
     if stateful:
         return f"with {' and '.join(stateful)} an answer depends on earlier requests"
     if wanted.on == "tensors":
-        if not model.signature.inputs:
-            return "on: tensors needs declared inputs, and there are none; declare inputs, or set on: request"
         return None
-    if inspect.iscoroutinefunction(getattr(handler, "handle", None)) or inspect.iscoroutinefunction(
-        getattr(_below(handler), "handle", None)
-    ):
+    if any(map(inspect.iscoroutinefunction, (handler.handle, handle_below))):
         return "the handler's handle is asynchronous, so that its answers are not there yet; set on: tensors"
     if not isinstance(model, CompiledModel):
         if settings.outside == "eager":
@@ -155,18 +160,6 @@ def _reason_against_handler(
         if settings.on_miss == "background":
             return "with across_workers a worker does not see the swap (on_miss: background); set on: tensors"
     return None
-
-
-def _below(handler: Any) -> Any:
-    """The class behind the mixin, as far as its methods go."""
-    from ts_handlers.servers.torchserve.handler import CompiledHandlerMixin
-
-    return super(CompiledHandlerMixin, handler)
-
-
-def _new_cache(wanted: ResultCacheSettings, model: ServedModel, shared: SharedTier | None) -> ResultCache:
-    count: Callable[[str, int], None] = model.metrics.count
-    return ResultCache(parse_bytes(wanted.max_bytes), parse_seconds(wanted.ttl), wanted.wait_seconds, count, shared)
 
 
 def _shared(wanted: ResultCacheSettings, settings: Settings, model: ServedModel) -> SharedTier | None:
