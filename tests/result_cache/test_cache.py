@@ -239,8 +239,8 @@ def test_equal_requests_under_way_are_computed_once() -> None:
 
 
 def test_an_error_goes_to_all_who_wait_and_is_never_stored() -> None:
-    slow = Slow(error=ValueError("bad"))
-    cache = make(Counts())
+    counts, slow = Counts(), Slow(error=ValueError("bad"))
+    cache = make(counts)
     first, led = in_threads(lambda: cache.answer([key("a")], slow))
     assert slow.began.wait(PATIENT_SECONDS)
     others, followed = in_threads(*[lambda: cache.answer([key("a")], slow)] * 3)
@@ -250,6 +250,7 @@ def test_an_error_goes_to_all_who_wait_and_is_never_stored() -> None:
     assert repr(led[0]) == "ValueError('bad')"
     assert [repr(each[0].error) for each in followed] == ["ValueError('bad')"] * 3
     assert (slow.calls, cache.stats().entries, cache.stats().under_way) == (1, 0, 0)
+    assert (counts["miss"], counts["coalesced"]) == (1, 3)
     assert told(cache.answer([key("a")], computing("good"))) == [("good", "miss")]
 
 

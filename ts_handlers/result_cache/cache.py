@@ -175,6 +175,7 @@ class ResultCache:
                 raise RuntimeError(f"expected {len(indexes)} computed answers, found {len(computed)}")
         except BaseException as error:
             self._fail(leading.values(), error)
+            self._count_all([*answers.values(), *[_FAILED["miss"]] * len(leading), *[_FAILED["bypass"]] * len(alone)])
             raise
         kept: list[tuple[Key, bytes]] = []
         for index, each in zip(indexes, computed, strict=True):
@@ -264,6 +265,9 @@ class ResultCache:
         found = [each.how for each in answers]
         for how in set(found):
             self._count(f"result_cache_{how}", found.count(how))
+
+
+_FAILED = {"miss": Answered(None, "miss"), "bypass": Answered(None, "bypass")}
 
 
 class _Flight:
