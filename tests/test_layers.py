@@ -25,6 +25,7 @@ LAYERS = (
     ("monitoring",),
     ("store",),
     ("compiled_model", "doctor", "exporter"),
+    ("result_cache",),
     ("startup",),
     ("model_process",),
     ("start",),

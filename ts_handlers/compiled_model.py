@@ -194,6 +194,8 @@ class CompiledModel(ServedModel):
         self._eager: dict[tuple[str, ...], Run] = {}  # by the names of the inputs
         self._observer: Observer | None = None
         self._stays_eager: str | None = None
+        self._epoch = 0  # of `serving_epoch`; read before `_loaded`, counted after that has changed
+        self._answers: Callable[[int, Loaded, list[torch.Tensor]], Any] | None = None
         self._lock = threading.Lock()
         self._order = self._order_of_arguments()
         self.store: Store | None = None
@@ -226,7 +228,7 @@ class CompiledModel(ServedModel):
                 self.metrics.count("compile_after_ready", compiled)
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        loaded = self._loaded
+        epoch, loaded = self._epoch, self._loaded
         signature = loaded.signature
         if not signature.inputs:
             return self._noted(self._call_eager(args, kwargs), args, kwargs)
@@ -242,7 +244,7 @@ class CompiledModel(ServedModel):
             try:
                 tensors = signature.bind(args, kwargs, self._device)
                 signature.check(tensors)
-                return loaded.run(tensors)
+                return loaded.run(tensors) if self._answers is None else self._answers(epoch, loaded, tensors)
             except InputError as refusal:
                 if other_form(signature, args, kwargs) is not None:
                     return self._noted(self._answer_other_form(signature, args, kwargs, refusal), *given)
@@ -301,11 +303,12 @@ class CompiledModel(ServedModel):
                 self._target = self._made_for = other._target
                 self._outside_eager = other._outside_eager
                 self._order = other._order
-            self.outcome = other.outcome
             self.store = other.store
             self._slots = other._slots
             self._when_called = ()  # calls that the artifact does not take are the eager module's
             self._loaded = other._loaded
+            self.outcome = other.outcome  # after it: who sees the new outcome is answered by what that tells of
+            self._epoch += 1
 
     def return_to_eager(self, reason: str) -> None:
         """Serve the eager module from the next call on and for good, for a reason that `describe` shows."""
@@ -314,8 +317,9 @@ class CompiledModel(ServedModel):
             if self.outcome.backend != "eager":
                 signature = self._loaded.signature
                 eager = Loaded(eager_run(self._target, signature.names), signature)
-                self.outcome = dataclasses.replace(self.outcome, backend="eager", notes=(*self.outcome.notes, reason))
                 self._loaded = self._slots.wrap(eager)
+                self.outcome = dataclasses.replace(self.outcome, backend="eager", notes=(*self.outcome.notes, reason))
+                self._epoch += 1
 
     @property
     def signature(self) -> Signature:
@@ -359,17 +363,22 @@ class CompiledModel(ServedModel):
         facts["graphs_in_process"] = compiled_graphs()
         facts["background"] = None if self.background is None else self.background.describe()
         facts["observed"] = None if self._observer is None else self._observer.describe()
+        facts["result_cache"] = getattr(self._answers, "describe", lambda: None)()
         return facts
 
 
-def count_other_form(model: ServedModel, form: str) -> None:
-    """Count a call that the artifact cannot take and that somebody else answers eagerly.
+def answer_calls_with(model: CompiledModel, answers: Callable[[int, Loaded, list[torch.Tensor]], Any] | None) -> None:
+    """Have calls that an artifact answers go to `answers`, with `serving_epoch`, what serves, and checked tensors."""
+    model._answers = answers
 
-    Parameters
-    ----------
-    form:
-        In what it differs from the declared inputs.
-    """
+
+def serving_epoch(model: ServedModel) -> int:
+    """How often what serves has changed; read before a call, it tells that nothing older has answered."""
+    return model._epoch if isinstance(model, CompiledModel) else 0
+
+
+def count_other_form(model: ServedModel, form: str) -> None:
+    """Count a call that differs from the declared inputs in `form`, and that somebody else answers eagerly."""
     model._count_other_form(form)
 
 
@@ -379,10 +388,7 @@ def eager_module(model: ServedModel) -> torch.nn.Module | None:
 
 
 def measure_calls(model: ServedModel, measured: Callable[[], AbstractContextManager[None]] | None) -> None:
-    """Call a model inside a context that `measured` gives for each call; with None no more.
-
-    A model that runs in another process is not measured.
-    """
+    """Call a model of this process inside a context that `measured` gives for each call; with None no more."""
     model._measured = measured
 
 

@@ -69,6 +69,18 @@ COUNTERS = (
     "write_back",
     "write_back_failed",
     "takeover",  # leases taken from another host that was lost
+    "result_cache_hit",  # requests (``on: tensors``: rows, or calls) that a stored answer has answered
+    "result_cache_miss",
+    "result_cache_coalesced",  # answered by what was computed for an equal request at the same time
+    "result_cache_bypass",  # answered apart from the cache
+    "result_cache_stored",
+    "result_cache_evicted",
+    "result_cache_expired",
+    "result_cache_oversize",  # answers that are larger than the cache
+    "result_cache_remote_hit",
+    "result_cache_remote_miss",
+    "result_cache_remote_failed",  # requests answered without the shared tier, which did not answer
+    "result_cache_remote_refused",  # its values that must not be used
 )
 
 

@@ -211,6 +211,11 @@ _CHANGES = frozenset(
 """Methods of `torch.nn.Module` that change a module, beside those that `ServedModel` has itself."""
 
 
+def source_of(model: GuardedModel) -> ModelSource:
+    """Where a model comes from."""
+    return model._made_for.source
+
+
 def _frozen_error(what: str, name: str) -> FrozenModelError:
     return FrozenModelError(
         f"{what} of {name}, a compiled model, has no effect on what serves; change the model in load_model of the "

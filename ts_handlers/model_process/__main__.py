@@ -83,6 +83,10 @@ def _start(spec: Mapping[str, Any], progress: Callable[[str, float | None], None
     begin_recording(store, counts=False)  # the workers are told what is counted here
     model = start_here(made.source, made.settings, made.device, progress=progress, event="start")
     refuse_without_inputs(model)
+    if made.settings.result_cache is not None:
+        from ts_handlers.result_cache.attach import attach_to_calls
+
+        attach_to_calls(model, made.settings)
     outcome = model.outcome
     exempt_from_collection(outcome.result == "built" or bool(outcome.fallbacks))
     background = model.background

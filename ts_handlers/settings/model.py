@@ -14,6 +14,7 @@ from ts_handlers.settings.sections import (
     GuardSettings,
     ObserveSettings,
     RemoteSettings,
+    ResultCacheSettings,
     SpaceSettings,
     TensorRTSettings,
     TrustSettings,
@@ -172,7 +173,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     models:
         Modules below the handler that are compiled by themselves, by names of the user's; see
         `ts_handlers.settings.submodels`.
-    guard, background, remote, trust, space, tensorrt, contexts:
+    guard, background, remote, trust, space, tensorrt, contexts, result_cache:
         See `ts_handlers.settings.sections`.
     """
 
@@ -202,6 +203,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     space: SpaceSettings = SpaceSettings()
     tensorrt: TensorRTSettings = TensorRTSettings()
     contexts: ContextSettings = ContextSettings()
+    result_cache: ResultCacheSettings | None = None
     models: dict[str, SubmodelSettings] = msgspec.field(default_factory=dict)
 
     @property

@@ -170,8 +170,9 @@ def _explain(message: str, section: Any, kind: Any, root: str) -> str:
 
 
 def _shown(value: Any, where: str) -> str:
-    """A value for a message; what stands below ``remote`` may be a password."""
-    return f"a {type(value).__name__}, not shown" if f"{SECTION}.remote" in where else repr(value)
+    """A value for a message; what stands below ``remote`` or ``redis`` may be a password."""
+    secret = where.startswith((f"{SECTION}.remote", f"{SECTION}.result_cache.redis"))
+    return f"a {type(value).__name__}, not shown" if secret else repr(value)
 
 
 def _struct_in(hint: Any) -> Any:

@@ -181,3 +181,41 @@ class ContextSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     call_seconds: float = 600.0
     cuda_graphs: bool = False
     across_workers: bool = False
+
+
+class SharedResultsSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A Redis server in which hosts share answers; a request waits for it for `timeout` at most."""
+
+    url: str
+    timeout: float | str = "250ms"
+
+
+class ResultCacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Answers that are kept for equal requests; see docs/result-cache.md.
+
+    Attributes
+    ----------
+    on:
+        What must be equal: ``request`` takes a request as the server hands it over and its headers, and saves decoding;
+        ``tensors`` takes the inputs of the model's calls.
+    max_bytes:
+        What the answers of a process may take, with their overhead: a number or a text such as ``256MiB``.
+    ttl:
+        How long an answer is kept: seconds or a text such as ``10min``.
+    headers:
+        Further headers that shape answers, beside ``Content-Type`` and ``Accept``.
+    wait_seconds:
+        How long a request waits for an equal one that is being answered.
+    deterministic:
+        Equal calls have equal answers but for the last digits. Without it they must be equal to the bit.
+    redis:
+        A server in which hosts share answers.
+    """
+
+    on: Literal["request", "tensors"] = "request"
+    max_bytes: int | str = "256MiB"
+    ttl: float | str = "10min"
+    headers: tuple[str, ...] = ()
+    wait_seconds: float = 30.0
+    deterministic: bool = False
+    redis: SharedResultsSettings | None = None

@@ -14,6 +14,7 @@ from ts_handlers.settings.dtypes import INTEGERS, VALUES
 from ts_handlers.settings.model import PT2_SECTION, SECTION, InputSpec, Settings
 from ts_handlers.settings.quantities import parse_bytes
 from ts_handlers.settings.registry import backend_location, backend_names
+from ts_handlers.settings.results import check_result_cache
 from ts_handlers.settings.sections import Quota
 from ts_handlers.settings.undeclared import LONGEST_SECONDS, check_observe, check_samples
 from ts_handlers.settings.values import column_limits, values_to_draw, whole_limits
@@ -368,6 +369,7 @@ CHECKS: tuple[Callable[[Settings], None], ...] = (
     _check_trust,
     _check_dimensions,
     _check_contexts,
+    check_result_cache,
     _check_space,
     _check_inputs,
     _check_tensorrt,

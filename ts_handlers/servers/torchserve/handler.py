@@ -25,7 +25,7 @@ from ts_handlers.errors import InputError, MissError, SettingsError, one_line
 from ts_handlers.model.base import ModelSource
 from ts_handlers.model.module import ModuleSource
 from ts_handlers.monitoring.progress import of_background
-from ts_handlers.servers.torchserve.answering import answer, answer_one_by_one, answer_together
+from ts_handlers.servers.torchserve.answering import Below, answer, answer_one_by_one, answer_together
 from ts_handlers.servers.torchserve.archive import (
     EXPORTED,
     ArchiveFiles,
@@ -94,6 +94,7 @@ class CompiledHandlerMixin:
     _not_compiled: str | None = None
     _submodels: Any = None
     _sampled: Any = None
+    _results: Any = None
     _initializing = 0
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -167,6 +168,12 @@ class CompiledHandlerMixin:
         if not self.__settings.models:
             self._shares.measure_served(self, self._served)
         self.request_meter.begin(self._served)
+        if self.__settings.result_cache is not None:
+            from ts_handlers.servers.torchserve.result_cache import results_of
+
+            below: Any = super()
+            given = self._served, self.__settings, self.__config, self.__context
+            self._results = results_of(self, below.handle, *given)
         if self._served is not None:
             (self._emitter,) = begin_serving([self._served], self.__config, getattr(self.__context, "metrics", None))
 
@@ -223,7 +230,12 @@ class CompiledHandlerMixin:
 
     def _start(self, source: ModelSource, device: torch.device | None = None) -> ServedModel:
         if self.__settings.inputs or not self.__settings.samples:
-            return self._as_plain(start_model(source, self.__settings, device or device_of_model(self)))
+            settings = self.__settings
+            if settings.result_cache is not None:
+                from ts_handlers.servers.torchserve.result_cache import settings_of_start
+
+                settings = settings_of_start(settings, self.__config)
+            return self._as_plain(start_model(source, settings, device or device_of_model(self)))
         from ts_handlers.servers.torchserve.samples import SampledStart
 
         sampled = self._sampled = SampledStart(self.__settings, type(self), self.__context, self.__config)
@@ -301,8 +313,13 @@ class CompiledHandlerMixin:
             return self._answer_below(batch)
         if self._micro_batches is None or not batch.rows or os.environ.get("ENABLE_TORCH_PROFILER"):
             with self._shares.batch():
-                return answer(batch, lambda part: answer_together(part, self._answer_below), self._answer_below)
-        return answer(batch, self._answer_by_parts, self._answer_below)
+                together = self._kept(lambda part: answer_together(part, self._answer_below))
+                return answer(batch, together, self._answer_below)
+        return answer(batch, self._kept(self._answer_by_parts), self._answer_below)
+
+    def _kept(self, together: Below) -> Below:
+        """What answers predictions, from the result cache if there is one."""
+        return together if self._results is None else self._results.around(together, self._answer_below)
 
     def _answer_by_parts(self, batch: RequestBatch) -> Any:
         if batch.asks_alone(0):
@@ -354,6 +371,8 @@ class CompiledHandlerMixin:
         facts = facts if self._submodels is None else self._submodels.describe()
         facts["time"] = self._shares.describe()
         facts["progress"] = of_background(facts.get("background"))
+        if self._results is not None:
+            facts["result_cache"] = self._results.describe(facts.get("result_cache"))
         facts["pid"] = os.getpid()
         return with_their_description(facts, getattr(super(), "describe_handle", None))
 

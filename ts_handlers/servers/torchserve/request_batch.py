@@ -79,7 +79,9 @@ class RequestBatch:
             context.request_processor = [processors[index] for index in indexes]
         ids = getattr(self.context, "request_ids", None)
         if ids is not None:
-            context.request_ids = {new: ids[old] for new, old in enumerate(indexes) if old in ids}
+            part = getattr(ids, "of", None)  # of those that note who reads them
+            own = {new: ids[old] for new, old in enumerate(indexes) if old in ids} if part is None else part(indexes)
+            context.request_ids = own
         return RequestBatch([self.rows[index] for index in indexes], context, self.meter)
 
     def split(self) -> list[RequestBatch]:
@@ -215,7 +217,7 @@ def _header(context: Any, index: int, name: str) -> str | None:
     processors = getattr(context, "request_processor", None)
     if processors is None or index >= len(processors):
         return None
-    headers = processors[index].get_request_properties()
+    headers = getattr(processors[index], "unwatched", processors[index]).get_request_properties()
     if name in headers:
         return headers[name]  # type: ignore[no-any-return]
     return next((value for key, value in headers.items() if key.lower() == name), None)
