@@ -1,15 +1,19 @@
 """Process start to first output, and steady state, on a GPU: eager against cold and warm artifacts, fresh processes.
 
     python benchmarks/gpu_start.py --models resnet50 bert_base --rows eager aot_inductor tensorrt --rounds 3 --json FILE
+    python benchmarks/gpu_start.py --rows eager aot_inductor aot_inductor+fork_server --rounds 5 --json FILE
 
 Rows of one round run one after the other, rounds repeat them (A B C A B C), ratios are taken per round and their median
 is reported. ResNet-50 is torchvision's in fp16 at batch 8, BERT-base is transformers' in fp16 at 8 x 128; weights are
-random with a fixed seed; the batch is dynamic from 1 to 16. Every row's answer is compared with eager's.
+random with a fixed seed; the batch is dynamic from 1 to 16. Every row's answer is compared with eager's. The process of
+a row with ``+fork_server`` is a fork of a resident fork server (docs/fork-server.md), which has imported what workers
+import before the row is timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -19,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +56,9 @@ INPUTS: dict[str, list[dict[str, Any]]] = {
         {"name": "attention_mask", "dtype": "int64", "shape": ["batch", 128], "values": [1, 2]},
     ],
 }
-ROWS = ("eager", "inductor", "aot_inductor", "tensorrt")
+ROWS = ("eager", "inductor", "aot_inductor", "tensorrt", "aot_inductor+fork_server")
+FORK_SERVER = "+fork_server"
+BUILT = ("inductor", "aot_inductor", "tensorrt")
 STEADY_CALLS = 200
 HEAVY = ("sympy", "torch._inductor", "torch._dynamo", "torch_tensorrt", "transformers", "torchvision")
 
@@ -137,7 +144,31 @@ def steady_ms(call: Any, inputs: list[Any]) -> float:
 def run(model: str, row: str, directory: Path, store: Path) -> Facts:
     """Start one child in a new temporary folder and time it from outside."""
     temporary = tempfile.mkdtemp(dir=directory.parent)
-    command = [sys.executable, __file__, "--child", model, row, str(directory), str(store)]
+    if row.endswith(FORK_SERVER):
+        with fork_server(temporary) as interpreter:
+            return timed(interpreter, model, row.removesuffix(FORK_SERVER), directory, store, temporary)
+    return timed(sys.executable, model, row, directory, store, temporary)
+
+
+@contextlib.contextmanager
+def fork_server(temporary: str) -> Iterator[str]:
+    """A fork server that has imported its modules; what starts a process of it, in an interpreter's place."""
+    sys.path.insert(0, str(ROOT))
+    from ts_handlers.fork_server.start import ForkServer, write_stand_in
+    from ts_handlers.servers.torchserve.workers import preloaded_modules
+
+    server = ForkServer(preloaded_modules(["numpy"]), {"TMPDIR": temporary})
+    try:
+        if not server.wait_ready():
+            raise SystemExit("the fork server has ended while it imported")
+        yield str(write_stand_in(server.socket, f"/{Path(__file__).name}"))
+    finally:
+        server.close()
+
+
+def timed(interpreter: str, model: str, row: str, directory: Path, store: Path, temporary: str) -> Facts:
+    """Run a child and time it from outside."""
+    command = [interpreter, os.path.abspath(__file__), "--child", model, row, str(directory), str(store)]
     started = time.time()
     result = subprocess.run(
         command, env={**os.environ, "TMPDIR": temporary}, capture_output=True, text=True, check=False
@@ -148,6 +179,9 @@ def run(model: str, row: str, directory: Path, store: Path) -> Facts:
         return {"failed": f"exit {result.returncode}: {(result.stdout + result.stderr)[-1500:]}"}
     facts: Facts = json.loads(lines[0][7:])
     facts["first_output_s"] = facts.pop("first_output_at") - started
+    refused = "starts without the fork server"
+    if interpreter != sys.executable and refused in result.stderr:
+        return {"failed": next(line for line in result.stderr.splitlines() if refused in line)}
     return facts
 
 
@@ -188,7 +222,7 @@ def main() -> None:
             directory, store = Path(work) / model, Path(work) / f"{model}-store"
             prepare(model, directory)
             run(model, "eager", directory, store)  # not counted: page cache and the reference output
-            cold = {row: run(model, row, directory, store) for row in arguments.rows if row != "eager"}
+            cold = {row: run(model, row, directory, store) for row in arguments.rows if row in BUILT}
             rounds = [
                 {row: run(model, row, directory, store) for row in arguments.rows} for _ in range(arguments.rounds)
             ]
