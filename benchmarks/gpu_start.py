@@ -157,7 +157,7 @@ def fork_server(temporary: str) -> Iterator[str]:
     from ts_handlers.fork_server.start import ForkServer, write_stand_in
     from ts_handlers.servers.torchserve.workers import preloaded_modules
 
-    server = ForkServer(preloaded_modules(["numpy"]), {"TMPDIR": temporary})
+    server = ForkServer(preloaded_modules(["numpy"]), {"TMPDIR": temporary, "PYTHONPATH": str(ROOT)})
     try:
         if not server.wait_ready():
             raise SystemExit("the fork server has ended while it imported")
@@ -171,7 +171,11 @@ def timed(interpreter: str, model: str, row: str, directory: Path, store: Path, 
     command = [interpreter, os.path.abspath(__file__), "--child", model, row, str(directory), str(store)]
     started = time.time()
     result = subprocess.run(
-        command, env={**os.environ, "TMPDIR": temporary}, capture_output=True, text=True, check=False
+        command,
+        env={**os.environ, "TMPDIR": temporary, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     shutil.rmtree(temporary, ignore_errors=True)
     lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
