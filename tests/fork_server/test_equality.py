@@ -200,7 +200,7 @@ def test_paths_are_taken_as_the_interpreter_takes_them() -> None:
     assert paths_of({"PYTHONPATH": "/a::rel:/a/:/b/../c"}, "/here") == ["/a", "/here", "/here/rel", "/c"]
     search = SearchPath({"PYTHONPATH": "/a"}, "/")
     assert search.of("/s/script.py", ["/a", "/b"])[:3] == ["/s", "/a", "/b"]
-    assert "does not begin with its own" in str(search.problem(["/b", "/a"], []))
+    assert "does not begin with its own" in str(search.problem(["/b", "/a"], set()))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from ts_handlers.fork_server.client import END, FACTS, GO, MAGIC, READY, REFUSED, RUN, process_state
-from ts_handlers.fork_server.environment import Files, SearchPath, difference, paths_of
+from ts_handlers.fork_server.environment import Imported, SearchPath, difference, paths_of
 from ts_handlers.fork_server.preload import Preload, give_openblas_its_threads
 from ts_handlers.system.processes import count_age_from
 
@@ -65,7 +65,7 @@ class Parent:
     ----------
     environment, directory, search_path:
         As they were when it was started.
-    files, preload:
+    imported, preload:
         What it has imported.
     openblas:
         Libraries that have one thread only.
@@ -75,8 +75,8 @@ class Parent:
         self.environment = dict(environment)
         self.directory = os.getcwd()
         self.search_path = search_path
-        self.files = Files()
         self.preload = Preload()
+        self.imported = Imported()
         self.openblas: list[str] = []
 
     def facts(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Parent:
             "version": sys.version,
             "modules": preload.modules,
             "failed": preload.failed,
-            "changed": self.files.changed(),
+            "changed": self.imported.changed(),
         }
 
 
@@ -209,9 +209,9 @@ def _check(request: Request, parent: Parent) -> None:
     if others:
         raise Refused(f"its processes differ in {', '.join(others)}")
     named = paths_of(request.environment, request.directory)
-    if (problem := parent.search_path.problem(named, sys.modules)) is not None:
+    if (problem := parent.search_path.problem(named, parent.imported.top)) is not None:
         raise Refused(problem)
-    if (path := parent.files.changed()) is not None:
+    if (path := parent.imported.changed()) is not None:
         raise Changed(f"{path} has changed since it was imported; it starts anew")
     _apply_limits(request.limits)
 
