@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import fcntl
-import importlib
 import importlib.machinery
 import json
 import os
@@ -255,7 +254,9 @@ def _become(request: Request, parent: Parent, streams: list[int]) -> None:
     sys.argv = list(request.arguments)
     sys.orig_argv = [request.interpreter, *request.arguments]
     sys.path[:] = parent.search_path.of(os.path.realpath(request.script), named)
-    importlib.invalidate_caches()
+    for entry in sys.path:
+        if sys.path_importer_cache.get(entry, "") is None:  # not a folder then; those of folders look at their times
+            del sys.path_importer_cache[entry]
     parent.preload.apply_variables()
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
     count_age_from(request.client)
