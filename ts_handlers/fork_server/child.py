@@ -189,6 +189,8 @@ def answer(connection: socket.socket, parent: Parent, tell_outdated: Callable[[]
         with contextlib.suppress(OSError):
             request.lifeline.send(REFUSED + str(reason)[:2000].encode("utf-8", "replace"))
         os._exit(0)
+    except OSError:
+        os._exit(0)  # the client has gone
     with contextlib.suppress(OSError):
         connection.close()
         _become(request, parent, streams)
