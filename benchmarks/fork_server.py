@@ -17,6 +17,7 @@ import signal
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import archives
@@ -30,6 +31,8 @@ from ts_handlers.testing import TorchServe
 
 AFTER_DEATH_SECONDS = 0.05
 """From a worker's death to the request: TorchServe itself may lose one that comes earlier (worker_death.py)."""
+WORKER_DIED = 507
+"""The status with which TorchServe answers a request that it has given to a worker that died."""
 WORKERS = (1, 4)
 SCALED = 4
 MEASURES = {
@@ -41,10 +44,10 @@ MEASURES = {
 }
 
 
-def rows() -> list[Row]:
+def rows(numbers: Sequence[int]) -> list[Row]:
     """Eager, an ordinary warm start, and one with a fork server, for each number of workers."""
     found = []
-    for workers in WORKERS:
+    for workers in numbers:
         name = "" if workers == 1 else f"_{workers}"
         text = "" if workers == 1 else f", {workers} workers"
         eager = Row(f"eager{name}", f"eager{text}", "eager", EAGER, workers=workers)
@@ -70,6 +73,9 @@ class Restarts(Bench):
         killed = time.monotonic()
         time.sleep(AFTER_DEATH_SECONDS)
         answer = server.predict(model, self._archives.body, timeout=TIMEOUT_SECONDS)
+        while answer.status == WORKER_DIED:
+            time.sleep(READY_INTERVAL_SECONDS)
+            answer = server.predict(model, self._archives.body, timeout=TIMEOUT_SECONDS)
         run.further_s["killed_s"] = round(time.monotonic() - killed, 3)
         if answer.status != 200:
             run.problems.append(f"HTTP {answer.status} after the workers' death: {answer.text[:200]}")
@@ -78,6 +84,7 @@ class Restarts(Bench):
         _wait_for_others(server, model, gone)
         run.further_s["killed_ready_s"] = round(time.monotonic() - killed, 3)
         if row.workers == 1:
+            server.wait_ready(model, tolerate_restarts=True)  # the log's words about the killed worker are old by now
             began = time.monotonic()
             server.scale(model, SCALED, timeout=TIMEOUT_SECONDS)
             run.further_s["scaled_s"] = round(time.monotonic() - began, 3)
@@ -103,10 +110,10 @@ class _Measured:
     seconds: float | None
 
 
-def summarise(runs: list[Run]) -> dict[str, Any]:
+def summarise(runs: list[Run], chosen: list[Row]) -> dict[str, Any]:
     """Medians of each row's times, and their ratios to eager and to the ordinary warm start of the same round."""
     summary: dict[str, Any] = {}
-    for row in rows():
+    for row in chosen:
         good = [run for run in runs if run.row == row.name and run.ok]
         total = sum(run.row == row.name for run in runs)
         facts: dict[str, Any] = {"title": row.title, "runs": total, "failed": total - len(good), "times": {}}
@@ -155,19 +162,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Starts of TorchServe's workers with a fork server and without.")
     parser.add_argument("--model", choices=archives.MODELS, default="resnet50")
     parser.add_argument("--archive-format", choices=sorted(archives.FORMATS), default="zip")
+    parser.add_argument("--workers", type=int, nargs="+", default=WORKERS, help="how many workers (default: 1 4)")
     command_line.add_options(parser, "archives, stores and logs of failed runs")
     arguments = parser.parse_args()
     facts = environment.facts()
     if warning := environment.warn_if_busy(facts):
         print(f"warning: {warning}", file=sys.stderr)
     runs: list[Run] = []
+    chosen = rows(arguments.workers)
     with command_line.work_folder("fork_server", arguments.workdir) as directory:
         built = archives.build(arguments.model, arguments.archive_format, {"eager", "aot"}, directory)
         bench = Restarts(built, directory)
-        for row in rows():
+        for row in chosen:
             bench.prepare(row)
         for number in range(1, arguments.n + 1):
-            for row in rows():
+            for row in chosen:
                 runs.append(bench.measure(row, number))
                 said = runs[-1].problems or {"launch_s": runs[-1].first_200_s, **runs[-1].further_s}
                 print(f"round {number}/{arguments.n} {row.name}: {str(said)[:1000]}", file=sys.stderr, flush=True)
@@ -177,7 +186,7 @@ def main() -> int:
         "archive_format": arguments.archive_format,
         "rounds": arguments.n,
         "environment": facts,
-        "rows": summarise(runs),
+        "rows": summarise(runs, chosen),
         "runs": [dataclasses.asdict(run) for run in runs],
     }
     command_line.write(result, arguments, markdown)

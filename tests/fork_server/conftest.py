@@ -45,7 +45,9 @@ class Place:
     def start(self, code: str, *arguments: object, forked: bool = True, **changes: str) -> subprocess.Popen[str]:
         """Start a script, by the stand-in or by the interpreter."""
         script = self.work / SCRIPT[1:]
-        script.write_text(textwrap.dedent(code))
+        text = textwrap.dedent(code)
+        if not script.exists() or script.read_text() != text:  # another process may be reading it
+            script.write_text(text)
         command = [str(self.stand_in if forked else sys.executable), str(script), *map(str, arguments)]
         env = {**self.variables, **changes}
         pipe = subprocess.PIPE

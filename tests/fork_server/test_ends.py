@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -114,3 +116,20 @@ def test_a_server_of_no_use_makes_an_ordinary_process(make: MakePlace, how: str,
     assert not forked
     assert ("it has done nothing for" in said) == (how == "stopped")
     assert ("nobody listens at" in said) == (how != "stopped")
+
+
+def test_clients_killed_at_any_moment_leave_nobody(make: MakePlace) -> None:
+    place = make()
+    drawn = random.Random(1)
+    server = place.server.process.pid
+    open_before = len(os.listdir(f"/proc/{server}/fd"))
+    for _ in range(40):
+        clients = [place.start(WAITS) for _ in range(drawn.choice([1, 3]))]
+        time.sleep(drawn.random() * 0.06)
+        for client in clients:
+            client.kill()
+            client.communicate()
+    children = Path(f"/proc/{server}/task/{server}/children")
+    assert wait_until(lambda: not children.read_text().split())
+    assert wait_until(lambda: len(os.listdir(f"/proc/{server}/fd")) == open_before)
+    assert place.is_forked() == (True, "")

@@ -136,6 +136,14 @@ def test_a_changed_file_makes_the_server_start_anew(make: MakePlace) -> None:
     assert place.run(code) == (0, "True\n22\n", "")
 
 
+def test_modules_that_are_new_since_the_imports_are_found(place: Place) -> None:
+    name = f"written_later_{os.getpid()}"
+    code = f"import sys; print('fork_server_mark' in sys.modules)\nimport {name}"
+    assert place.run(code)[0] == 1
+    (place.modules / f"{name}.py").write_text("")
+    assert place.run(code) == (0, "True\n", "")
+
+
 def test_modules_after_which_no_fork_is_safe_are_left_out(make: MakePlace) -> None:
     bad = {
         "threads": "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
@@ -200,7 +208,7 @@ def test_paths_are_taken_as_the_interpreter_takes_them() -> None:
     assert paths_of({"PYTHONPATH": "/a::rel:/a/:/b/../c"}, "/here") == ["/a", "/here", "/here/rel", "/c"]
     search = SearchPath({"PYTHONPATH": "/a"}, "/")
     assert search.of("/s/script.py", ["/a", "/b"])[:3] == ["/s", "/a", "/b"]
-    assert "does not begin with its own" in str(search.problem(["/b", "/a"], []))
+    assert "does not begin with its own" in str(search.problem(["/b", "/a"], set()))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import fcntl
-import importlib
 import importlib.machinery
 import json
 import os
@@ -22,7 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from ts_handlers.fork_server.client import END, FACTS, GO, MAGIC, READY, REFUSED, RUN, process_state
-from ts_handlers.fork_server.environment import Files, SearchPath, difference, paths_of
+from ts_handlers.fork_server.environment import Imported, SearchPath, difference, paths_of
 from ts_handlers.fork_server.preload import Preload, give_openblas_its_threads
 from ts_handlers.system.processes import count_age_from
 
@@ -65,7 +64,7 @@ class Parent:
     ----------
     environment, directory, search_path:
         As they were when it was started.
-    files, preload:
+    imported, preload:
         What it has imported.
     openblas:
         Libraries that have one thread only.
@@ -75,8 +74,8 @@ class Parent:
         self.environment = dict(environment)
         self.directory = os.getcwd()
         self.search_path = search_path
-        self.files = Files()
         self.preload = Preload()
+        self.imported = Imported()
         self.openblas: list[str] = []
 
     def facts(self) -> dict[str, Any]:
@@ -88,7 +87,7 @@ class Parent:
             "version": sys.version,
             "modules": preload.modules,
             "failed": preload.failed,
-            "changed": self.files.changed(),
+            "changed": self.imported.changed(),
         }
 
 
@@ -190,6 +189,8 @@ def answer(connection: socket.socket, parent: Parent, tell_outdated: Callable[[]
         with contextlib.suppress(OSError):
             request.lifeline.send(REFUSED + str(reason)[:2000].encode("utf-8", "replace"))
         os._exit(0)
+    except OSError:
+        os._exit(0)  # the client has gone
     with contextlib.suppress(OSError):
         connection.close()
         _become(request, parent, streams)
@@ -209,9 +210,9 @@ def _check(request: Request, parent: Parent) -> None:
     if others:
         raise Refused(f"its processes differ in {', '.join(others)}")
     named = paths_of(request.environment, request.directory)
-    if (problem := parent.search_path.problem(named, sys.modules)) is not None:
+    if (problem := parent.search_path.problem(named, parent.imported.top)) is not None:
         raise Refused(problem)
-    if (path := parent.files.changed()) is not None:
+    if (path := parent.imported.changed()) is not None:
         raise Changed(f"{path} has changed since it was imported; it starts anew")
     _apply_limits(request.limits)
 
@@ -255,7 +256,9 @@ def _become(request: Request, parent: Parent, streams: list[int]) -> None:
     sys.argv = list(request.arguments)
     sys.orig_argv = [request.interpreter, *request.arguments]
     sys.path[:] = parent.search_path.of(os.path.realpath(request.script), named)
-    importlib.invalidate_caches()
+    for entry in sys.path:
+        if sys.path_importer_cache.get(entry, "") is None:  # not a folder then; those of folders look at their times
+            del sys.path_importer_cache[entry]
     parent.preload.apply_variables()
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
     count_age_from(request.client)

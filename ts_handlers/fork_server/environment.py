@@ -6,9 +6,10 @@ variable that differs makes an ordinary process, unless it is one of `IGNORED`, 
 
 from __future__ import annotations
 
+import array
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 IGNORED = frozenset(
     [
@@ -77,23 +78,22 @@ class SearchPath:
         named = list(named)
         return [os.path.dirname(script), *named, *(entry for entry in self._base if entry not in named)]
 
-    def problem(self, named: list[str], modules: Iterable[str]) -> str | None:
+    def problem(self, named: list[str], top: Set[str]) -> str | None:
         """Why modules imported with the fork server's path are not those of another path, or None.
 
         Parameters
         ----------
         named:
             The folders of the process's ``PYTHONPATH``.
-        modules:
-            Names of the imported modules.
+        top:
+            Names of the imported top-level modules.
         """
         if named[: len(self.own)] != self.own:
             return f"PYTHONPATH does not begin with its own, {os.pathsep.join(self.own)[:500] or 'which is empty'}"
-        top = {name.partition(".")[0] for name in modules} - {"__main__"}
-        top.update(_CUSTOMIZE)
         for folder in named[len(self.own) :]:
             for entry in _entries(folder):
-                if entry.partition(".")[0] in top and _is_module(folder, entry):
+                name = entry.partition(".")[0]
+                if (name in top or name in _CUSTOMIZE) and _is_module(folder, entry):
                     return f"{os.path.join(folder, entry)} would take the place of a module that it has imported"
         return None
 
@@ -114,31 +114,43 @@ def _is_module(folder: str, entry: str) -> bool:
     )
 
 
-class Files:
-    """The files of the imported modules as they were when they were imported."""
+class Imported:
+    """The modules that are imported, and their files as they are; a fork compares without touching any module.
+
+    What a fork looks at it copies, page by page: Python counts references in the objects themselves.
+
+    Attributes
+    ----------
+    top:
+        Names of the top-level modules and packages.
+    """
 
     def __init__(self) -> None:
-        self._seen: dict[str, tuple[int, int, int] | None] = {}
-        self._modules: set[str] = set()
-
-    def note(self) -> None:
-        """Note the files of all modules that have been imported since the last time."""
-        for name, module in list(sys.modules.items()):
-            if name in self._modules:
-                continue
-            self._modules.add(name)
-            path = getattr(getattr(module, "__spec__", None), "origin", None)
-            if isinstance(path, str) and path.startswith("/") and path not in self._seen:
-                self._seen[path] = _identity(path)
+        self.top = frozenset(name.partition(".")[0] for name in sys.modules) - {"__main__"}
+        specs = [getattr(module, "__spec__", None) for module in list(sys.modules.values())]
+        origins = {getattr(spec, "origin", None) for spec in specs}
+        paths = sorted(origin for origin in origins if isinstance(origin, str) and origin.startswith("/"))
+        self._paths = b"\0".join(map(os.fsencode, paths))
+        self._seen = _identities(self._paths)
 
     def changed(self) -> str | None:
         """A file that is not as it was, or None."""
-        return next((path for path, seen in self._seen.items() if _identity(path) != seen), None)
+        now = _identities(self._paths)
+        if now == self._seen:
+            return None
+        size = len(now) // (self._paths.count(b"\0") + 1)
+        place = next(at for at in range(0, len(now), size) if now[at : at + size] != self._seen[at : at + size])
+        return os.fsdecode(self._paths.split(b"\0")[place // size])
 
 
-def _identity(path: str) -> tuple[int, int, int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
+def _identities(paths: bytes) -> bytes:
+    """Inode, size and time of change of each file, in as many bytes for each."""
+    found = array.array("q")
+    for path in paths.split(b"\0"):
+        try:
+            status = os.stat(path)
+        except OSError:
+            found.extend((0, 0, 0))
+        else:
+            found.extend((status.st_ino, status.st_size, status.st_mtime_ns))
+    return found.tobytes()

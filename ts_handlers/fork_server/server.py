@@ -22,7 +22,7 @@ from typing import Any
 
 from ts_handlers.fork_server.child import Parent, answer, run
 from ts_handlers.fork_server.client import STATUS, peer
-from ts_handlers.fork_server.environment import SearchPath
+from ts_handlers.fork_server.environment import Imported, SearchPath
 from ts_handlers.fork_server.preload import openblas_libraries
 from ts_handlers.system.ownership import is_private_folder
 
@@ -98,7 +98,7 @@ class Server:
             say(f"the module {name} is left out: {reason}")
         self._parent.preload.failed.update(self._options.without)
         self._parent.openblas = openblas_libraries()
-        self._parent.files.note()
+        self._parent.imported = Imported()
         gc.collect()
         gc.freeze()  # a collection in a fork would otherwise write to, and so copy, every page of torch's objects
         if self._options.ready is not None:
