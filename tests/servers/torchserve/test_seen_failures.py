@@ -58,6 +58,10 @@ def test_a_batch_that_is_answered_again_one_by_one_counts_each_refusal_once(
     assert [status for status, _ in ask(handler, context, WIDE)] == [400]
     assert handler.model.metrics.counters["refused"] == 4
     assert (errors(tmp_path / "store"), requests(tmp_path / "store")) == ({"invalid_input": 4.0}, 6.0)
+    # The model itself refuses this batch, and then the one bad request of it.
+    assert [status for status, _ in ask(handler, context, ROWS, WIDE, ROWS)] == [200, 400, 200]
+    assert handler.model.metrics.counters["refused"] == 5
+    assert errors(tmp_path / "store") == {"invalid_input": 5.0}
 
 
 @pytest.mark.usefixtures("cheap_backend")
