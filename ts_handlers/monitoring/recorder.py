@@ -285,9 +285,10 @@ def begin_recording(store: Path, *, counts: bool = True) -> None:
         for root in writable_directories(store):
             try:
                 folder = folder_of(root)
-                root.mkdir(mode=0o700, parents=True, exist_ok=True)
+                for each in (*reversed(root.parents), root, folder.parent, folder):
+                    if not each.exists():  # as the store makes them: not as open as the umask allows
+                        each.mkdir(mode=0o700, exist_ok=True)
                 for each in (folder.parent, folder):
-                    each.mkdir(mode=0o700, exist_ok=True)
                     if not is_private_folder(each):
                         raise PermissionError(f"{each} can be written by others")
                 _recording = Recording(ProcessFile(folder), counts)
