@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -181,3 +182,40 @@ def test_without_an_exporter_the_folder_stays_small(tmp_path: Path) -> None:
     assert len(files(folder)) == 1
     assert gather([folder]).series[SWAPS] == [MANY_FILES + 5.0]
     assert len(json.loads((folder / TOTALS).read_text())["folded"]) == MANY_FILES + 5
+
+
+@pytest.mark.processes
+def test_the_sum_only_grows_while_processes_count_and_die_and_several_exporters_look(folder: Path) -> None:
+    def count() -> None:
+        file = ProcessFile(folder)
+        for _ in range(200):
+            file.add(SWAPS)
+
+    seen: list[list[float]] = [[], []]
+    over = threading.Event()
+
+    def look(numbers: list[float]) -> None:
+        while not over.is_set():
+            numbers.append(gather([folder]).series.get(SWAPS, [0.0])[0])
+
+    exporters = [threading.Thread(target=look, args=(numbers,)) for numbers in seen]
+    children: list[int] = []
+    for exporter in exporters:
+        exporter.start()
+    try:
+        while len(children) < 20 or any(len(numbers) < 3 for numbers in seen):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    count()
+                finally:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            children.append(pid)
+            os.waitpid(pid, 0)
+    finally:
+        over.set()
+        for exporter in exporters:
+            exporter.join()
+    assert gather([folder]).series[SWAPS] == [200.0 * len(children)]
+    for numbers in seen:
+        assert numbers == sorted(numbers)

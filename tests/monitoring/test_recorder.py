@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,16 @@ def test_nothing_is_recorded_where_it_is_switched_off(tmp_path: Path, monkeypatc
     begin_recording(tmp_path)
     assert recorder_of("m") is None
     assert not (tmp_path / FOLDER).exists()
+
+
+def test_folders_above_a_new_store_are_as_private_as_the_store_makes_them(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        begin_recording(tmp_path / "new" / "store")
+    finally:
+        os.umask(before)
+    made = [tmp_path / "new", tmp_path / "new" / "store", folder_of(tmp_path / "new" / "store")]
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in made] == [0o700] * 3
 
 
 def test_a_folder_that_cannot_be_made_fails_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

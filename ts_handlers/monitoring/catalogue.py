@@ -6,7 +6,7 @@ which label value each of them is here.
 
 from __future__ import annotations
 
-import dataclasses
+import msgspec
 
 from ts_handlers.metrics import COUNTERS
 
@@ -49,8 +49,7 @@ PHASE_BUCKETS = START_BUCKETS
 BATCH_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
+class Family(msgspec.Struct, frozen=True):
     """One metric.
 
     Attributes

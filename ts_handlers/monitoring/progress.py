@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping
 from typing import Any
+
+import msgspec
 
 STATES = ("starting", "waiting", "compiling", "ready", "failed")
 """``waiting`` is for another process's build; ``starting`` everything of a start that is neither that nor a build."""
@@ -13,8 +14,7 @@ _NEARLY = 0.99
 """The greatest share: an estimate does not say that something has ended."""
 
 
-@dataclasses.dataclass
-class Progress:
+class Progress(msgspec.Struct):
     """One model in one process.
 
     Attributes
@@ -37,7 +37,7 @@ class Progress:
     state: str = "starting"
     phase: str | None = "process"
     serving: bool = False
-    began: float = dataclasses.field(default_factory=time.time)
+    began: float = msgspec.field(default_factory=time.time)
     build_began: float | None = None
     ended: float | None = None
     estimate: float | None = None
@@ -65,7 +65,7 @@ def shown(facts: Mapping[str, Any], now: float | None = None) -> dict[str, Any]:
     Examples
     --------
     >>> compiling = Progress("compiling", "build: compile", began=100.0, build_began=104.0, estimate=20.0)
-    >>> found = shown(dataclasses.asdict(compiling), now=109.0)
+    >>> found = shown(msgspec.structs.asdict(compiling), now=109.0)
     >>> found["state"], found["phase"], found["seconds"], found["estimate_seconds"], found["share"]
     ('compiling', 'build: compile', 9.0, 20.0, 0.25)
     """
@@ -98,10 +98,10 @@ def of_background(described: Mapping[str, Any] | None) -> dict[str, Any]:
         See `ts_handlers.startup.background.build.BackgroundBuild.describe`; None where no build goes on.
     """
     if described is None:
-        return shown(dataclasses.asdict(Progress("ready", None, True)), 0.0) | {"seconds": None}
+        return shown(msgspec.structs.asdict(Progress("ready", None, True)), 0.0) | {"seconds": None}
     states = {"waiting": "waiting", "building": "compiling", "loading": "starting", "swapped": "ready"}
     state = states.get(described["state"], "failed")
     began = described["began"]
     facts = Progress(state, described["phase"], True, began, began, began + described["elapsed_s"])
     facts.estimate, facts.reason = described["estimate_s"], described["reason"]
-    return shown(dataclasses.asdict(facts), facts.ended)
+    return shown(msgspec.structs.asdict(facts), facts.ended)

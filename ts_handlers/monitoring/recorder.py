@@ -7,7 +7,6 @@ where the file cannot be made nothing is recorded, with a line in the log.
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import logging
 import os
 import threading
@@ -16,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from ts_handlers.errors import one_line
 from ts_handlers.guard.state_directory import writable_directories
@@ -254,7 +255,7 @@ class ModelRecorder:
                 self._recording.add(name, labels, value - earlier)
 
     def _write(self) -> None:
-        self._recording.file.write_progress(self._model, dataclasses.asdict(self._progress))
+        self._recording.file.write_progress(self._model, msgspec.structs.asdict(self._progress))
 
 
 def folder_of(root: Path) -> Path:
@@ -284,9 +285,10 @@ def begin_recording(store: Path, *, counts: bool = True) -> None:
         for root in writable_directories(store):
             try:
                 folder = folder_of(root)
-                root.mkdir(mode=0o700, parents=True, exist_ok=True)
+                for each in (*reversed(root.parents), root, folder.parent, folder):
+                    if not each.exists():  # as the store makes them: not as open as the umask allows
+                        each.mkdir(mode=0o700, exist_ok=True)
                 for each in (folder.parent, folder):
-                    each.mkdir(mode=0o700, exist_ok=True)
                     if not is_private_folder(each):
                         raise PermissionError(f"{each} can be written by others")
                 _recording = Recording(ProcessFile(folder), counts)

@@ -61,6 +61,27 @@ def test_a_batch_that_is_answered_again_one_by_one_counts_each_refusal_once(
 
 
 @pytest.mark.usefixtures("cheap_backend")
+def test_what_the_model_refuses_counts_once_though_it_is_asked_twice(archive: Path, tmp_path: Path) -> None:
+    import torch
+
+    class Handler(CompiledHandler):
+        def preprocess(self, data: Any) -> Any:
+            return [torch.tensor(row["body"]) for row in data]
+
+        def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
+            return [self.model(each) for each in data]
+
+        def postprocess(self, data: Any) -> Any:
+            return [each.tolist() for each in data]
+
+    context = make_context(archive, tmp_path / "store")
+    handler = start(context, Handler)
+    assert [status for status, _ in ask(handler, context, ROWS, WIDE, ROWS)] == [200, 400, 200]
+    assert handler.model.metrics.counters["refused"] == 1
+    assert errors(tmp_path / "store") == {"invalid_input": 1.0}
+
+
+@pytest.mark.usefixtures("cheap_backend")
 def test_a_refusal_that_the_handler_answers_itself_counts_nowhere(archive: Path, tmp_path: Path) -> None:
     class Handler(CompiledHandler):
         def inference(self, data: Any, *args: Any, **kwargs: Any) -> Any:
