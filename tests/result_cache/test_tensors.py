@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.models import LINEAR_SECTION, eager_model
+from tests.support.models import LINEAR_SECTION, eager_model, write_archive
 from ts_handlers import ArchiveSource, parse_settings
 from ts_handlers.compiled_model import CompiledModel
 from ts_handlers.result_cache.cache import ResultCache
@@ -143,6 +143,32 @@ def test_a_swap_empties_the_cache_and_calls_that_run_store_nothing_new(make: Cal
     assert served.counted("miss") == 2
     served.check(x)
     assert served.counted("hit") == 1
+
+
+class Swapping:
+    """What a model is swapped for; reading what it has loaded lets calls come in between."""
+
+    def __init__(self, other: CompiledModel, call: Callable[[], Any]) -> None:
+        self._other, self._call = other, call
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._other, name)
+        self._call()
+        return value
+
+
+def test_a_call_in_the_middle_of_a_swap_is_not_kept_as_what_comes_after_it(
+    make: Callable[..., Served], tmp_path: Path
+) -> None:
+    served, x = make(), torch.randn(1, 4)
+    served.check(x)
+    weights = write_archive(tmp_path / "other", seed=2)
+    other = Served(weights, tmp_path / "store", rows=True)
+    swapping: Any = Swapping(other.model, lambda: served.model(x))
+    served.model.swap(swapping)
+    with torch.no_grad():
+        assert torch.allclose(served.model(x), other.eager(x), atol=1e-6)
+        assert not torch.allclose(other.eager(x), served.eager(x), atol=1e-3)
 
 
 def test_an_error_is_raised_and_not_kept(make: Callable[..., Served]) -> None:
