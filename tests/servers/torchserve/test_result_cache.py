@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -16,6 +17,8 @@ from ts.context import Context, RequestProcessor
 
 from tests.support.handlers import ROWS, close, expected, make_context
 from ts_handlers import CompiledHandler, CompiledHandlerMixin
+from ts_handlers.errors import BusyError
+from ts_handlers.servers.torchserve.result_cache import results_of
 
 pytestmark = pytest.mark.usefixtures("cheap_backend")
 
@@ -230,6 +233,32 @@ def test_the_client_does_not_see_the_second_answer_of_a_trial(start: Start) -> N
     assert (status, answer[0], headers["X-Cache"], handler.given) == (200, 1, "miss", 2)
 
 
+class BusyTwice(Counting):
+    """Finds no execution context for its second and third answer."""
+
+    given = 0
+
+    def postprocess(self, data: Any) -> list[Any]:
+        self.given += 1
+        if self.given in (2, 3):
+            raise BusyError("no execution context came free")
+        return super().postprocess(data)
+
+
+def test_a_trial_that_finds_no_context_says_nothing_and_is_made_again(start: Start) -> None:
+    handler, context = start(BusyTwice, tried=False)
+    ((status, _, headers),) = send(handler, context, ROWS)
+    assert (status, headers["X-Cache"]) == (200, "miss")
+    assert "content-type" not in headers
+    assert [send(handler, context, ROWS)[0][0] for _ in range(3)] == [503, 200, 200]
+    assert how(send(handler, context, ROWS)) == ["hit"]
+    assert handler.given == 5
+    send(handler, context, OTHER)
+    assert handler.given == 7  # the second of two trials
+    send(handler, context, ROWS[:1])
+    assert handler.given == 8
+
+
 class Stochastic(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + torch.rand(1)
@@ -389,8 +418,9 @@ def test_an_error_of_a_neighbour_is_nobody_elses_and_is_not_kept(start: Start) -
             return super().preprocess(data)
 
     handler, context = start(Failing)
-    answers = send(handler, context, ROWS, OTHER, OTHER)
-    assert [status for status, _, _ in answers] == [200, 503, 503]
+    for _ in range(2):  # with a neighbour that is computed, and with one that is stored
+        answers = send(handler, context, ROWS, OTHER, OTHER)
+        assert [status for status, _, _ in answers] == [200, 503, 503]
     with pytest.raises(RuntimeError, match="broken"):
         send(handler, context, OTHER)
     handler.fails = False
@@ -540,6 +570,34 @@ def test_a_handler_whose_model_is_nobodys_has_no_cache(archive: Path, tmp_path: 
     assert "served as it is" in handler.describe_handle()["result_cache"]["reason"]
     context.request_processor = [RequestProcessor({})]
     assert handler.handle([{"body": "abc"}], context) == [3]
+
+
+@pytest.mark.processes
+def test_with_a_model_in_another_process_requests_are_kept_where_a_worker_sees_all_that_counts(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    section = {"result_cache": {}, "contexts": {"across_workers": True}, "backends": ["eager"]}
+    context = make_context(archive, tmp_path / "store", section=section)
+    handler = Counting()
+    handler.initialize(context)
+    try:
+        found = [send(handler, context, ROWS)[0] for _ in range(2)]
+        assert [headers["X-Cache"] for _, _, headers in found] == ["miss", "hit"]
+        assert close(found[1][1], expected(archive, ROWS))
+        for more, word in (
+            ({"outside": "eager"}, "outside: eager"),
+            ({"on_miss": "background"}, "on_miss: background"),
+        ):
+            settings = msgspec.structs.replace(handler.settings, **more)
+            results = results_of(handler, handler.handle, handler.model, settings, {}, context)
+            assert results is not None
+            reason = results.describe(None)["reason"]
+            assert word in reason
+            assert "on: tensors" in reason
+    finally:
+        handler.model.close()
 
 
 def test_on_tensors_the_model_is_asked_once_and_the_handler_each_time(start: Start, archive: Path) -> None:
