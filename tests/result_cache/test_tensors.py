@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from tests.support.models import LINEAR_SECTION, eager_model, write_archive
 from ts_handlers import ArchiveSource, parse_settings
 from ts_handlers.compiled_model import CompiledModel
+from ts_handlers.errors import InputError
 from ts_handlers.result_cache.cache import ResultCache
 from ts_handlers.result_cache.tensors import TensorResults
 from ts_handlers.start import start_model
@@ -48,8 +50,6 @@ class Served:
         TensorResults(self.model, self.cache, b"prefix").attach()
 
     def _count_runs(self) -> None:
-        import dataclasses
-
         loaded = self.model._loaded
 
         def run(tensors: list[torch.Tensor]) -> Any:
@@ -70,8 +70,6 @@ class Served:
 
 
 def _with_rows(outcome: Any, rows: bool) -> Any:
-    import dataclasses
-
     return dataclasses.replace(outcome, independent_rows=rows)
 
 
@@ -98,6 +96,33 @@ def test_of_a_batch_with_independent_rows_the_new_ones_run_once_together(make: C
     served.check(a)
     assert served.runs == [2, 1]
     assert (served.counted("miss"), served.counted("hit"), served.counted("coalesced")) == (3, 6, 1)
+
+
+def test_where_an_artifact_does_not_take_so_few_rows_the_whole_batch_runs(make: Callable[..., Served]) -> None:
+    served = make()
+    a, b, c = (torch.randn(1, 4) for _ in range(3))
+    served.check(torch.cat([a, a]))
+
+    def refuse() -> None:
+        if served.runs[-1] in (1, 2):
+            raise InputError("expected 3 rows")
+
+    served.before_run = refuse
+    served.check(torch.cat([b, a, c]))
+    served.check(torch.cat([c, b, a]))
+    assert served.runs == [1, 2, 3]
+    assert served.model.metrics.counters["refused"] == 0
+
+
+def test_an_answer_without_a_row_for_each_row_is_that_of_its_batch_alone(make: Callable[..., Served]) -> None:
+    served = make()
+    rows = torch.randn(3, 4)
+    loaded = served.model._loaded
+    served.model._loaded = dataclasses.replace(loaded, run=lambda tensors: loaded.run(tensors).sum(0, keepdim=True))
+    for x in (rows, rows, rows[:2]):
+        with torch.no_grad():
+            assert torch.allclose(served.model(x), served.eager(x).sum(0, keepdim=True), atol=1e-5)
+    assert served.cache.stats().entries == 0
 
 
 def test_rows_that_are_not_independent_are_answered_as_a_batch(make: Callable[..., Served]) -> None:
