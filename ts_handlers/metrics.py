@@ -73,7 +73,6 @@ COUNTERS = (
     "result_cache_miss",
     "result_cache_coalesced",  # answered by what was computed for an equal request at the same time
     "result_cache_bypass",  # answered apart from the cache
-    "result_cache_stored",
     "result_cache_evicted",
     "result_cache_expired",
     "result_cache_oversize",  # answers that are larger than the cache

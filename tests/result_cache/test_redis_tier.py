@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from tests.result_cache.test_cache import PATIENT_SECONDS, Counts, computing, ke
 from ts_handlers.result_cache.base import Computed
 from ts_handlers.result_cache.cache import ResultCache
 from ts_handlers.result_cache.redis_tier import RedisTier
+from ts_handlers.store.remote.base import UnusableError
 
 TTL = 600.0
 
@@ -43,6 +45,16 @@ def name(of: object) -> str:
     return f"ts_handlers:result:{key(of).hex()}"
 
 
+def test_no_request_waits_for_the_import_of_the_client(redis_url: str) -> None:
+    assert make_tier(redis_url, Counts())._client is not None
+
+
+def test_without_the_clients_package_the_tier_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "redis", None)
+    with pytest.raises(UnusableError, match=r"ts-handlers\[remote\]"):
+        make_tier("redis://127.0.0.1:1/0", Counts())
+
+
 def test_another_host_finds_an_answer_and_keeps_it_for_itself(redis_url: str) -> None:
     first, second = Counts(), Counts()
     assert told(make_host(redis_url, first).answer([key("a")], stored_bytes(b"A"))) == [(b"A", "miss")]
@@ -50,7 +62,7 @@ def test_another_host_finds_an_answer_and_keeps_it_for_itself(redis_url: str) ->
     answers = host.answer([key("a"), key("b"), key("a")], stored_bytes(b"B"))
     assert told(answers) == [(b"A", "hit"), (b"B", "miss"), (b"A", "hit")]
     assert told(host.answer([key("a")], stored_bytes(b"C"))) == [(b"A", "hit")]
-    assert (second["remote_hit"], second["remote_miss"], second["stored"]) == (1, 1, 1)
+    assert (second["remote_hit"], second["remote_miss"], host.stats().entries) == (1, 1, 2)
     assert 0 < client(redis_url).pttl(name("a")) <= TTL * 1000
 
 

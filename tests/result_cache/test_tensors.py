@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.models import LINEAR_SECTION, eager_model
+from tests.support.models import LINEAR_SECTION, eager_model, write_archive
 from ts_handlers import ArchiveSource, parse_settings
 from ts_handlers.compiled_model import CompiledModel
+from ts_handlers.errors import InputError
 from ts_handlers.result_cache.cache import ResultCache
 from ts_handlers.result_cache.tensors import TensorResults
 from ts_handlers.start import start_model
@@ -48,8 +50,6 @@ class Served:
         TensorResults(self.model, self.cache, b"prefix").attach()
 
     def _count_runs(self) -> None:
-        import dataclasses
-
         loaded = self.model._loaded
 
         def run(tensors: list[torch.Tensor]) -> Any:
@@ -70,8 +70,6 @@ class Served:
 
 
 def _with_rows(outcome: Any, rows: bool) -> Any:
-    import dataclasses
-
     return dataclasses.replace(outcome, independent_rows=rows)
 
 
@@ -98,6 +96,33 @@ def test_of_a_batch_with_independent_rows_the_new_ones_run_once_together(make: C
     served.check(a)
     assert served.runs == [2, 1]
     assert (served.counted("miss"), served.counted("hit"), served.counted("coalesced")) == (3, 6, 1)
+
+
+def test_where_an_artifact_does_not_take_so_few_rows_the_whole_batch_runs(make: Callable[..., Served]) -> None:
+    served = make()
+    a, b, c = (torch.randn(1, 4) for _ in range(3))
+    served.check(torch.cat([a, a]))
+
+    def refuse() -> None:
+        if served.runs[-1] in (1, 2):
+            raise InputError("expected 3 rows")
+
+    served.before_run = refuse
+    served.check(torch.cat([b, a, c]))
+    served.check(torch.cat([c, b, a]))
+    assert served.runs == [1, 2, 3]
+    assert served.model.metrics.counters["refused"] == 0
+
+
+def test_an_answer_without_a_row_for_each_row_is_that_of_its_batch_alone(make: Callable[..., Served]) -> None:
+    served = make()
+    rows = torch.randn(3, 4)
+    loaded = served.model._loaded
+    served.model._loaded = dataclasses.replace(loaded, run=lambda tensors: loaded.run(tensors).sum(0, keepdim=True))
+    for x in (rows, rows, rows[:2]):
+        with torch.no_grad():
+            assert torch.allclose(served.model(x), served.eager(x).sum(0, keepdim=True), atol=1e-5)
+    assert served.cache.stats().entries == 0
 
 
 def test_rows_that_are_not_independent_are_answered_as_a_batch(make: Callable[..., Served]) -> None:
@@ -143,6 +168,32 @@ def test_a_swap_empties_the_cache_and_calls_that_run_store_nothing_new(make: Cal
     assert served.counted("miss") == 2
     served.check(x)
     assert served.counted("hit") == 1
+
+
+class Swapping:
+    """What a model is swapped for; reading what it has loaded lets calls come in between."""
+
+    def __init__(self, other: CompiledModel, call: Callable[[], Any]) -> None:
+        self._other, self._call = other, call
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._other, name)
+        self._call()
+        return value
+
+
+def test_a_call_in_the_middle_of_a_swap_is_not_kept_as_what_comes_after_it(
+    make: Callable[..., Served], tmp_path: Path
+) -> None:
+    served, x = make(), torch.randn(1, 4)
+    served.check(x)
+    weights = write_archive(tmp_path / "other", seed=2)
+    other = Served(weights, tmp_path / "store", rows=True)
+    swapping: Any = Swapping(other.model, lambda: served.model(x))
+    served.model.swap(swapping)
+    with torch.no_grad():
+        assert torch.allclose(served.model(x), other.eager(x), atol=1e-6)
+        assert not torch.allclose(other.eager(x), served.eager(x), atol=1e-3)
 
 
 def test_an_error_is_raised_and_not_kept(make: Callable[..., Served]) -> None:

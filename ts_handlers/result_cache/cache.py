@@ -246,8 +246,6 @@ class ResultCache:
                 kept = self._stored.put(flight.key, computed.stored, computed.size, age)
         flight.computed, flight.age, flight.from_store = computed, age, from_store
         flight.done.set()
-        if kept and not from_store:
-            self._count("result_cache_stored", 1)
         return kept
 
     def _fail(self, flights: Iterable[_Flight], error: BaseException) -> None:
@@ -262,9 +260,11 @@ class ResultCache:
             flight.done.set()
 
     def _count_all(self, answers: Iterable[Answered]) -> None:
-        found = [each.how for each in answers]
-        for how in set(found):
-            self._count(f"result_cache_{how}", found.count(how))
+        found: dict[str, int] = {}
+        for each in answers:
+            found[each.how] = found.get(each.how, 0) + 1
+        for how, amount in found.items():
+            self._count(f"result_cache_{how}", amount)
 
 
 _FAILED = {"miss": Answered(None, "miss"), "bypass": Answered(None, "bypass")}

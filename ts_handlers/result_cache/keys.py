@@ -16,9 +16,9 @@ import torch
 
 from ts_handlers.result_cache.base import Key
 
-DIGEST_BYTES = 32
 _MARSHAL_VERSION = 2
 """Of Python's marshal format: the latest one without references, so that equal values have equal bytes."""
+_SMALL = 4096
 _PLAIN = (bytes, bytearray, str, dict, list, int, float, bool, type(None))
 
 
@@ -39,15 +39,19 @@ class KeyDigest:
     """
 
     def __init__(self, prefix: bytes) -> None:
-        self._digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+        self._digest = hashlib.sha256()
         self._length = 0
         self.add(prefix)
 
     def add(self, part: bytes | bytearray | memoryview) -> KeyDigest:
         """Add one part."""
-        size = len(part) if isinstance(part, (bytes, bytearray)) else part.nbytes
-        self._digest.update(size.to_bytes(8, "little"))
-        self._digest.update(part)
+        if type(part) is bytes and len(part) < _SMALL:
+            size = len(part)
+            self._digest.update(size.to_bytes(8, "little") + part)
+        else:
+            size = part.nbytes if isinstance(part, memoryview) else len(part)
+            self._digest.update(size.to_bytes(8, "little"))
+            self._digest.update(part)
         self._length += size
         return self
 
@@ -58,7 +62,7 @@ class KeyDigest:
         return made
 
     def key(self) -> Key:
-        """The digest of `DIGEST_BYTES`, and the length of all parts in 8 bytes."""
+        """The digest in 32 bytes, and the length of all parts in 8 bytes."""
         return self._digest.digest() + self._length.to_bytes(8, "little")
 
 

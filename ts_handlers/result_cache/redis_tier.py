@@ -49,13 +49,16 @@ class RedisTier:
         server because it does not answer) and ``_remote_refused`` (values that must not be used).
     state:
         Folder for the circuit breaker's state, which the processes of a host share; None keeps it in this object.
+
+    Raises
+    ------
+    UnusableError
+        The package ``redis`` cannot be imported.
     """
 
     def __init__(
         self, url: str, timeout: float, ttl: float, max_bytes: int, count: Count, state: Path | None = None
     ) -> None:
-        self._url = url
-        self._timeout = timeout
         self._ttl_ms = max(1, int(ttl * 1000))
         self._max_bytes = max_bytes
         self._count = count
@@ -67,7 +70,7 @@ class RedisTier:
             TimeBudget(timeout),
             lambda text: redact(text, url, {}),
         )
-        self._client: Any = None
+        self._client = _make_client(url, timeout)
 
     def get(self, keys: Collection[Key]) -> dict[Key, tuple[bytes, float]]:
         """See `SharedTier`."""
@@ -117,7 +120,7 @@ class RedisTier:
 
     def _run(self, what: str, function: Callable[[Any], Any], requests: int) -> Any:
         def call(given_up: threading.Event) -> Any:
-            return function(self._connected())
+            return function(self._client)
 
         try:
             return self._breaker.call(what, call)
@@ -126,23 +129,19 @@ class RedisTier:
                 self._count("result_cache_remote_failed", requests)
             return None
 
-    def _connected(self) -> Any:
-        if self._client is None:
-            try:
-                import redis
-                from redis.backoff import NoBackoff
-                from redis.retry import Retry
-            except ImportError as error:
-                raise UnusableError(
-                    f"the package 'redis' cannot be imported ({error}); pip install 'ts-handlers[remote]'"
-                ) from error
-            self._client = redis.Redis.from_url(
-                self._url,
-                socket_timeout=self._timeout,
-                socket_connect_timeout=self._timeout,
-                retry=Retry(NoBackoff(), 0),
-            )
-        return self._client
+
+def _make_client(url: str, timeout: float) -> Any:
+    """A client that has not connected yet; importing its package may take longer than a request waits."""
+    try:
+        import redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+    except ImportError as error:
+        raise UnusableError(
+            f"the package 'redis' cannot be imported ({error}); pip install 'ts-handlers[remote]'"
+        ) from error
+    limits = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
+    return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **limits)
 
 
 def _name(key: Key) -> str:

@@ -14,6 +14,7 @@ import msgspec
 
 _VERSION = 1
 _DEEPEST = 64
+_SCALARS = frozenset((float, int, str, bytes, bytearray, bool, type(None)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,12 +70,14 @@ def decode_reply(stored: bytes) -> Reply | None:
 
 def _is_plain(value: Any, depth: int = 0) -> bool:
     kind = type(value)
-    if kind is float or kind is str or kind is int or kind is bytes or kind is bytearray or kind is bool:
+    if kind in _SCALARS:
         return True
-    if value is None:
-        return True
-    if depth >= _DEEPEST:
+    if depth >= _DEEPEST or kind not in (list, tuple, dict):
         return False
-    if kind is list or kind is tuple:
-        return all(_is_plain(item, depth + 1) for item in value)
-    return kind is dict and all(type(key) is str and _is_plain(item, depth + 1) for key, item in value.items())
+    if kind is dict:
+        if not all(type(key) is str for key in value):
+            return False
+        value = value.values()
+    if _SCALARS.issuperset(map(type, value)):  # a long list of numbers, mostly
+        return True
+    return all(_is_plain(item, depth + 1) for item in value)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ts_handlers.compiled_model import CompiledModel, answer_calls_with
+from ts_handlers.errors import InputError
 from ts_handlers.execution.base import Loaded
 from ts_handlers.model.signature import row_dimension
 from ts_handlers.model.structure import OutputStructure, flatten, unflatten
@@ -114,29 +115,46 @@ class TensorResults:
         whole: list[Any] = []
 
         def compute(indexes: Sequence[int]) -> list[Computed]:
-            every = len(indexes) == len(keys)
-            output = loaded.run(tensors if every else [tensor[list(indexes)] for tensor in tensors])
+            output, rows, positions = _run_rows(loaded, tensors, indexes)
             leaves, structure = flatten(output)
-            if any(not leaf.dim() or leaf.shape[0] != len(indexes) for leaf in leaves):
-                whole.append(output if every else None)  # no row for each row: it is an answer to this batch alone
-                return [Computed(None, shared=False) for _ in indexes]
-            if every:
+            if rows == len(keys):
                 whole.append(output)
-            rows = [_Output([leaf[row : row + 1] for leaf in leaves], structure) for row in range(len(indexes))]
-            return [
-                Computed(row, _Output(_copies(row.leaves, torch.device("cpu")), structure), _size(row.leaves))
-                for row in rows
-            ]
+            if any(not leaf.dim() or leaf.shape[0] != rows for leaf in leaves):
+                return [Computed(None, shared=False) for _ in indexes]  # it is an answer to this batch alone
+            computed = []
+            for position in positions:
+                row = _Output([leaf[position : position + 1] for leaf in leaves], structure)
+                kept = _Output(_copies(row.leaves, torch.device("cpu")), structure)
+                computed.append(Computed(row, kept, _size(row.leaves)))
+            return computed
 
         answers = self.cache.answer(list(keys), compute, epoch=epoch)
         rows: list[_Output] = [_value(answered) for answered in answers]
-        if len(whole) == 1 and whole[0] is not None and all(each.how in ("miss", "bypass") for each in answers):
+        if len(whole) == 1 and all(each.how in ("miss", "bypass") for each in answers):
             return whole[0]
         if any(row is None for row in rows) or not _can_be_joined(rows):
             return loaded.run(tensors)
         device = self._model.device
         parts = zip(*(row.leaves for row in rows), strict=True)
         return unflatten([torch.cat([part.to(device) for part in leaf]) for leaf in parts], rows[0].structure)
+
+
+def _run_rows(loaded: Loaded, tensors: list[torch.Tensor], indexes: Sequence[int]) -> tuple[Any, int, Sequence[int]]:
+    """Run some rows of a batch, or all where the artifact does not take so few.
+
+    Returns
+    -------
+    The output, how many rows were run, and where in the output those of the indexes are.
+    """
+    rows = tensors[0].shape[0]
+    if len(indexes) < rows:
+        part = [tensor[list(indexes)] for tensor in tensors]
+        try:
+            loaded.signature.check(part)
+            return loaded.run(part), len(indexes), range(len(indexes))
+        except InputError:  # its sizes have gaps
+            pass
+    return loaded.run(tensors), rows, indexes
 
 
 def _value(answered: Answered) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Register
+from tests.store.conftest import redis_port, redis_url  # noqa: F401
 
 
 @pytest.fixture

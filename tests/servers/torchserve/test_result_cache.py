@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -15,7 +16,9 @@ pytest.importorskip("ts", reason="TorchServe is not installed")
 from ts.context import Context, RequestProcessor
 
 from tests.support.handlers import ROWS, close, expected, make_context
-from ts_handlers import CompiledHandler
+from ts_handlers import CompiledHandler, CompiledHandlerMixin
+from ts_handlers.errors import BusyError
+from ts_handlers.servers.torchserve.result_cache import results_of
 
 pytestmark = pytest.mark.usefixtures("cheap_backend")
 
@@ -87,7 +90,7 @@ def test_an_equal_request_is_answered_without_the_handler(start: Start, archive:
     assert first[0][1] == second[0][1]
     assert close(second[0][1], expected(archive, ROWS))
     assert second[0][2]["Age"] == "0"
-    assert counted(handler) == {"miss": 1, "hit": 1, "stored": 1}
+    assert counted(handler) == {"miss": 1, "hit": 1}
     shown = handler.describe_handle()["result_cache"]
     assert (shown["on"], shown["reason"], shown["entries"]) == ("request", None, 3)
     assert shown["stored_bytes"] > 0
@@ -199,7 +202,7 @@ def test_an_answer_is_not_kept_for_which_the_id_of_the_request_was_read(start: S
     handler, context = start(ReadsIds)
     answers = send(handler, context, ROWS, ROWS)
     assert [answer[0] for _, answer, _ in answers] == ["request-0", "request-1"]
-    assert counted(handler).get("stored", 0) == 0
+    assert handler.describe_handle()["result_cache"]["entries"] == 0
 
 
 class Numbering(Counting):
@@ -228,6 +231,32 @@ def test_the_client_does_not_see_the_second_answer_of_a_trial(start: Start) -> N
     handler, context = start(Numbering, tried=False)
     ((status, answer, headers),) = send(handler, context, ROWS)
     assert (status, answer[0], headers["X-Cache"], handler.given) == (200, 1, "miss", 2)
+
+
+class BusyTwice(Counting):
+    """Finds no execution context for its second and third answer."""
+
+    given = 0
+
+    def postprocess(self, data: Any) -> list[Any]:
+        self.given += 1
+        if self.given in (2, 3):
+            raise BusyError("no execution context came free")
+        return super().postprocess(data)
+
+
+def test_a_trial_that_finds_no_context_says_nothing_and_is_made_again(start: Start) -> None:
+    handler, context = start(BusyTwice, tried=False)
+    ((status, _, headers),) = send(handler, context, ROWS)
+    assert (status, headers["X-Cache"]) == (200, "miss")
+    assert "content-type" not in headers
+    assert [send(handler, context, ROWS)[0][0] for _ in range(3)] == [503, 200, 200]
+    assert how(send(handler, context, ROWS)) == ["hit"]
+    assert handler.given == 5
+    send(handler, context, OTHER)
+    assert handler.given == 7  # the second of two trials
+    send(handler, context, ROWS[:1])
+    assert handler.given == 8
 
 
 class Stochastic(torch.nn.Module):
@@ -327,7 +356,7 @@ def test_answers_of_eager_outside_of_the_declared_ranges_are_not_kept(start: Sta
         ((status, answer, headers),) = send(handler, context, rows)
         assert (status, headers["X-Cache"]) == (200, "miss")
         assert close(answer, expected(archive, rows))
-    assert counted(handler).get("stored", 0) == 0
+    assert handler.describe_handle()["result_cache"]["entries"] == 2
 
 
 class NoPlainData(Counting):
@@ -389,8 +418,9 @@ def test_an_error_of_a_neighbour_is_nobody_elses_and_is_not_kept(start: Start) -
             return super().preprocess(data)
 
     handler, context = start(Failing)
-    answers = send(handler, context, ROWS, OTHER, OTHER)
-    assert [status for status, _, _ in answers] == [200, 503, 503]
+    for _ in range(2):  # with a neighbour that is computed, and with one that is stored
+        answers = send(handler, context, ROWS, OTHER, OTHER)
+        assert [status for status, _, _ in answers] == [200, 503, 503]
     with pytest.raises(RuntimeError, match="broken"):
         send(handler, context, OTHER)
     handler.fails = False
@@ -472,6 +502,114 @@ def test_behind_an_envelope_requests_pass_by(start: Start, archive: Path) -> Non
     answers = handler.handle([{"body": ROWS}, {"body": OTHER}], context)
     assert close(answers[1], expected(archive, OTHER))
     assert counted(handler) == {"bypass": 2}
+
+
+def test_hosts_share_answers_of_the_same_weights_through_redis_and_no_others(
+    redis_url: str, archive: Path, tmp_path: Path
+) -> None:
+    def host(name: str) -> tuple[Any, Context]:
+        section = {"result_cache": {"redis": {"url": redis_url, "timeout": "60s"}}, "store": str(tmp_path / name)}
+        context = make_context(archive, tmp_path / name, section=section)
+        handler = Counting()
+        handler.initialize(context)
+        return handler, context
+
+    handler, context = host("first")
+    assert how(send(handler, context, ROWS, OTHER)) == ["miss", "miss"]
+    handler, context = host("second")
+    found = send(handler, context, ROWS, ROWS[:1], OTHER)
+    assert (how(found), handler.asked) == (["hit", "miss", "hit"], 2)  # one, and its trial
+    assert close(found[0][1], expected(archive, ROWS))
+    assert redis_url in str(handler.describe_handle()["result_cache"]["shared"])
+    state = torch.load(archive / "model.pt", weights_only=True)
+    torch.save({name: tensor + 1 for name, tensor in state.items()}, archive / "model.pt")
+    handler, context = host("third")
+    found = send(handler, context, ROWS)
+    assert how(found) == ["miss"]
+    assert close(found[0][1], expected(archive, ROWS))
+
+
+def test_what_a_handler_has_changed_in_its_model_is_shared_with_nobody(
+    redis_url: str, archive: Path, tmp_path: Path
+) -> None:
+    section = {"result_cache": {"redis": {"url": redis_url, "timeout": "60s"}}, "backends": ["eager"]}
+    hosts = []
+    for name in ("first", "second"):
+        context = make_context(archive, tmp_path / name, section=section)
+        hosts.append((Counting(), context))
+        hosts[-1][0].initialize(context)
+    changed, context = hosts[0]
+    send(changed, context, OTHER)
+    changed.model.load_state_dict({name: tensor + 1 for name, tensor in changed.model.state_dict().items()})
+    send(changed, context, ROWS)
+    other, context = hosts[1]
+    ((_, answer, headers),) = send(other, context, ROWS)
+    assert headers["X-Cache"] == "miss"
+    assert close(answer, expected(archive, ROWS))
+
+
+class Plain:
+    """Holds no module, and is no `BaseHandler`."""
+
+    model: Any = None
+
+    def initialize(self, context: Any) -> None:
+        self.model = len
+
+    def handle(self, data: Any, context: Any) -> list[Any]:
+        return [len(row["body"]) for row in data]
+
+
+def test_a_handler_whose_model_is_nobodys_has_no_cache(archive: Path, tmp_path: Path) -> None:
+    class Handler(CompiledHandlerMixin, Plain):
+        pass
+
+    context = make_context(archive, tmp_path / "store", section={"result_cache": {}})
+    handler = Handler()
+    handler.initialize(context)
+    assert "served as it is" in handler.describe_handle()["result_cache"]["reason"]
+    context.request_processor = [RequestProcessor({})]
+    assert handler.handle([{"body": "abc"}], context) == [3]
+
+
+@pytest.mark.processes
+def test_with_a_model_in_another_process_requests_are_kept_where_a_worker_sees_all_that_counts(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    section = {"result_cache": {}, "contexts": {"across_workers": True}, "backends": ["eager"]}
+    context = make_context(archive, tmp_path / "store", section=section)
+    handler = Counting()
+    handler.initialize(context)
+    try:
+        found = [send(handler, context, ROWS)[0] for _ in range(2)]
+        assert [headers["X-Cache"] for _, _, headers in found] == ["miss", "hit"]
+        assert close(found[1][1], expected(archive, ROWS))
+        for more, word in (
+            ({"outside": "eager"}, "outside: eager"),
+            ({"on_miss": "background"}, "on_miss: background"),
+        ):
+            settings = msgspec.structs.replace(handler.settings, **more)
+            results = results_of(handler, handler.handle, handler.model, settings, {}, context)
+            assert results is not None
+            reason = results.describe(None)["reason"]
+            assert word in reason
+            assert "on: tensors" in reason
+    finally:
+        handler.model.close()
+
+
+def test_on_tensors_the_model_is_asked_once_and_the_handler_each_time(start: Start, archive: Path) -> None:
+    handler, context = start(tried=False, on="tensors")
+    for _ in range(2):
+        ((status, answer, headers),) = send(handler, context, ROWS)
+        assert (status, headers) == (200, {})
+        assert close(answer, expected(archive, ROWS))
+    assert handler.asked == 2
+    assert counted(handler) == {"miss": 2, "hit": 2}
+    shown = handler.describe_handle()["result_cache"]
+    assert (shown["on"], shown["reason"], shown["entries"]) == ("tensors", None, 2)
 
 
 def test_a_cache_that_cannot_be_made_costs_no_start(

@@ -101,7 +101,7 @@ class RequestResults:
         return {"on": "request", "reason": self.reason, **self._cache.describe(), "not_stored": not_stored}
 
     def _answer(self, batch: RequestBatch, together: Below, below: Below) -> Any:
-        if batch.rows and len(batch.rows) == 1 and batch.asks_alone(0):
+        if batch.rows and len(batch.rows) == 1 and batch.asks_alone(0):  # in a larger batch nobody does here
             return together(batch)
         asked = _Asked(batch, together, below)
         outcome = self._model.outcome
@@ -117,7 +117,7 @@ class RequestResults:
         prefix = self._prefix_of(outcome, epoch.number, epoch.changed)
         wishes = [_wish(properties) for properties in asked.headers]
         keys = [
-            None if wish == "no-store" or batch.asks_alone(index) else self._key(prefix, row, asked.headers[index])
+            None if wish == "no-store" else self._key(prefix, row, asked.headers[index])
             for index, (row, wish) in enumerate(zip(batch.rows, wishes, strict=True))
         ]
         refresh = {index for index, wish in enumerate(wishes) if wish == "no-cache"}

@@ -163,19 +163,20 @@ def _reason_against_handler(
 
 
 def _shared(wanted: ResultCacheSettings, settings: Settings, model: ServedModel) -> SharedTier | None:
+    """The tier that hosts share; None where there is none, or where its package is missing, which is logged."""
     if wanted.redis is None:
         return None
     from ts_handlers.result_cache.redis_tier import RedisTier
+    from ts_handlers.store.remote.base import UnusableError
 
     root = Path(settings.store or default_store_root()).expanduser()
-    return RedisTier(
-        wanted.redis.url,
-        parse_seconds(wanted.redis.timeout),
-        parse_seconds(wanted.ttl),
-        parse_bytes(wanted.max_bytes),
-        model.metrics.count,
-        root / REMOTE if root.is_dir() else None,
-    )
+    timeout, ttl = parse_seconds(wanted.redis.timeout), parse_seconds(wanted.ttl)
+    state = root / REMOTE if root.is_dir() else None
+    try:
+        return RedisTier(wanted.redis.url, timeout, ttl, parse_bytes(wanted.max_bytes), model.metrics.count, state)
+    except UnusableError as error:
+        logger.warning("%s: answers are kept here and shared with no other host: %s", source_of(model).name, error)
+        return None
 
 
 def _facts(
