@@ -116,13 +116,17 @@ def test_a_call_that_takes_too_long_is_told_so_and_fails_alone(start: Start, arc
     assert not is_alive(first)
 
 
+ROUNDS = 12
+"""Kills of the storm; the soak (tests/soak/process.py) has thousands."""
+
+
 def test_a_storm_of_kills_blames_and_loses_no_call(start: Start, archive: Path, temporary: Path) -> None:
     """Kills from outside, most of them while a retried call runs alone."""
     workers = [start(contexts={"count": 4, "wait_seconds": 600}) for _ in range(2)]
     for worker in workers:
         worker.ready()
     sent = 0
-    for round_ in range(20):
+    for round_ in range(ROUNDS):
         for worker in workers:
             sent += 1
             worker.send(sent, [[-0.4, float(sent), 0.0, 0.0]])
@@ -131,7 +135,7 @@ def test_a_storm_of_kills_blames_and_loses_no_call(start: Start, archive: Path, 
         kill(serving(temporary) or folder(temporary).sign()[0].pid)  # type: ignore[index]
     numbers = []
     for worker in workers:
-        for _ in range(20):
+        for _ in range(ROUNDS):
             answer = worker.line()
             check_answer(answer, archive, [[-0.4, float(answer["number"]), 0.0, 0.0]])
             numbers.append(answer["number"])

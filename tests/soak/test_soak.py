@@ -136,9 +136,9 @@ def test_innocent_calls_that_are_blamed_are_found(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(process, "DISTURBANCES", {"storm": 1})
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     tally = Tally()
-    process.run(tally, tmp_path, 7, 30)
+    process.run(tally, tmp_path, 7, 20)
     assert tally.counts["blamed"] > 0
-    assert tally.trials >= 30
+    assert tally.trials >= 20
 
 
 def _events(tmp_path: Path, subject: Subject, life: Any) -> Tally:
