@@ -214,6 +214,7 @@ def process_state() -> dict[bytes, bytes]:
     for namespace in sorted(posix.listdir("/proc/self/ns")):
         state[b"namespace " + namespace.encode()] = _link(f"/proc/self/ns/{namespace}")
     state[b"root"] = _link("/proc/self/root")
+    state[b"security label"] = _read("/proc/self/attr/current").strip(b"\0\n ")
     state[b"oom_score_adj"] = _read("/proc/self/oom_score_adj").strip()
     state[b"nice"] = b"%d" % posix.getpriority(posix.PRIO_PROCESS, 0)
     state[b"scheduler"] = b"%d" % posix.sched_getscheduler(0)
