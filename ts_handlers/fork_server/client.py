@@ -226,7 +226,8 @@ def send_request(connection: _socket.socket, fields: list[bytes], lifeline: int)
     body = b"\0".join(fields)
     data = MAGIC + len(body).to_bytes(4, sys.byteorder) + body
     sent = connection.sendmsg([data], [_rights(lifeline)])
-    connection.sendall(data[sent:])
+    if sent < len(data):  # else the fork may have answered and gone by now, and nothing can be sent, not even nothing
+        connection.sendall(data[sent:])
 
 
 def _rights(*descriptors: int) -> tuple[int, int, bytes]:
