@@ -125,7 +125,8 @@ def main() -> int:
         servers: dict[str, TorchServe] = {}
         for kind, serve in KINDS.items():
             models = {built.model: built.file("aot")}
-            server = TorchServe(built.model_store, models, env=host.env("store"), serve=serve)
+            config = {"default_workers_per_model": "1"}
+            server = TorchServe(built.model_store, models, config=config, env=host.env("store"), serve=serve)
             servers[kind] = stack.enter_context(server)
             server.wait_ready(built.model, timeout=TIMEOUT_SECONDS)
             stack.enter_context(load(server, built.model, built.body, arguments.load))

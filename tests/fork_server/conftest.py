@@ -34,11 +34,7 @@ class Place:
         self.work.mkdir()
         self.variables = environment()
         self.variables["PYTHONPATH"] += f"{os.pathsep}{self.modules}"
-        with pytest.MonkeyPatch.context() as patch:
-            for name in os.environ.keys() - self.variables.keys():
-                patch.delenv(name)
-            patch.setenv("PYTHONPATH", self.variables["PYTHONPATH"])
-            self.server = ForkServer([MARK, *preload], {})
+        self.server = ForkServer([MARK, *preload], self.variables)
         assert self.server.wait_ready()
         self.stand_in = write_stand_in(self.server.socket, SCRIPT)
 

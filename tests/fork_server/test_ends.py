@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.fork_server.conftest import MakePlace, Place
 from tests.support.workers import is_alive, wait_until
+from ts_handlers.fork_server.client import send_request
 
 WAITS = """
 import os, signal, sys, time
@@ -133,3 +136,21 @@ def test_clients_killed_at_any_moment_leave_nobody(make: MakePlace) -> None:
     assert wait_until(lambda: not children.read_text().split())
     assert wait_until(lambda: len(os.listdir(f"/proc/{server}/fd")) == open_before)
     assert place.is_forked() == (True, "")
+
+
+def test_a_fork_that_answers_and_goes_before_its_client_continues_is_heard() -> None:
+    ours, theirs = socket.socketpair()
+
+    class Slow:
+        """The client's end; the other one has read everything and closed when it continues."""
+
+        def sendmsg(self, *arguments: Any) -> int:
+            sent = ours.sendmsg(*arguments)
+            assert len(theirs.recv(1 << 16)) == sent
+            theirs.close()
+            return sent
+
+        sendall = ours.sendall
+
+    send_request(Slow(), [b"run"], ours.fileno())  # type: ignore[arg-type]
+    ours.close()

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from tests.support.workers import wait_until
+from ts_handlers.system import processes
 from ts_handlers.system.processes import boot_id, end_process, is_stopped, parent_of, process_age_ms, process_start
 
 
@@ -42,3 +43,17 @@ def test_a_process_is_ended_only_if_it_is_the_one_that_was_meant() -> None:
         process.wait()
         assert process.stdin is not None
         process.stdin.close()
+
+
+def test_the_age_is_that_of_the_process_that_has_asked_for_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_asked_for_at", 0)
+    own = process_age_ms()
+    processes.count_age_from(1)
+    first = process_age_ms()
+    assert own is not None
+    assert first is not None
+    assert first > own  # the first process of all started before this one
+    processes.count_age_from(2**30)  # one that has ended: the age is this process's own again
+    again = process_age_ms()
+    assert again is not None
+    assert own <= again < first

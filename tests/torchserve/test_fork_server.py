@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.support.subprocesses import start_python
 from tests.support.torchserve_archives import ROWS
 from tests.support.torchserve_records import FirstStart, ServerFactory, published, starts
 from tests.support.workers import is_alive, wait_until
+from ts_handlers.cli.exit_codes import ExitCode
 from ts_handlers.system.processes import parent_of
 from ts_handlers.testing import TorchServe
 from ts_handlers.testing.configuration import find_java_home
@@ -120,3 +122,14 @@ def test_a_resident_fork_server_is_found_by_a_server_and_outlives_it(
                 assert [start["result"] for start in starts(server, tiny)] == ["hit"]
             assert wait_until(lambda: not is_alive(worker))
             assert is_alive(facts["pid"])
+
+
+def test_serve_ends_where_a_fork_server_is_asked_for_and_not_all_is_imported(tmp_path: Path) -> None:
+    code = "from ts_handlers.cli.app import main; main()"
+    arguments = ["serve", "--fork-server", "on", "--preload", "no_such_module", "--start", "--foreground"]
+    process = start_python(code, *arguments, "--model-store", tmp_path, fresh=True, TMPDIR=str(tmp_path))
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == ExitCode.FAILED
+    assert "not all is preloaded: no_such_module: ModuleNotFoundError" in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("ts_handlers-fork-*"))

@@ -214,6 +214,7 @@ def process_state() -> dict[bytes, bytes]:
     for namespace in sorted(posix.listdir("/proc/self/ns")):
         state[b"namespace " + namespace.encode()] = _link(f"/proc/self/ns/{namespace}")
     state[b"root"] = _link("/proc/self/root")
+    state[b"security label"] = _read("/proc/self/attr/current").strip(b"\0\n ")
     state[b"oom_score_adj"] = _read("/proc/self/oom_score_adj").strip()
     state[b"nice"] = b"%d" % posix.getpriority(posix.PRIO_PROCESS, 0)
     state[b"scheduler"] = b"%d" % posix.sched_getscheduler(0)
@@ -225,7 +226,8 @@ def send_request(connection: _socket.socket, fields: list[bytes], lifeline: int)
     body = b"\0".join(fields)
     data = MAGIC + len(body).to_bytes(4, sys.byteorder) + body
     sent = connection.sendmsg([data], [_rights(lifeline)])
-    connection.sendall(data[sent:])
+    if sent < len(data):  # else the fork may have answered and gone by now, and nothing can be sent, not even nothing
+        connection.sendall(data[sent:])
 
 
 def _rights(*descriptors: int) -> tuple[int, int, bytes]:

@@ -31,8 +31,8 @@ class ForkServer:
     ----------
     preload:
         Modules that it imports, in order.
-    variables:
-        Environment variables beside this process's own, which the processes of the fork server have too.
+    environment:
+        The environment that its processes have.
 
     Attributes
     ----------
@@ -40,18 +40,21 @@ class ForkServer:
         Where it listens, in a folder of its own.
     leash:
         A descriptor of this process; a process that inherits it keeps the server.
+    closed:
+        Whether `close` has been called.
     """
 
-    def __init__(self, preload: list[str], variables: Mapping[str, str]) -> None:
+    def __init__(self, preload: list[str], environment: Mapping[str, str]) -> None:
         folder = _new_folder()
         self.socket = folder / "socket"
         end, self.leash = os.pipe()
+        self.closed = False
         self._ready, ready = os.pipe()
         options = Options(str(self.socket), preload, leash=end, folder=str(folder), ready=ready)
         try:
             self.process = subprocess.Popen(
                 command_line(options),
-                env={**os.environ, **variables},
+                env=dict(environment),
                 stdin=subprocess.DEVNULL,
                 pass_fds=[end, ready],
             )
@@ -66,6 +69,7 @@ class ForkServer:
 
     def close(self) -> None:
         """End it, and remove its folder."""
+        self.closed = True
         os.close(self.leash)
         os.close(self._ready)
         self.process.terminate()

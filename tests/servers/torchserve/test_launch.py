@@ -9,7 +9,7 @@ import pytest
 
 from ts_handlers.errors import SettingsError
 from ts_handlers.servers.torchserve.launch import parse, read_properties
-from ts_handlers.servers.torchserve.workers import preloaded_modules, variables_of_workers
+from ts_handlers.servers.torchserve.workers import environment_of_workers, preloaded_modules
 
 HANDLER = "ts_handlers.servers.torchserve.compiled_handler"
 
@@ -34,7 +34,7 @@ def test_workers_have_the_variables_of_the_configuration(tmp_path: Path) -> None
     pytest.importorskip("ts", reason="TorchServe is not installed")
     config = tmp_path / "config.properties"
     config.write_text("decode_input_request=false\nload_models=all\n")
-    assert variables_of_workers(read_properties(config)) == {
+    assert environment_of_workers({}, read_properties(config)) == {
         "TS_DECODE_INPUT_REQUEST": "false",
         "TS_IPEX_ENABLE": "false",
         "TS_IPEX_GPU_ENABLE": "false",

@@ -32,12 +32,12 @@ def command(
     from ts_handlers.fork_server.server import Options, command_line
     from ts_handlers.fork_server.start import facts_of
     from ts_handlers.servers.torchserve.launch import read_properties
-    from ts_handlers.servers.torchserve.workers import preloaded_modules, variables_of_workers
+    from ts_handlers.servers.torchserve.workers import environment_of_workers, preloaded_modules
 
     if not status:
         declared = [name.strip() for each in preload for name in each.split(",") if name.strip()]
         arguments = command_line(Options(str(socket.absolute()), preloaded_modules(declared)))
-        os.execve(arguments[0], arguments, {**os.environ, **variables_of_workers(read_properties(config))})
+        os.execve(arguments[0], arguments, environment_of_workers(os.environ, read_properties(config)))
     return _print_status(facts_of(socket), as_json)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from ts_handlers.errors import SettingsError, WarmStartError
 from ts_handlers.fork_server.start import ForkServer, facts_of, write_stand_in
-from ts_handlers.servers.torchserve.workers import WORKER, preloaded_modules, variables_of_workers
+from ts_handlers.servers.torchserve.workers import WORKER, environment_of_workers, preloaded_modules
 from ts_handlers.system.patching import replaced_attribute
 
 _DESCRIPTION = """Run TorchServe with a fork server for its workers. All other arguments are TorchServe's own
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _launch_with_own(theirs: list[str], options: argparse.Namespace) -> int:
     try:
-        server = ForkServer(preloaded_modules(options.preload), variables_of_workers(_properties(theirs)))
+        server = ForkServer(preloaded_modules(options.preload), environment_of_workers(os.environ, _properties(theirs)))
         stand_in = str(write_stand_in(server.socket, WORKER))
     except OSError as error:
         if options.fork_server == "on":
@@ -98,7 +98,7 @@ def _launch_with_own(theirs: list[str], options: argparse.Namespace) -> int:
     try:
         if options.fork_server == "on":
             _expect_all(server, options.preload)
-        threading.Thread(target=_tell_its_end, args=(server.process,), daemon=True).start()
+        threading.Thread(target=_tell_its_end, args=(server,), daemon=True).start()
         code = _launch(theirs, stand_in, server.leash)
         stays = "--foreground" not in theirs and code == 0
         return code
@@ -205,9 +205,9 @@ def _handling(handler: Any) -> Iterator[None]:
             signal.signal(number, previous)
 
 
-def _tell_its_end(process: subprocess.Popen[bytes]) -> None:
-    status = process.wait()
-    if status:
+def _tell_its_end(server: ForkServer) -> None:
+    status = server.process.wait()
+    if status and not server.closed:
         from ts_handlers.system.child_process import how_it_ended
 
         _say(f"the fork server {how_it_ended(status)}; workers go on, and new ones start without it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Mapping
 
 WORKER = "/ts/model_service_worker.py"
@@ -40,12 +41,21 @@ def preloaded_modules(declared: list[str]) -> list[str]:
     return list(dict.fromkeys([*_IMPORTED, *handlers, *declared]))
 
 
-def variables_of_workers(properties: Mapping[str, str]) -> dict[str, str]:
-    """The environment variables that TorchServe sets for its workers, from its configuration.
+def environment_of_workers(environment: Mapping[str, str], properties: Mapping[str, str]) -> dict[str, str]:
+    """The environment that TorchServe, started with one and a configuration, gives its workers but for ``PYTHONPATH``.
 
     Examples
     --------
-    >>> variables_of_workers({"ipex_enable": "true"})["TS_IPEX_ENABLE"]
-    'true'
+    >>> configuration = {"ipex_enable": "true", "blacklist_env_vars": ".*KEY.*"}
+    >>> found = environment_of_workers({"A_KEY": "", "B": "1"}, configuration)
+    >>> found["TS_IPEX_ENABLE"], sorted(found)[:2]
+    ('true', ['B', 'TS_DECODE_INPUT_REQUEST'])
     """
-    return {name: properties.get(key, default) for name, (key, default) in _PROPERTIES.items()}
+    ours = {name: properties.get(key, default) for name, (key, default) in _PROPERTIES.items()}
+    hidden = properties.get("blacklist_env_vars")
+    try:
+        pattern = re.compile(hidden) if hidden else None
+    except re.error:  # Java's own form; its workers start without the fork server
+        pattern = None
+    merged = {**environment, **ours}
+    return {name: value for name, value in merged.items() if pattern is None or not pattern.fullmatch(name)}
