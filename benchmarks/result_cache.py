@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -72,16 +73,32 @@ def percentile(values: Sequence[float], share: float) -> float | None:
     return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1000, 3) if ordered else None
 
 
+def processor_seconds(server: TorchServe, model: str) -> float:
+    """Processor time of a model's workers so far; on a busy machine it grows too, since OpenMP's threads spin."""
+    ticks = 0
+    for pid in server.worker_pids(model):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def compare(
-    archives: Archives, sides: dict[str, Clients], blocks: Sequence[Sequence[int]], say: Callable[[str], None]
+    archives: Archives,
+    server: TorchServe,
+    sides: dict[str, Clients],
+    blocks: Sequence[Sequence[int]],
+    say: Callable[[str], None],
 ) -> Facts:
     """Ask both sides each block of texts, in turn; medians of ratios of neighbours in time."""
+    processor: dict[str, list[float]] = {side: [] for side in sides}
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     asked: dict[str, list[Asked]] = {side: [] for side in sides}
     wrong = 0
     for number, block in enumerate(blocks):
         for side in list(sides) if number % 2 else list(reversed(sides)):
+            before = processor_seconds(server, side)
             answers = sides[side].ask(block)
+            processor[side].append(processor_seconds(server, side) - before)
             seconds[side].append(max(each.ended for each in answers) - min(each.began for each in answers))
             wrong += wrong_answers(archives, answers, lambda _: {1})
             asked[side] += [each._replace(body=b"") for each in answers]
@@ -94,6 +111,9 @@ def compare(
         "throughput_ratio": round(
             statistics.median(a / b for a, b in zip(seconds["uncached"], seconds["cached"], strict=True)), 4
         ),
+        "worker_ms_per_request": {
+            side: round(sum(each) / sum(map(len, blocks)) * 1000, 3) for side, each in processor.items()
+        },
         "throughput_ratio_whole": round(sum(seconds["uncached"]) / sum(seconds["cached"]), 4),
         "latency": {side: latency(each) for side, each in asked.items()},
         "hit_share": round(sum(each.cache == "hit" for each in asked["cached"]) / len(asked["cached"]), 4),
@@ -184,11 +204,12 @@ def measure(options: argparse.Namespace, directory: Path, say: Callable[[str], N
             each.ask(list(itertools.islice(fresh, 50)))
         repeated = [list(itertools.islice(texts, options.block)) for _ in range(options.blocks)]
         unique = [list(itertools.islice(fresh, options.block)) for _ in range(options.blocks)]
-        found["zipf"] = compare(archives, sides, repeated, lambda line: say(f"zipf {line}"))
-        found["unique"] = compare(archives, sides, unique, lambda line: say(f"unique {line}"))
+        found["zipf"] = compare(archives, server, sides, repeated, lambda line: say(f"zipf {line}"))
+        found["unique"] = compare(archives, server, sides, unique, lambda line: say(f"unique {line}"))
         mixed = [each for pair in zip(itertools.islice(texts, options.block), fresh, strict=False) for each in pair]
         found["alone"] = alone(archives, server, mixed)
         shown = server.describe("cached")
+        found["backends"] = {name: server.describe(name)["backend"] for name in sides}
         found["cache"] = {
             **shown["result_cache"],
             **{name: count for name, count in shown["counters"].items() if name.startswith("result_cache")},
@@ -215,7 +236,11 @@ def table(found: Facts) -> str:
     hit, miss = (found["alone"][how]["p99_ms"] for how in ("hit", "miss"))
     if hit and miss:
         lines.append(f"one connection, p99 of hits / misses: {hit} / {miss} ms = {hit / miss:.3f}")
-    lines.append(f"overhead where nothing repeats: {1 / found['unique']['throughput_ratio'] - 1:+.1%}")
+    spent = found["unique"]["worker_ms_per_request"]
+    lines.append(
+        f"overhead where nothing repeats: {1 / found['unique']['throughput_ratio'] - 1:+.1%} of the time, "
+        f"{spent['cached'] / spent['uncached'] - 1:+.1%} of the worker's processor time"
+    )
     if "changes" in found:
         part = found["changes"]
         lines.append(

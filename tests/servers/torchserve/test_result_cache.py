@@ -392,20 +392,57 @@ def test_a_hit_has_the_status_and_the_headers_of_the_first_answer(start: Start) 
     assert seen[1][3] == (200, "Fine")
 
 
-class Changing(Counting):
-    """Changes an answer after the mixin has given it."""
+class InFront(Counting):
+    """Reads a header before the mixin sees the request."""
+
+    user: Any = None
 
     def handle(self, data: Any, context: Any) -> Any:
-        answers = super().handle(data, context)
-        for answer in answers:
-            answer.append("changed")
-        return answers
+        self.user = context.get_request_header(0, "X-User")
+        return super().handle(data, context)
+
+    def postprocess(self, data: Any) -> list[Any]:
+        return [[self.user, answer] for answer in super().postprocess(data)]
 
 
-def test_who_changes_an_answer_does_not_change_what_is_stored(start: Start) -> None:
-    handler, context = start(Changing)
-    lengths = [len(send(handler, context, ROWS)[0][1]) for _ in range(3)]
-    assert lengths == [3, 3, 3]
+def test_a_handle_in_front_of_the_cache_is_not_seen_and_so_there_is_none(start: Start) -> None:
+    handler, context = start(InFront, tried=False)
+    assert "in front of the mixin" in handler.describe_handle()["result_cache"]["reason"]
+    assert [send(handler, context, ROWS, headers={"X-User": user})[0][1][0] for user in "ab"] == ["a", "b"]
+
+
+class Keeps(Counting):
+    """Has kept the context of its start, which is TorchServe's for all batches."""
+
+    kept: Any = None
+
+    def initialize(self, context: Any) -> None:
+        super().initialize(context)
+        self.kept = context
+
+    def postprocess(self, data: Any) -> list[Any]:
+        answers = super().postprocess(data)
+        return [[self.kept.get_request_header(index, "X-User"), answer] for index, answer in enumerate(answers)]
+
+
+def test_what_is_read_of_a_context_that_a_handler_has_kept_is_seen_and_right(start: Start) -> None:
+    handler, context = start(Keeps)
+    for _ in range(2):
+        found = send(handler, context, ROWS, OTHER, ROWS, headers=[{"X-User": user} for user in "abc"])
+        assert [answer[0] for _, answer, _ in found] == ["a", "b", "c"]
+        assert how(found) == ["miss", "miss", "bypass"]
+    handler, context = start(Keeps, headers=["X-User"])
+    send(handler, context, ROWS, headers={"X-User": "a"})
+    found = send(handler, context, ROWS, ROWS, headers=[{"X-User": user} for user in "ab"])
+    assert [(answer[0], headers["X-Cache"]) for _, answer, headers in found] == [("a", "hit"), ("b", "miss")]
+
+
+def test_what_is_stored_is_nobodys_to_change(start: Start) -> None:
+    handler, context = start()
+    for _ in range(3):
+        ((_, answer, _),) = send(handler, context, ROWS)
+        assert len(answer) == 2
+        answer.append("changed")
 
 
 def test_an_error_of_a_neighbour_is_nobody_elses_and_is_not_kept(start: Start) -> None:

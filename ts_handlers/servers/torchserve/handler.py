@@ -171,9 +171,10 @@ class CompiledHandlerMixin:
         if self.__settings.result_cache is not None:
             from ts_handlers.servers.torchserve.result_cache import results_of
 
-            below: Any = super()
+            ours = getattr(self.handle, "__func__", None) is CompiledHandlerMixin.handle
+            below: Any = super().handle if ours else None  # type: ignore[misc]
             given = self._served, self.__settings, self.__config, self.__context
-            self._results = results_of(self, below.handle, *given)
+            self._results = results_of(self, below, *given)
         if self._served is not None:
             (self._emitter,) = begin_serving([self._served], self.__config, getattr(self.__context, "metrics", None))
 

@@ -7,11 +7,12 @@ request's id, is not stored. And the first answers are computed twice and compar
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ts_handlers.compiled_model import ServedModel, serving_epoch
@@ -260,6 +261,21 @@ class _Asked:
 
     def run(self, part: RequestBatch) -> list[Any]:
         """Answers of some requests, one for each; raises for a batch of one that came alone."""
+        with self._shown(part):
+            return self._run(part)
+
+    @contextlib.contextmanager
+    def _shown(self, part: RequestBatch) -> Iterator[None]:
+        """Show these requests to a handler that has kept TorchServe's context, too: it is the same for all batches."""
+        context = self.batch.context
+        before = context.request_processor, context.request_ids
+        context.request_processor, context.request_ids = part.context.request_processor, part.context.request_ids
+        try:
+            yield
+        finally:
+            context.request_processor, context.request_ids = before
+
+    def _run(self, part: RequestBatch) -> list[Any]:
         alone = len(self.batch.rows) == 1
         if len(part.rows) == 1 and not alone:  # its failure is not to be that of its neighbours
             return answer_one_by_one(part, self._below)

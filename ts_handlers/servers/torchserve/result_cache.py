@@ -91,7 +91,8 @@ def results_of(
     Parameters
     ----------
     handler, handle_below:
-        A handler with the mixin, and the method `handle` of the class behind that.
+        A handler with the mixin, and the method `handle` of the class behind that; None where a class in front of the
+        mixin has one of its own.
     model:
         What it serves, None when that is nothing of ours.
     settings, config, context:
@@ -152,6 +153,11 @@ def _reason_against_handler(
         return None
     if any(map(inspect.iscoroutinefunction, (handler.handle, handle_below))):
         return "the handler's handle is asynchronous, so that its answers are not there yet; set on: tensors"
+    if handle_below is None:
+        return (
+            "a class in front of the mixin has a handle of its own, and what that reads of a request is not seen; put "
+            "the mixin first, or set on: tensors"
+        )
     if not isinstance(model, CompiledModel):
         if settings.outside == "eager":
             return (
