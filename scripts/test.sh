@@ -3,6 +3,7 @@
 #
 #   scripts/test.sh                   everything
 #   scripts/test.sh --quick           without tests that start a process, a server or a compiler: less than two minutes
+#   scripts/test.sh -m "not slow"     what continuous integration runs
 #   scripts/test.sh -m "not serving"  arguments go to pytest
 #   scripts/test.sh -n 0              one test after the other, instead of one more at once than there are processors
 #

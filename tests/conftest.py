@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support import costs, file_backend, remembering_compiler, schedule
+from tests.support import costs, file_backend, remembering_compiler, schedule, slow
 from tests.support.models import write_archive
 from ts_handlers import register_backend
 from ts_handlers.store.local import verified
@@ -28,6 +28,7 @@ Register = Callable[[str, Any], None]
 def pytest_configure(config: pytest.Config) -> None:
     for mark, cost in costs.COSTS.items():
         config.addinivalue_line("markers", f"{mark}: {cost}")
+    config.addinivalue_line("markers", f"{slow.MARK}: not in continuous integration, see tests/support/slow.py")
     costs.watch()
     if not hasattr(config, "workerinput"):  # workers of a test run with several have its PATH
         folder = tempfile.mkdtemp(prefix=remembering_compiler.PREFIX)
@@ -40,6 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(wrapper=True)  # before xdist reads the groups and pytest the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     costs.mark_all(items)
+    slow.mark_all(items)
     if hasattr(config, "workerinput"):  # of a test run with several workers
         schedule.plan(items)
     return (yield)

@@ -31,6 +31,7 @@ from ts_handlers.errors import UNDECODABLE
 from ts_handlers.guard.quarantine import open_dead_marker
 from ts_handlers.guard.records import CLOCK_SECONDS, FOR_MEMORY
 from ts_handlers.guard.state_directory import MARKERS, files_in
+from ts_handlers.system.decoding import decode_json
 from ts_handlers.system.files import lock
 from ts_handlers.system.process_limits import memory_group, oom_kills
 from ts_handlers.system.processes import boot_id
@@ -172,7 +173,7 @@ def read_crash_records(store: Path, key: str = "") -> list[CrashRecord]:
             header, _, report = os.read(descriptor, 1 << 20).partition(b"\n")
             began = os.fstat(descriptor).st_mtime
             try:
-                marker = msgspec.json.decode(header, type=Marker)
+                marker = decode_json(header, Marker)
             except UNDECODABLE:  # its process died, or is at this moment, between making and writing it
                 marker = None
             if marker is None or marker.key != path.name.partition(".")[0]:

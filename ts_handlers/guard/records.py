@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from ts_handlers.key.digests import digest_text
+from ts_handlers.system.decoding import decode_json
 from ts_handlers.system.durations import span
 from ts_handlers.system.free_space import has_more_room
 
@@ -187,10 +188,10 @@ class _Kind(msgspec.Struct):
 
 def decode_record(data: bytes) -> Record:
     """A record from its file's content. Raises one of `ts_handlers.errors.UNDECODABLE`."""
-    is_failed_build = bool(msgspec.json.decode(data, type=_Kind).kind)
+    is_failed_build = bool(decode_json(data, _Kind).kind)
     if is_failed_build:
-        return msgspec.json.decode(data, type=FailedBuild)
-    record = msgspec.json.decode(data, type=Quarantine)
+        return decode_json(data, FailedBuild)
+    record = decode_json(data, Quarantine)
     if not record.held_seconds and (WITHOUT_A_TRACE in record.reason or FOR_MEMORY in record.reason):
         # Of a version that held these for ever.
         return msgspec.structs.replace(record, failed_at=_seconds_of(record.time), held_seconds=UNCERTAIN_SECONDS)

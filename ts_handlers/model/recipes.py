@@ -16,6 +16,7 @@ import torch
 from ts_handlers.errors import ModelError
 from ts_handlers.model.base import ModelSource, Recipe
 from ts_handlers.settings import Settings
+from ts_handlers.system.decoding import convert
 
 MAKERS = {
     "archive": "ts_handlers.model.archive:ArchiveSource",
@@ -88,7 +89,7 @@ def restore(spec: Mapping[str, Any]) -> Restored:
         else:
             os.environ[name] = value
     made = make_source(spec["source"])
-    settings = made.settings if spec["settings"] is None else msgspec.convert(spec["settings"], Settings)
+    settings = made.settings if spec["settings"] is None else convert(spec["settings"], Settings)
     assert settings is not None
     contexts = msgspec.structs.replace(settings.contexts, across_workers=False)  # the child is that process, or builds
     settings = msgspec.structs.replace(settings, contexts=contexts, **spec["overrides"])

@@ -32,6 +32,7 @@ import msgspec
 
 from ts_handlers.errors import UNDECODABLE, StoreError
 from ts_handlers.model_process.private_folder import is_closed_to_others, private_folder
+from ts_handlers.system.decoding import decode_json
 from ts_handlers.system.files import open_locked, write_atomically
 
 SWEPT_AFTER_SECONDS = 600.0
@@ -204,7 +205,7 @@ class Folder:
 
     def _read(self, name: str, kind: type[_Facts]) -> _Facts | None:
         try:
-            return msgspec.json.decode((self.path / name).read_bytes(), type=kind)
+            return decode_json((self.path / name).read_bytes(), kind)
         except (OSError, *UNDECODABLE):
             return None
 

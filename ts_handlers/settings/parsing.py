@@ -22,6 +22,7 @@ from ts_handlers.settings.removed import without_removed
 from ts_handlers.settings.submodels import validate_models
 from ts_handlers.settings.torch_compile import apply_compile
 from ts_handlers.settings.validation import validate
+from ts_handlers.system.decoding import convert
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def read_section(section: Any, kind: Any, root: str) -> Any:
         An unknown key or a value of another type, with its path, the value and the remedy.
     """
     try:
-        return msgspec.convert(section, kind)
+        return convert(section, kind)
     except msgspec.ValidationError as error:
         raise SettingsError(_explain(str(error), section, kind, root)) from None
     except UnicodeEncodeError as error:
@@ -202,7 +203,7 @@ def _misfit(mapping: Mapping[str, Any], kind: Any) -> str:
     """The first key of a mapping whose value is at fault; msgspec does not say which one it is."""
     for key, value in mapping.items():
         try:
-            msgspec.convert(value, kind)
+            convert(value, kind)
         except (msgspec.ValidationError, UnicodeEncodeError):
             return str(key)
     return "..."

@@ -28,6 +28,7 @@ from ts_handlers.key.cache_key import FORMAT, CacheKey
 from ts_handlers.key.digests import digest_file, digest_text
 from ts_handlers.key.names import NO_NAMES, Names
 from ts_handlers.store.outside import RECORDED, encode_names
+from ts_handlers.system.decoding import decode_json
 from ts_handlers.system.files import fsync
 from ts_handlers.version import __version__
 
@@ -160,7 +161,7 @@ def read_manifest(directory: Path) -> Manifest:
         It is unreadable, of another format, or its digest is another one.
     """
     try:
-        manifest = msgspec.json.decode((directory / MANIFEST).read_bytes(), type=Manifest)
+        manifest = decode_json((directory / MANIFEST).read_bytes(), Manifest)
     except UNDECODABLE as error:
         raise ValueError(f"manifest.json is damaged: {error}") from error
     if manifest.format != FORMAT:

@@ -22,6 +22,7 @@ from ts_handlers.errors import UNDECODABLE
 from ts_handlers.model.declaration import Declaration
 from ts_handlers.model.observed_calls import ObservedCalls, SeenKind
 from ts_handlers.settings import Settings
+from ts_handlers.system.decoding import decode_json
 
 LIMIT = 1 << 20
 """Bytes of a record."""
@@ -72,7 +73,7 @@ def _decode(subject: str, data: bytes, kind: type[T]) -> T:
     if len(data) > LIMIT or digest != _digest(subject, payload):
         raise ValueError("its digest differs from its content")
     try:
-        return msgspec.json.decode(payload, type=kind)
+        return decode_json(payload, kind)
     except UNDECODABLE as error:
         raise ValueError(f"it cannot be read: {error}") from error
 

@@ -138,7 +138,7 @@ class RequestBatch:
         processors = getattr(self.context, "request_processor", None) or []
         if len(processors) != 1 or self.rows is None or len(self.rows) != 1:
             return False
-        headers = processors[0].get_request_properties()
+        headers = getattr(processors[0], "unwatched", processors[0]).get_request_properties()
         return bool(headers) and all(isinstance(value, dict) for value in headers.values())
 
     def asks_alone(self, index: int) -> bool:

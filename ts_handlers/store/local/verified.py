@@ -22,6 +22,7 @@ import msgspec
 from ts_handlers.errors import UNDECODABLE
 from ts_handlers.key.digests import digest_stream, digest_text
 from ts_handlers.store.local.layout import VERIFIED
+from ts_handlers.system.decoding import decode_json
 from ts_handlers.system.files import write_atomically
 from ts_handlers.system.ownership import is_private_folder, only_we_write
 from ts_handlers.system.processes import boot_id
@@ -132,7 +133,7 @@ def read_record(path: Path) -> Record | None:
             digest, _, payload = file.read().partition(b"\n")
         if hashlib.sha256(payload).hexdigest().encode() != digest:
             return None
-        return msgspec.json.decode(payload, type=Record)
+        return decode_json(payload, Record)
     except (OSError, *UNDECODABLE):
         return None
 

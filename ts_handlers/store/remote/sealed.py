@@ -38,6 +38,7 @@ from ts_handlers.errors import UNDECODABLE, RefusedError, StoreError
 from ts_handlers.key.digests import CHUNK
 from ts_handlers.store.entry import FileRecord
 from ts_handlers.store.remote.signing import Keyring
+from ts_handlers.system.decoding import decode_json
 
 MAGIC = b"ts_handlers sealed 1\n"
 HEADER_LIMIT = 9_999_999  # bytes: a hundred thousand files; Inductor's largest entries hold a few thousand
@@ -224,7 +225,7 @@ class SealedReader:
 
 def _parse(raw: bytes) -> Header:
     try:
-        header = msgspec.json.decode(raw, type=Header)
+        header = decode_json(raw, Header)
     except UNDECODABLE as error:
         raise RefusedError(f"its header is damaged: {error}") from error
     if len(header.files) > FILES_LIMIT:
