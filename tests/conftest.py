@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ Register = Callable[[str, Any], None]
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job, and in all that it starts
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for mark, cost in costs.COSTS.items():
         config.addinivalue_line("markers", f"{mark}: {cost}")
     config.addinivalue_line("markers", f"{slow.MARK}: not in continuous integration, see tests/support/slow.py")

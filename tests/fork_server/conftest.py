@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -21,16 +20,6 @@ from ts_handlers.fork_server.start import ForkServer, write_stand_in
 SCRIPT = "/fork_server_job.py"
 MARK = "fork_server_mark"
 """A module that only the fork server has imported: a process that has it is a fork."""
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _interruptible() -> Iterator[None]:
-    """A shell's background job ignores SIGINT, and so does all that it starts, unless somebody handles it."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 class Place:
