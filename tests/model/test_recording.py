@@ -114,16 +114,21 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("read", FILES.values(), ids=FILES)
-def test_a_file_outside_is_named_however_it_is_opened(read: str, tmp_path: Path) -> None:
-    path = tmp_path / "table.bin"
+def write_table(read: str, path: Path) -> str:
+    """Write what one of `FILES` reads; returns the code that reads it there."""
     if "safetensors" in read:
         pytest.importorskip("safetensors.torch").save_file({"x": torch.ones(2)}, path)
     elif "jit" in read:
         torch.jit.script(torch.nn.Linear(1, 1)).save(path)
     else:
         torch.save({"x": torch.ones(2)}, path)
-    names = recorded(tmp_path / "archive", read=read.format(path=str(path)).replace("read_text", "read_bytes"))
+    return read.format(path=str(path)).replace("read_text", "read_bytes")
+
+
+@pytest.mark.parametrize("read", FILES.values(), ids=FILES)
+def test_a_file_outside_is_named_however_it_is_opened(read: str, tmp_path: Path) -> None:
+    path = tmp_path / "table.bin"
+    names = recorded(tmp_path / "archive", read=write_table(read, path))
     assert {name for name in names if not name.startswith("distribution:")} == {f"file:{path}"}
 
 
@@ -146,13 +151,7 @@ def test_a_start_that_hits_names_the_same_files_without_an_audit_hook(tmp_path: 
     reads, expected = [], set()
     for number, read in enumerate(FILES.values()):
         path = tmp_path / f"table{number}.bin"
-        if "safetensors" in read:
-            pytest.importorskip("safetensors.torch").save_file({"x": torch.ones(2)}, path)
-        elif "jit" in read:
-            torch.jit.script(torch.nn.Linear(1, 1)).save(path)
-        else:
-            torch.save({"x": torch.ones(2)}, path)
-        reads.append(read.format(path=str(path)).replace("read_text", "read_bytes"))
+        reads.append(write_table(read, path))
         expected.add(f"file:{path}")
     reads.append(f"os.listdir({str(tmp_path)!r}), list(os.scandir(path={str(tmp_path)!r}))")
     scratch = str(tmp_path / "scratch")

@@ -225,15 +225,21 @@ def wait_for_waiters(cache: ResultCache, name: bytes, count: int) -> None:
         threading.Event().wait(0.001)
 
 
+def led_and_followed(cache: ResultCache, slow: Slow, followers: int) -> tuple[list[Any], list[Any]]:
+    """What the request gets that computes, and what so many equal ones get that come meanwhile."""
+    first, led = in_threads(lambda: cache.answer([key("a")], slow))
+    assert slow.began.wait(PATIENT_SECONDS)
+    others, followed = in_threads(*[lambda: cache.answer([key("a")], slow)] * followers)
+    wait_for_waiters(cache, key("a"), followers)
+    slow.goes_on.set()
+    join(first + others)
+    return led, followed
+
+
 def test_equal_requests_under_way_are_computed_once() -> None:
     counts, slow = Counts(), Slow()
     cache = make(counts)
-    first, led = in_threads(lambda: cache.answer([key("a")], slow))
-    assert slow.began.wait(PATIENT_SECONDS)
-    others, followed = in_threads(*[lambda: cache.answer([key("a")], slow)] * 7)
-    wait_for_waiters(cache, key("a"), 7)
-    slow.goes_on.set()
-    join(first + others)
+    led, followed = led_and_followed(cache, slow, 7)
     assert [told(each) for each in led] == [[("slow", "miss")]]
     assert [told(each) for each in followed] == [[("slow", "coalesced")]] * 7
     assert (slow.calls, counts["coalesced"], cache.stats().under_way) == (1, 7, 0)
@@ -242,12 +248,7 @@ def test_equal_requests_under_way_are_computed_once() -> None:
 def test_an_error_goes_to_all_who_wait_and_is_never_stored() -> None:
     counts, slow = Counts(), Slow(error=ValueError("bad"))
     cache = make(counts)
-    first, led = in_threads(lambda: cache.answer([key("a")], slow))
-    assert slow.began.wait(PATIENT_SECONDS)
-    others, followed = in_threads(*[lambda: cache.answer([key("a")], slow)] * 3)
-    wait_for_waiters(cache, key("a"), 3)
-    slow.goes_on.set()
-    join(first + others)
+    led, followed = led_and_followed(cache, slow, 3)
     assert repr(led[0]) == "ValueError('bad')"
     assert [repr(each[0].error) for each in followed] == ["ValueError('bad')"] * 3
     assert (slow.calls, cache.stats().entries, cache.stats().under_way) == (1, 0, 0)

@@ -1,12 +1,8 @@
 """What making an eager model reads from outside its archive is recorded: files, environment variables, modules.
 
-Files are seen by Python's audit hook, which tells of every `open`, of `os.open` and of listings; native readers that
-open files by themselves are wrapped (`_NATIVE`). A hook stays until the process ends and slows every call that Python
-audits, of which tracing a model makes hundreds of thousands. So while a start hits, which needs no complete record, the
-functions that open and list are wrapped instead (`_OPENERS`). Variables are seen where `os.environ` looks one up. A
-read counts if the model's own code (`ts_handlers.model.own_code`) does it, directly or by calling a library; what a
-library reads for itself, as while it is imported, is covered by its version. A variable that a library looks up counts
-if its name stands in the model's own code.
+`ts_handlers.model.watching` sees the reads. A read counts if the model's own code (`ts_handlers.model.own_code`) does
+it, directly or by calling a library; what a library reads for itself, as while it is imported, is covered by its
+version. A variable that a library looks up counts if its name stands in the model's own code.
 
 docs/decisions/0024-outside-the-archive.md has the reasons.
 """
@@ -14,8 +10,6 @@ docs/decisions/0024-outside-the-archive.md has the reasons.
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 import os
 import re
 import stat
@@ -37,21 +31,11 @@ from ts_handlers.model.own_code import (
     reached_modules,
     variables_named,
 )
-from ts_handlers.system.patching import replaced_attribute
+from ts_handlers.model.watching import watched
 
 LIMIT = 10_000
 """How many names a record may have; a model that reads more than that has its data beside the archive."""
 
-# Readers that open a file in native code, with the position of its path among their arguments.
-_NATIVE = (("safetensors", "safe_open", 0), ("torch._C", "import_ir_module", 1))
-# The functions of the standard library that open and list, by what the audit hook calls them.
-_OPENERS = (
-    ("builtins", "open", "open"),
-    ("io", "open", "open"),
-    ("os", "open", "os.open"),
-    ("os", "listdir", "os.listdir"),
-    ("os", "scandir", "os.scandir"),
-)
 _KERNEL = ("/proc/", "/sys/", "/dev/", "/run/")
 _RANDOM = re.compile(r"/tmp[a-z0-9_]{8}(/|$)")  # as the module tempfile names files and folders
 _OWN_CACHES = ("torchinductor_", ".triton", "__pycache__")
@@ -59,11 +43,8 @@ _OWN_CACHES = ("torchinductor_", ".triton", "__pycache__")
 _PASSES_ON = {("os", None), ("collections.abc", None), ("posixpath", "expandvars")}
 
 _lock = threading.RLock()
-_active: list[Recorder] = []
 _read_by: dict[str, set[str]] = {}
 """What code of a file has read in this process. A module that is imported already does not read again."""
-_hooked = False
-_busy = threading.local()
 
 
 class Recorder:
@@ -264,127 +245,9 @@ def recording(
     """
     with _lock:
         recorder = Recorder(surroundings, is_keyed)
-        with contextlib.ExitStack() as stack:
-            if surroundings.deferred and not _hooked:
-                stack.enter_context(_openers_watched())
-            else:
-                _install_hook()
-            stack.enter_context(_variables_watched())
-            for module, name, position in _NATIVE:
-                stack.enter_context(_native_watched(module, name, position))
-            _active.append(recorder)
-            stack.callback(_active.remove, recorder)
+        with watched(recorder, complete=not surroundings.deferred):
             yield
         recorder.finish(sources, direct)
-
-
-def _install_hook() -> None:
-    global _hooked
-    if not _hooked:
-        _hooked = True  # a hook stays until the process ends
-        sys.addaudithook(_hook)
-
-
-def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if not _active:
-        return
-    if event == "open":
-        path, mode, flags = arguments[:3]
-        _tell(lambda recorder, frame: recorder.note_open(path, mode, flags, frame))
-    elif event in ("os.listdir", "os.scandir"):
-        _tell(lambda recorder, frame: recorder.note_listing(arguments[0], frame))
-    elif event in ("sqlite3.connect", "ctypes.dlopen") and os.path.isabs(str(arguments[0])):
-        _tell(lambda recorder, frame: recorder.note_open(arguments[0], "r", 0, frame))
-
-
-def _tell(note: Callable[[Recorder, types.FrameType | None], None]) -> None:
-    frame = sys._getframe(2)
-    if getattr(_busy, "noting", False):  # what the recorder itself opens
-        return
-    _busy.noting = True
-    try:
-        for recorder in tuple(_active):
-            if recorder.heeds_this_thread():
-                with contextlib.suppress(OSError, ValueError):  # of a path that cannot be opened either
-                    note(recorder, frame)
-    finally:
-        _busy.noting = False
-
-
-class _WatchedOpener:
-    """A function that opens or lists. A class that has it as an attribute does not make it a method, as of one in C."""
-
-    def __init__(self, event: str, original: Callable[..., Any]) -> None:
-        self._event = event
-        functools.update_wrapper(self, original)
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        path = arguments[0] if arguments else keywords.get("file", keywords.get("path"))
-        second = arguments[1] if len(arguments) > 1 else None
-        if self._event == "open":
-            mode = keywords.get("mode", "r") if second is None else second
-            _tell(lambda recorder, frame: recorder.note_open(path, mode, 0, frame))
-        elif self._event == "os.open":
-            flags = keywords.get("flags", 0) if second is None else second
-            _tell(lambda recorder, frame: recorder.note_open(path, None, flags, frame))
-        else:
-            _tell(lambda recorder, frame: recorder.note_listing(path, frame))
-        return self.__wrapped__(*arguments, **keywords)  # type: ignore[attr-defined]
-
-
-@contextlib.contextmanager
-def _openers_watched() -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for module, name, event in _OPENERS:
-            owner = sys.modules[module]
-            stack.enter_context(replaced_attribute(owner, name, _WatchedOpener(event, getattr(owner, name))))
-        yield
-
-
-@contextlib.contextmanager
-def _variables_watched() -> Iterator[None]:
-    kind: Any = os._Environ
-    get, iterate = kind.__getitem__, kind.__iter__
-
-    def watched_get(self: Any, key: Any) -> Any:
-        _tell(lambda recorder, frame: recorder.note_variable(key, frame))
-        return get(self, key)
-
-    def watched_iterate(self: Any) -> Iterator[Any]:
-        keys = list(iterate(self))
-        _tell(lambda recorder, frame: recorder.note_enumeration(map(os.fsdecode, keys)))
-        return iter(keys)
-
-    with replaced_attribute(kind, "__getitem__", watched_get), replaced_attribute(kind, "__iter__", watched_iterate):
-        yield
-
-
-@contextlib.contextmanager
-def _native_watched(module: str, name: str, position: int) -> Iterator[None]:
-    """Inside the block calls of a native reader are seen, by whatever module it was imported."""
-    try:
-        original = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        yield
-        return
-
-    @functools.wraps(original, updated=())
-    def watched(*arguments: Any, **keywords: Any) -> Any:
-        path = arguments[position] if len(arguments) > position else keywords.get("filename")
-        _tell(lambda recorder, frame: recorder.note_open(path, "r", 0, frame))
-        return original(*arguments, **keywords)
-
-    _replace_everywhere(name, original, watched)
-    try:
-        yield
-    finally:
-        _replace_everywhere(name, watched, original)
-
-
-def _replace_everywhere(name: str, old: Any, new: Any) -> None:
-    for module in list(sys.modules.values()):
-        if isinstance(module, types.ModuleType) and vars(module).get(name) is old:
-            setattr(module, name, new)
 
 
 def _is_writing(mode: Any, flags: Any) -> bool:
